@@ -1,0 +1,51 @@
+"""Run an experiment: stage 1's search, the maps, stage 2, and the test of every final model.
+
+  python jobs/full_grid.py --preset demo                      minutes, nothing downloaded
+  python jobs/full_grid.py --preset cifar10-lenet5            one cell of Table 2, on a CPU
+  python jobs/full_grid.py dataset=cifar10 model=lenet5       the paper's grid for one cell
+  python jobs/full_grid.py                                    the paper's whole grid
+  ray job submit --working-dir . -- python jobs/full_grid.py  the same on a cluster
+
+The same command started again goes on where it stopped: what is finished is not computed again.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "platform"))  # from a checkout, uninstalled
+
+from impactx.command import experiment_parser, main  # noqa: E402
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """Parse, check, connect, call."""
+    options = experiment_parser(__doc__ or "", __file__).parse_args(arguments)
+    settings = options.load()
+    from impactx.experiment.preparation import dry_run, prepare
+
+    if options.dry_run:
+        print(dry_run(settings))
+        return
+    prepared = prepare(settings)
+    from impactx.cluster.connection import connected
+    from impactx.cluster.executor import RayExecutor
+    from impactx.experiment.results import table
+    from impactx.experiment.run import Job
+    from impactx.tracking import make_tracker
+    from impactx.version import code_version
+
+    tracker = make_tracker(settings)
+    tracker.prepare()
+    with connected(settings.cluster):
+        job = Job(settings, prepared.cells, prepared.place, RayExecutor(settings.cluster, prepared.place, tracker),
+                  tracker, tags={"impactx.code": code_version()})
+        rows = job.run()
+    print("\n" + table(rows) + "\n")
+    print("\n".join([f"results: {prepared.place.artifacts.storage.uri(f'jobs/{job.key}/results.csv')}",
+                     *(f"maps:    {folder}" for folder in job.map_folders), *tracker.describe()]))
+
+
+if __name__ == "__main__":
+    main(run)

@@ -1,0 +1,72 @@
+"""Connecting to a Ray cluster, or starting one for the time of the job."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+
+from impactx.settings import ClusterSettings
+
+log = logging.getLogger("impactx")
+
+
+class ClusterError(RuntimeError):
+    """The cluster cannot do what is asked; the message says what it has and what is missing."""
+
+
+@contextlib.contextmanager
+def connected(settings: ClusterSettings) -> Iterator[dict[str, float]]:
+    """Connect (to settings.address, RAY_ADDRESS, or a local cluster of this machine); yields its resources.
+
+    Raises ClusterError where an address does not answer or a trial or worker fits on no node.
+    """
+    # Results are plain files: Ray's own reports of usage and of Train's migration are noise for the user.
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    import ray
+
+    address = settings.address or os.environ.get("RAY_ADDRESS")
+    # Threads are torch's and ours to set: Ray would otherwise set OMP_NUM_THREADS by the CPUs of a task.
+    runtime_env = {"env_vars": {"OMP_NUM_THREADS": str(settings.threads), "RAY_TRAIN_V2_ENABLED": "1"}}
+    try:
+        if address:
+            ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.WARNING)
+        else:
+            # Loopback and for this process alone: no dashboard, no token. A running cluster is asked for by name.
+            os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+            ray.init(num_cpus=settings.num_cpus, include_dashboard=False, log_to_driver=False, address="local",
+                     runtime_env=runtime_env, logging_level=logging.WARNING, object_store_memory=256 * 2**20,
+                     _temp_dir=_short_temporary())
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterError(f"no Ray cluster at {address or 'this machine'}: {error}") from error
+    try:
+        resources = ray.cluster_resources()
+        _check(settings, resources)
+        log.info("cluster: %g CPUs, %g GPUs, %d node(s)%s", resources.get("CPU", 0), resources.get("GPU", 0),
+                 sum(node["Alive"] for node in ray.nodes()), f" at {address}" if address else ", on this machine")
+        yield resources
+    finally:
+        ray.shutdown()
+
+
+def _short_temporary() -> str | None:
+    """Ray's socket paths have at most 107 bytes: with a long TMPDIR it would fail obscurely."""
+    return None if len(tempfile.gettempdir()) < 40 else "/tmp/ray"
+
+
+def _check(settings: ClusterSettings, resources: dict[str, float]) -> None:
+    have = {"CPU": resources.get("CPU", 0), "GPU": resources.get("GPU", 0)}
+    gpus = 1.0 if settings.use_gpu else 0.0
+    wanted = {"cluster.trial_cpus": ("CPU", settings.trial_cpus), "cluster.trial_gpus": ("GPU", settings.trial_gpus),
+              "cluster.train_workers x train_cpus": ("CPU", settings.train_workers * settings.train_cpus),
+              "cluster.train_workers x use_gpu": ("GPU", settings.train_workers * gpus),
+              "cluster.explain_gpu_actors": ("GPU", settings.explain_gpu_actors or 0)}
+    wrong = [f"{name} asks for {amount:g} {kind}, the cluster has {have[kind]:g}"
+             for name, (kind, amount) in wanted.items() if amount > have[kind]]
+    if wrong:
+        raise ClusterError("the cluster is too small: " + "; ".join(wrong))

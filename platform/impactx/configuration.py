@@ -1,0 +1,168 @@
+"""From presets, groups and overrides to checked settings; every mistake is reported in one message.
+
+Presets are the files in configs/, groups its folders.  Hydra composes them; values given as key=value are
+laid over the result here, so that a wrong key is reported together with everything else that is wrong.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from impactx.settings import ExperimentSettings
+
+DEFAULT_PRESET = "full_grid"
+
+
+class ConfigurationError(ValueError):
+    """The configuration is wrong; the message lists every error with its setting, value and remedy."""
+
+
+def configs_folder(beside: str | Path | None = None) -> Path:
+    """The folder of presets: beside a job's folder, else the one shipped in the package."""
+    here = Path(__file__).resolve().parent
+    candidates = [Path(beside).resolve().parent.parent / "configs"] if beside else []
+    candidates += [here / "configs", here.parent.parent / "configs"]
+    for folder in candidates:
+        if (folder / f"{DEFAULT_PRESET}.yaml").is_file():
+            return folder
+    raise ConfigurationError(f"no configs found; looked in {', '.join(map(str, candidates))}")
+
+
+def presets(folder: Path) -> list[str]:
+    """Names of the presets in a configs folder."""
+    return sorted(p.stem for p in folder.glob("*.yaml"))
+
+
+def groups(folder: Path) -> dict[str, list[str]]:
+    """Names of the groups and of their choices."""
+    return {d.name: sorted(p.stem for p in d.glob("*.yaml")) for d in sorted(folder.iterdir())
+            if d.is_dir() and any(d.glob("*.yaml"))}
+
+
+def _similar(name: str, allowed: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, allowed, n=1)
+    return f"did you mean {close[0]!r}? " if close else ""
+
+
+def load_settings(preset: str = DEFAULT_PRESET, overrides: Sequence[str] = (),
+                  folder: str | Path | None = None) -> ExperimentSettings:
+    """Settings of a preset with overrides: group=choice, group=[choice,choice] or a.b.c=value (YAML values).
+
+    Raises ConfigurationError with all errors at once.
+    """
+    folder = Path(folder) if folder else configs_folder()
+    errors: list[str] = []
+    if preset not in presets(folder):
+        raise ConfigurationError(f"preset {preset!r} does not exist: {_similar(preset, presets(folder))}"
+                                 f"there are {', '.join(presets(folder))} (in {folder})")
+    known = groups(folder)
+    chosen, values = [], []
+    left_out: list[tuple[str, str]] = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        key = key.strip().lstrip("+")
+        if not equals or not key:
+            errors.append(f"{override!r}: write it as setting=value")
+        elif key in known:
+            wanted = [c.strip() for c in value.strip().strip("[]").split(",") if c.strip()]
+            bad = [c for c in wanted if c not in known[key]]
+            errors += [f"{key} = {c!r}: no such choice; {_similar(c, known[key])}"
+                       f"there are {', '.join(known[key])} (files in {folder / key})" for c in bad]
+            if not bad:
+                single = key == "attribution"
+                chosen.append(f"{key}={wanted[0]}" if single and wanted else f"{key}=[{','.join(wanted)}]")
+                left_out += [(key, c) for c in known[key] if c not in wanted]
+        else:
+            values.append((key, value))
+    composed = _compose(folder, preset, chosen)
+    for key, choice in left_out:  # a preset may set values of a choice that the command line left out
+        entries = composed.get({"dataset": "datasets", "model": "models", "approach": "approaches"}.get(key, ""), {})
+        entries.pop(choice, None)
+    errors += _lay_over(composed, values)
+    settings = None
+    try:
+        settings = ExperimentSettings.model_validate(composed)
+    except ValidationError as error:
+        errors += [_readable(e) for e in error.errors()]
+    if errors or settings is None:
+        count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
+        raise ConfigurationError(f"{count} in the configuration (preset {preset}):\n" + "\n".join(
+            f"  - {e}" for e in dict.fromkeys(errors)))
+    return settings
+
+
+def _compose(folder: Path, preset: str, chosen: list[str]) -> dict[str, Any]:
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        with initialize_config_dir(str(folder.absolute()), version_base="1.3"):
+            plain = OmegaConf.to_container(compose(preset, overrides=chosen), resolve=True)
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise ConfigurationError(f"preset {preset} cannot be composed: {error}") from error
+    return typing.cast(dict[str, Any], plain)
+
+
+def _lay_over(composed: dict[str, Any], values: list[tuple[str, str]]) -> list[str]:
+    """Put a.b.c=value into the composed configuration; returns what could not be understood."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    errors = []
+    for key, text in values:
+        try:
+            # OmegaConf's YAML reading: safe (no objects), 1e-3 is a number.
+            value = OmegaConf.to_container(OmegaConf.create(f"value: {text}"))["value"]  # type: ignore[index,call-overload]
+        except (YAMLError, OmegaConfBaseException) as error:
+            errors.append(f"{key} = {text!r}: not readable as YAML ({str(error).splitlines()[0]})")
+            continue
+        node: Any = composed
+        *parents, last = key.split(".")
+        for part in parents:
+            node = node.setdefault(part, {}) if isinstance(node, dict) else None
+            if not isinstance(node, dict):
+                errors.append(f"{key}: {part!r} holds a value, not settings")
+                break
+        else:
+            node[last] = value
+    return errors
+
+
+def _fields_at(location: Sequence[Any]) -> list[str]:
+    """Names of the settings that may stand where an unknown one was found."""
+    model: Any = ExperimentSettings
+    for part in location:
+        annotation: Any = None
+        if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
+            annotation = model.model_fields[part].annotation
+        elif typing.get_origin(model) is dict:
+            annotation = typing.get_args(model)[1]
+        if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+            annotation = next((a for a in typing.get_args(annotation) if a is not type(None)), None)
+        model = annotation
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def _readable(error: Any) -> str:
+    location = [part for part in error["loc"] if not str(part).startswith(("function-", "list["))]
+    where = ".".join(map(str, location)) or "the whole"
+    if error["type"] == "extra_forbidden":
+        allowed = _fields_at(location[:-1])
+        return (f"{where} = {error['input']!r}: no such setting; {_similar(str(location[-1]), allowed)}"
+                f"allowed here: {', '.join(allowed) or 'nothing'}")
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "missing":
+        return f"{where} is missing"
+    shown = repr(error["input"])
+    return f"{where} = {shown if len(shown) < 100 else shown[:97] + '...'}: {message[0].lower()}{message[1:]}"

@@ -1,0 +1,124 @@
+"""Training batches from tensors on the device: no loader processes, no copies from the host.
+
+Images stay uint8 (N, H, W, 3) on the device and become float (B, 3, H, W) in [0, 1] a batch at a
+time; maps (N, C, H, W) lie beside them and are moved as their image is.  Order and augmentation of an
+epoch are drawn from (seed, epoch) for all images at once, so they depend neither on the number of
+workers nor on where a training was interrupted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from impactx.settings import AugmentationSettings
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One worker's share of a global batch.
+
+    images: float (B, 3, H, W) in [0, 1]; labels: int64 (B,); maps: float (B, C, H, W) or None;
+    weights: float (B,), summing to B_share / B_global over this share (each 1 / B_global), or zeros for
+    a worker that got no image of a short last batch; total: images of the global batch.
+    """
+
+    images: Tensor
+    labels: Tensor
+    maps: Tensor | None
+    weights: Tensor
+    total: int
+
+
+def draws(seed: int, epoch: int, count: int, shift: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Order (count,), shifts dy and dx in [0, 2*shift] and flips (bool) of one epoch, on the CPU."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    order = torch.randperm(count, generator=generator)
+    dy = torch.randint(0, 2 * shift + 1, (count,), generator=generator)
+    dx = torch.randint(0, 2 * shift + 1, (count,), generator=generator)
+    flip = torch.rand(count, generator=generator) < 0.5
+    return order, dy, dx, flip
+
+
+def move(planes: Tensor, shift: int, dy: Tensor, dx: Tensor, flip: Tensor | None) -> Tensor:
+    """Shift each (C, H, W) block of planes (B, C, H, W) by (dy - shift, dx - shift), then mirror it.
+
+    Zeros move in. dy, dx: int64 (B,) in [0, 2*shift]; flip: bool (B,) or None. dtype is kept.
+    """
+    height, width = planes.shape[-2:]
+    if shift:
+        padded = torch.nn.functional.pad(planes, (shift, shift, shift, shift))
+        windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, C, 2s+1, 2s+1, H, W), a view
+        planes = windows[torch.arange(len(planes), device=planes.device), :, dy, dx]
+    if flip is not None:
+        planes = torch.where(flip[:, None, None, None], planes.flip(-1), planes)
+    return planes
+
+
+class DeviceData:
+    """Some images of a data set (and their maps) on a device, in batches.
+
+    images: uint8 (N, H, W, 3); labels: int64 (N,); indices: which of them, int64 (n,);
+    maps: float32 (N, C, H, W) aligned with images, or None; scale: per-image or one factor by which
+    maps are multiplied. dtype: of the batches.
+    """
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, indices: np.ndarray, *,
+                 device: torch.device | str = "cpu", maps: np.ndarray | None = None,
+                 scale: float | np.ndarray = 1.0, dtype: torch.dtype = torch.float32) -> None:
+        self.device, self.dtype = torch.device(device), dtype
+        self.indices = np.asarray(indices, dtype=np.int64)
+        # Channels first once and for all: the transposition would otherwise be paid for every batch.
+        self.images = torch.from_numpy(
+            np.ascontiguousarray(images[self.indices].transpose(0, 3, 1, 2))).to(self.device)
+        self.labels = torch.from_numpy(np.asarray(labels)[self.indices].astype(np.int64)).to(self.device)
+        self.maps = None
+        if maps is not None:
+            chosen = torch.from_numpy(np.ascontiguousarray(maps[self.indices]))
+            factor = torch.as_tensor(scale if np.ndim(scale) == 0 else np.asarray(scale)[self.indices])
+            self.maps = (chosen * factor.reshape(-1, *[1] * (3 if factor.ndim else 0)).to(chosen.dtype)
+                         ).to(self.device, dtype)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def _batch(self, rows: Tensor, moves: tuple[Tensor, ...] | None, augmentation: AugmentationSettings | None,
+               weight: float, total: int) -> Batch:
+        images = self.images[rows]
+        maps = self.maps[rows] if self.maps is not None else None
+        if moves is not None and augmentation is not None:
+            dy, dx, flip = (m[rows] for m in moves)
+            chosen = (augmentation.shift, dy, dx, flip if augmentation.flip else None)
+            images = move(images, *chosen)
+            maps = move(maps, *chosen) if maps is not None else None
+        weights = torch.full((len(rows),), weight, dtype=self.dtype, device=self.device)
+        return Batch(images.to(self.dtype).div_(255), self.labels[rows], maps, weights, total)
+
+    def training(self, *, seed: int, epoch: int, batch_size: int, augmentation: AugmentationSettings,
+                 rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        """The shuffled, augmented batches of an epoch; each worker gets every world_size-th image of each.
+
+        The draws belong to the image's place in this set, whichever worker it goes to.
+        """
+        order, *moves = draws(seed, epoch, len(self), augmentation.shift)
+        on_device = tuple(m.to(self.device) for m in moves)
+        active = on_device if augmentation.shift or augmentation.flip else None
+        order = order.to(self.device)
+        for start in range(0, len(self), batch_size):
+            rows = order[start:start + batch_size]
+            share = rows[rank::world_size]
+            if len(share):
+                yield self._batch(share, active, augmentation, 1.0 / len(rows), len(rows))
+            else:  # every worker must take part in the exchange of gradients: one image of weight 0
+                yield self._batch(rows[:1], active, augmentation, 0.0, len(rows))
+
+    def evaluation(self, *, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        """Every image once, in order, not augmented; a worker gets every world_size-th image."""
+        rows = torch.arange(rank, len(self), world_size, device=self.device)
+        for start in range(0, len(rows), batch_size):
+            share = rows[start:start + batch_size]
+            yield self._batch(share, None, None, 1.0 / len(self), len(self))

@@ -1,0 +1,116 @@
+"""From encoded images to uint8 RGB, by a bounded number of threads and blocks in memory."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from .errors import DataError
+
+Raw = bytes | Path | np.ndarray
+"""An image as a source hands it over: encoded bytes, a file, or uint8 of shape (H, W, 3)."""
+
+BLOCK = 64  # images decoded by one task
+THREADS = 8  # at most
+
+_NAMES = {"1": "grey", "L": "grey", "LA": "grey with alpha", "La": "grey with alpha", "P": "palette",
+          "PA": "palette", "RGBA": "RGBA", "RGBa": "RGBA", "I;16": "16-bit grey", "I;16L": "16-bit grey",
+          "I;16B": "16-bit grey", "RGB": "RGB with transparency"}
+
+
+def decode(raw: Raw, size: int | None = None) -> tuple[np.ndarray, str | None]:
+    """Decode one image.
+
+    Returns uint8 (H, W, 3) and the kind of image it was made from ("grey", "RGBA", ...), None for
+    plain RGB. Transparent parts are laid over black; 16-bit grey keeps its upper 8 bits; other modes
+    go through Pillow's conversion. size: side in pixels of the square to which the image is resized
+    (bilinear, antialiased; the aspect ratio is not kept), None: as it is.
+
+    Raises DataError, without naming the image, when the data are not an image or cannot be converted.
+    """
+    if isinstance(raw, np.ndarray):
+        if size is None or raw.shape[:2] == (size, size):
+            return raw, None
+        return np.asarray(Image.fromarray(raw).resize((size, size), Image.Resampling.BILINEAR)), None
+    try:
+        with Image.open(io.BytesIO(raw) if isinstance(raw, bytes) else raw) as image:
+            image.load()
+            kind = None if image.mode == "RGB" and "transparency" not in image.info else (
+                _NAMES.get(image.mode, f"mode {image.mode}"))
+            rgb = _to_rgb(image)
+            if size is not None and rgb.size != (size, size):
+                rgb = rgb.resize((size, size), Image.Resampling.BILINEAR)
+            return np.asarray(rgb), kind
+    except DataError:
+        raise
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's plugins raise nearly any type on damaged data
+        reason = "unknown format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        raise DataError(f"cannot be read as an image ({reason})") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F"):
+        raise DataError(f"has the pixel mode {image.mode} (32 bit), whose range is unknown: "
+                        "convert it to 8-bit RGB")
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def decode_blocks(raws: Iterable[Raw], where: Callable[[int], str], size: int | None,
+                  kinds: Counter) -> Iterator[list[np.ndarray]]:
+    """Decode many images in their order; yields lists of uint8 (H, W, 3), at most BLOCK each.
+
+    where(position) names the image at that position in an error; `kinds` counts what was converted.
+    No more than 2 blocks a thread are in memory. Raises DataError for the first bad image.
+    """
+    threads = min(THREADS, _cpus())
+    raws = iter(raws)
+    start = 0
+    waiting: deque[Future] = deque()
+
+    def work(first: int, block: list[Raw]) -> list[tuple[np.ndarray, str | None]]:
+        done = []
+        for offset, raw in enumerate(block):
+            try:
+                done.append(decode(raw, size))
+            except DataError as error:
+                raise DataError(f"{where(first + offset)} {error}") from error.__cause__
+        return done
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+        try:
+            while True:
+                block = list(islice(raws, BLOCK))
+                if block:
+                    waiting.append(pool.submit(work, start, block))
+                    start += len(block)
+                if not waiting:
+                    return
+                if not block or len(waiting) > 2 * threads:
+                    done = waiting.popleft().result()
+                    kinds.update(kind for _, kind in done if kind)
+                    yield [image for image, _ in done]
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _cpus() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        return os.cpu_count() or 1

@@ -1,0 +1,133 @@
+"""One decoded data set on disk: how it is written, fingerprinted and opened again.
+
+An entry is a folder with <part>_images.npy (uint8, (N, H, W, 3)), <part>_labels.npy (int64, (N,)) for the
+parts train and test, and meta.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .cache import CacheDamaged
+from .errors import DataError
+from .sources import Part
+
+FORMAT = 1  # of the entry and of what decoding does; a new number makes every entry anew
+PROBES = 64  # images compared with their checksum when an entry is opened
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """images: uint8 (N, H, W, 3), memory-mapped read-only; labels: int64 (N,) in 0..K-1, read-only.
+
+    The map is of a local file: send the settings to another process and load there, not the arrays.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def write_part(folder: Path, part: Part, labels: np.ndarray, blocks: Iterator[Sequence[np.ndarray]],
+               class_names: Sequence[str]) -> dict[str, Any]:
+    """Write images as they come; returns the part's meta data with its sha256 fingerprint.
+
+    blocks: lists of uint8 (H, W, 3) of one shape, together len(labels) images.
+    Raises DataError when the file system cannot hold them, before the first is written.
+    """
+    digest, shape = hashlib.sha256(), None
+    with open(_images(folder, part), "xb") as file:
+        for block in blocks:
+            if shape is None:
+                shape = (len(labels), *block[0].shape)
+                _check_space(folder, math.prod(shape))
+                np.lib.format.write_array_header_1_0(
+                    file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+                digest.update(json.dumps([list(shape), list(class_names)]).encode())
+            data = np.stack(block).tobytes()
+            digest.update(data)
+            file.write(data)
+        _flush(file)
+    digest.update(labels.astype("<i8").tobytes())
+    with open(_labels(folder, part), "xb") as file:
+        np.save(file, labels.astype(np.int64))
+        _flush(file)
+    images = np.load(_images(folder, part), mmap_mode="r")
+    return {"shape": list(shape), "fingerprint": digest.hexdigest(), "probe": _probe(images, labels)}
+
+
+def write_meta(folder: Path, meta: dict[str, Any]) -> None:
+    """Complete an entry. meta: JSON object with the key "parts", {part: what write_part returned}."""
+    with open(folder / "meta.json", "x", encoding="utf-8") as file:
+        json.dump({"format": FORMAT, **meta}, file, indent=1)
+        _flush(file)
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """The meta data of an entry whose files all have the right size. Raises CacheDamaged."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        if meta["format"] != FORMAT:
+            raise CacheDamaged(f"meta.json has the format {meta['format']}")
+        for part, about in meta["parts"].items():
+            for file, needed in ((_images(folder, part), math.prod(about["shape"])),
+                                 (_labels(folder, part), about["shape"][0] * 8)):
+                if not needed < file.stat().st_size <= needed + 4096:  # a header stands before the values
+                    raise CacheDamaged(f"{file.name} has the wrong size")
+        return meta
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CacheDamaged(f"{type(error).__name__}: {error}") from error
+
+
+def open_part(folder: Path, part: Part, about: dict[str, Any]) -> ImageSet:
+    """Open one part: sizes, all labels and PROBES images are checked, the rest is read when used.
+
+    Raises CacheDamaged.
+    """
+    try:
+        images = np.load(_images(folder, part), mmap_mode="r")
+        labels = np.load(_labels(folder, part))
+    except (OSError, ValueError, EOFError) as error:
+        raise CacheDamaged(f"{part}: {error}") from error
+    if list(images.shape) != about["shape"] or images.dtype != np.uint8 or labels.dtype != np.int64 \
+            or labels.shape != images.shape[:1] or _probe(images, labels) != about["probe"]:
+        raise CacheDamaged(f"{part}: the content is not what was written")
+    labels.flags.writeable = False
+    return ImageSet(images, labels)
+
+
+def _images(folder: Path, part: str) -> Path:
+    return folder / f"{part}_images.npy"
+
+
+def _labels(folder: Path, part: str) -> Path:
+    return folder / f"{part}_labels.npy"
+
+
+def _probe(images: np.ndarray, labels: np.ndarray) -> str:
+    rows = np.unique(np.linspace(0, len(images) - 1, PROBES).astype(np.int64))
+    return hashlib.sha256(images[rows].tobytes() + labels.astype("<i8").tobytes()).hexdigest()
+
+
+def _flush(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())  # or a crash of the machine could leave a renamed but empty file
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise DataError(f"the decoded images need {needed / 2**30:.1f} GiB, {folder.parent} has "
+                        f"{free / 2**30:.1f} GiB free: free some, or set `cache` to another folder")

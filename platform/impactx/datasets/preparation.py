@@ -1,0 +1,146 @@
+"""Decoding a source into an entry of the cache: its labels checked, its draws made."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from ..settings import DatasetSettings
+from .decoding import decode_blocks
+from .entry import write_meta, write_part
+from .errors import DataError
+from .sources import Part, Source
+from .splits import stratified_draw
+
+SECONDS_BETWEEN_LINES = 2.0
+
+Rows = dict[Part, tuple[Part, np.ndarray]]
+"""For each part that is written: the source's part it is taken from, and the ascending rows there."""
+
+
+def prepare(source: Source, settings: DatasetSettings, folder: Path, say: Callable[[str], None]) -> None:
+    """Write training and test part of `source` into the empty `folder`.
+
+    Raises DataError for the first thing wrong with the data, labels before images.
+    """
+    names, labels = _labels(source, settings)
+    rows, notes = _rows(source, settings, labels, names)
+    parts, first = {}, {}
+    for part, (origin, chosen) in rows.items():
+        kinds: Counter = Counter()
+
+        def where(position: int, origin: Part = origin, chosen: np.ndarray = chosen) -> str:
+            return source.where(origin, int(chosen[position]))
+
+        blocks = decode_blocks(source.images(origin, chosen), where, settings.image_size, kinds)
+        blocks = _one_size(blocks, where, first)
+        blocks = _told(blocks, len(chosen), f"{settings.name}: {part} images", say)
+        parts[part] = write_part(folder, part, labels[origin][chosen], blocks, names)
+        notes += [f"{count} {part} images of kind {kind} were converted to RGB"
+                  for kind, count in sorted(kinds.items())]
+    write_meta(folder, {"name": settings.name, "class_names": list(names), "parts": parts,
+                        "notes": source.notes + notes, "source": source.describe()})
+
+
+def _labels(source: Source, settings: DatasetSettings) -> tuple[tuple[str, ...], dict[Part, np.ndarray]]:
+    """Class names and checked labels of the source's own parts."""
+    labels = {part: source.labels(part) for part in (("train", "test") if source.has_test else ("train",))}
+    for part, values in labels.items():
+        if not len(values):
+            raise DataError(f"{source.describe()}: the {part} part holds no image")
+    names = source.class_names()
+    if names is None:
+        largest = int(labels["train"].argmax())
+        count = settings.num_classes or int(labels["train"][largest]) + 1
+        if settings.num_classes is None and count > len(labels["train"]):
+            raise DataError(f"{source.where('train', largest)}: the label {count - 1} means {count} classes, "
+                            f"but there are {len(labels['train'])} training images: labels must be 0..K-1")
+        names = tuple(str(label) for label in range(count))
+    if settings.num_classes not in (None, len(names)):
+        raise DataError(f"{source.describe()} has {len(names)} classes, but num_classes is "
+                        f"{settings.num_classes}: correct or remove num_classes")
+    if len(set(names)) < len(names):
+        raise DataError(f"{source.describe()} names two classes alike: {', '.join(names[:20])}")
+    for part, values in labels.items():
+        wrong = np.flatnonzero((values < 0) | (values >= len(names)))
+        if len(wrong):
+            raise DataError(f"{source.where(part, int(wrong[0]))}: label {values[wrong[0]]} is outside "
+                            f"0..{len(names) - 1} ({len(wrong)} such {part} labels)")
+    if len(names) < 2:
+        raise DataError(f"{source.describe()} has {len(names)} class: a classifier needs at least 2")
+    counts = np.bincount(labels["train"], minlength=len(names))
+    if not counts.all():
+        raise DataError(f"{source.describe()} has no training image of class {names[int(counts.argmin())]!r} "
+                        f"(label {int(counts.argmin())} of 0..{len(names) - 1}): every class needs some")
+    return names, labels
+
+
+def _rows(source: Source, settings: DatasetSettings, labels: dict[Part, np.ndarray],
+          names: tuple[str, ...]) -> tuple[Rows, list[str]]:
+    notes = []
+    train = np.arange(len(labels["train"]), dtype=np.int64)
+    if source.has_test:
+        test: tuple[Part, np.ndarray] = ("test", np.arange(len(labels["test"]), dtype=np.int64))
+        absent = [names[c] for c in np.flatnonzero(np.bincount(labels["test"], minlength=len(names)) == 0)]
+        if absent:
+            notes.append(f"classes without test images: {', '.join(absent)}")
+    else:
+        count = round(len(train) * settings.test_fraction)
+        drawn = _draw(labels["train"], count, settings.split_seed, f"test_fraction {settings.test_fraction}")
+        train = np.setdiff1d(train, drawn)
+        left = np.bincount(labels["train"][train], minlength=len(names))
+        if not left.all():
+            raise DataError(f"{source.describe()}: a test_fraction of {settings.test_fraction} leaves no "
+                            f"training image of class {names[int(left.argmin())]!r}: lower it or add images")
+        test = ("train", drawn)
+        notes.append(f"no test part of its own: {len(drawn)} images drawn by split_seed "
+                     f"{settings.split_seed}")
+    if settings.subset is not None and settings.subset < len(train):
+        notes.append(f"subset: {settings.subset} of {len(train)} training images, drawn by split_seed "
+                     f"{settings.split_seed}")
+        train = train[_draw(labels["train"][train], settings.subset, settings.split_seed,
+                            f"subset {settings.subset}")]
+    elif settings.subset is not None:
+        notes.append(f"subset of {settings.subset}: there are {len(train)} training images, all are used")
+    return {"train": ("train", train), "test": test}, notes
+
+
+def _draw(labels: np.ndarray, count: int, seed: int, setting: str) -> np.ndarray:
+    try:
+        return stratified_draw(labels, count, seed)
+    except DataError as error:
+        raise DataError(f"{setting}: {error}") from None
+
+
+def _one_size(blocks: Iterator[list[np.ndarray]], where: Callable[[int], str], first: dict) -> Iterator:
+    """Pass blocks whose images all have the size of the first image of the first part."""
+    position = 0
+    for block in blocks:
+        for image in block:
+            size = first.setdefault("size", image.shape)
+            place = first.setdefault("where", where(0))
+            if image.shape != size:
+                raise DataError(
+                    f"{where(position)} has {image.shape[0]}x{image.shape[1]} pixels (height x width), "
+                    f"{place} has {size[0]}x{size[1]}: all images must have one size; "
+                    "set image_size to resize them")
+            position += 1
+        yield block
+
+
+def _told(blocks: Iterator[list[np.ndarray]], total: int, what: str, say: Callable[[str], None]) -> Iterator:
+    """Pass blocks and say now and then how far it is."""
+    done, start = 0, time.monotonic()
+    last = start
+    for block in blocks:
+        yield block
+        done += len(block)
+        now = time.monotonic()
+        if now - last >= SECONDS_BETWEEN_LINES and done < total:
+            last, left = now, (now - start) / done * (total - done)
+            say(f"{what}: {done:,} of {total:,} decoded, about {left:.0f} s left")
+    say(f"{what}: {total:,} decoded in {time.monotonic() - start:.1f} s")

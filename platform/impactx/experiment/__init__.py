@@ -1,0 +1,1 @@
+"""Pure bookkeeping of an experiment: its plan, fingerprints, reuse and selection."""

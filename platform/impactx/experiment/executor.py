@@ -1,0 +1,137 @@
+"""Who does the work: the interface of an executor, and the one that does it all in this process.
+
+`impactx.cluster` has the executor that spreads the work over a Ray cluster.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from impactx.experiment.tracker import Run, Tracker
+from impactx.experiment.units import CHECKPOINT, Unit
+from impactx.experiment.work import ShardWorker, Workplace, evaluate_unit, finish_maps, open_store, train_unit
+
+OnResult = Callable[[Unit, dict[str, Any] | None, str | None], None]  # unit, result, error
+OnShards = Callable[[int, int, int], None]  # maps done now, maps that were there before, maps of all
+
+
+@dataclass(frozen=True)
+class Task:
+    """A unit to work on, and the run that tracks it: its key, its parent's key and its tags."""
+
+    unit: Unit
+    run_key: str
+    parent_key: str
+    tags: dict[str, str]
+
+    def open_run(self, tracker: Tracker) -> Run:
+        """Begin the task's run, or continue it."""
+        return tracker.run(self.run_key, name=self.unit.name, parent=self.parent_key, params=self.unit.params,
+                           tags=self.tags)
+
+
+class Executor(Protocol):
+    """Does tasks whose results are not there yet. Results and their files are artifacts when it returns."""
+
+    def search(self, tasks: Sequence[Task], on_result: OnResult) -> None:
+        """Train many trials; on_result is called as each ends, with its result or its error."""
+
+    def train(self, task: Task) -> dict[str, Any]:
+        """Train one model; raises what made it fail."""
+
+    def explain(self, task: Task, on_shards: OnShards) -> dict[str, Any]:
+        """Make the maps of a store that are missing."""
+
+    def evaluate(self, task: Task) -> dict[str, Any]:
+        """Read the test set with one model."""
+
+
+def final_metrics(result: dict[str, Any]) -> dict[str, float]:
+    """What a table of trials shows of a training: the best epoch's values and the costs."""
+    best = result.get("best") or {}
+    return {f"best_{k}": v for k, v in best.items() if k not in ("epoch", "seconds") and v is not None} | {
+        "best_epoch": result["best_epoch"], "epochs": result["epochs"], "train_seconds": result["seconds"],
+        "diverged": float(result["diverged"])}
+
+
+def tracked_training(task: Task, place: Workplace, tracker: Tracker, *,
+                     report: Callable[[dict[str, float]], None] | None = None, **where: Any) -> dict[str, Any]:
+    """train_unit with every epoch and the result in the task's run; report is called after each epoch as well.
+
+    where: device, rank and world_size of train_unit. Only rank 0 tracks.
+    """
+    if where.get("rank", 0):
+        return train_unit(task.unit, place, **where)
+    with task.open_run(tracker) as run:
+        def on_epoch(row: dict[str, float]) -> None:
+            run.log_metrics({k: v for k, v in row.items() if k != "epoch"}, step=int(row["epoch"]))
+            if report is not None:
+                report(row)
+
+        result = train_unit(task.unit, place, on_epoch=on_epoch, **where)
+        run.log_history([{k: v for k, v in row.items() if v is not None} for row in result["history"]])
+        run.log_metrics(final_metrics(result))
+        if result["weights"]:
+            run.set_tags({"impactx.weights": result["weights"],
+                          "impactx.checkpoint": place.artifacts.storage.uri(f"{task.unit.folder}/{CHECKPOINT}")})
+        return result
+
+
+def tracked_evaluation(task: Task, place: Workplace, tracker: Tracker, **where: Any) -> dict[str, Any]:
+    """evaluate_unit with its result in the task's run."""
+    with task.open_run(tracker) as run:
+        result = evaluate_unit(task.unit, place, **where)
+        run.log_metrics({"test_accuracy": result["accuracy"], "test_standard_error": result["standard_error"],
+                         "test_images": result["images"], "test_seconds": result["seconds"]})
+        return result
+
+
+class LocalExecutor:
+    """All work one after the other in this process: for a notebook, or a machine without Ray."""
+
+    def __init__(self, place: Workplace, tracker: Tracker, device: str = "cpu") -> None:
+        self.place, self.tracker, self.device = place, tracker, device
+
+    def search(self, tasks: Sequence[Task], on_result: OnResult) -> None:
+        """See Executor.search."""
+        for task in tasks:
+            try:
+                result = tracked_training(task, self.place, self.tracker, device=self.device)
+            except Exception as error:  # one bad trial must not stop the grid; it is reported by on_result
+                on_result(task.unit, None, f"{type(error).__name__}: {error}")
+            else:
+                on_result(task.unit, result, None)
+
+    def train(self, task: Task) -> dict[str, Any]:
+        """See Executor.train."""
+        return tracked_training(task, self.place, self.tracker, device=self.device)
+
+    def explain(self, task: Task, on_shards: OnShards) -> dict[str, Any]:
+        """See Executor.explain."""
+        with task.open_run(self.tracker) as run:
+            store, started, done = open_store(task.unit, self.place), time.perf_counter(), 0
+            missing = store.missing()
+            before = store.spec.images - sum(len(store.shard_indices(k)) for k in missing)
+            worker = ShardWorker(task.unit, self.place, self.device) if missing else None
+            for shard in missing:
+                done += int(worker.make(shard)["maps"])
+                on_shards(done, before, store.spec.images)
+            result = finish_maps(task.unit, self.place, time.perf_counter() - started)
+            log_maps(run, result)
+            return result
+
+    def evaluate(self, task: Task) -> dict[str, Any]:
+        """See Executor.evaluate."""
+        return tracked_evaluation(task, self.place, self.tracker, device=self.device)
+
+
+def log_maps(run: Run, result: dict[str, Any]) -> None:
+    """Log a finished store."""
+    run.log_metrics({f"maps_{k}" if not k.startswith("map") else k: v for k, v in result.items()
+                     if isinstance(v, (int, float)) and not isinstance(v, bool)})
+    run.set_tags({"impactx.maps": result["folder"]})
+
+

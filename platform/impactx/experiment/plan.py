@@ -1,0 +1,158 @@
+"""The plan of a cell: which units there are, in which order their results are needed, and the choice made.
+
+A cell is one data set with one model.  Stage 1 searches Table 1's grid; the selected configuration is trained
+once for each repeat; each repeat gets its maps; stage 2 searches lambda in repeat 0 and is trained for each
+approach in each repeat; at last every final model reads the test set once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from impactx.experiment.units import Unit
+from impactx.settings import ApproachSettings, DatasetSettings, ExperimentSettings, ModelSettings
+
+BASELINE = "baseline"
+# Settings of a training that do not change what comes out of it.
+_EXECUTION_ONLY = {"eval_batch_size", "keep_trial_weights", "compile"}
+
+
+class SelectionError(RuntimeError):
+    """No configuration can be chosen; the message says why."""
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What the plan must know of a data set. fingerprint: of the training split's content."""
+
+    fingerprint: str
+    train_images: int
+    num_classes: int
+    image_size: tuple[int, int]
+    class_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A point of stage 1's grid."""
+
+    learning_rate: float
+    batch_size: int
+    validation_fraction: float
+
+
+def accuracy_for_selection(result: Mapping[str, Any], metric: str) -> tuple[float, float]:
+    """What candidates are ordered by: validation accuracy, then the smaller validation loss."""
+    best = result.get("best")
+    return (best[metric], -best["val_loss"]) if best else (-1.0, 0.0)
+
+
+def select(units: list[Unit], results: Mapping[str, Mapping[str, Any]], metric: str) -> tuple[Unit, dict[str, Any]]:
+    """The unit with the best `metric` (val_accuracy or common_accuracy) of its best epoch, the first of equals.
+
+    results: by key; units without one failed. Raises SelectionError where none is left.
+    """
+    done = [u for u in units if u.key in results and results[u.key].get("best")]
+    if not done:
+        raise SelectionError(f"none of {len(units)} trials finished with a finite loss: "
+                             f"see the failed runs of {units[0].name!r} and others for the reasons")
+    chosen = max(done, key=lambda u: accuracy_for_selection(results[u.key], metric))
+    return chosen, dict(results[chosen.key])
+
+
+class Cell:
+    """The units of one data set with one model. Holds settings and facts only: nothing is computed here."""
+
+    def __init__(self, settings: ExperimentSettings, dataset: DatasetSettings, model: ModelSettings,
+                 facts: DataFacts, weights_file: str | None = None) -> None:
+        """weights_file: fingerprint of the file that model.weights names, where it names one."""
+        self.settings, self.dataset, self.model, self.facts = settings, dataset, model, facts
+        self.name = f"{dataset.name} x {model.name}"
+        described = model.model_dump(mode="json", exclude={"name"})
+        if weights_file:
+            described["weights"] = {"file": weights_file}
+        self._common = {
+            "data": {"fingerprint": facts.fingerprint, "augmentation": dataset.augmentation.model_dump(mode="json")},
+            "model": described,
+            "training": settings.training.model_dump(mode="json", exclude=_EXECUTION_ONLY),
+        }
+        self._inputs = {"dataset": dataset.model_dump(mode="json"), "model": model.model_dump(mode="json"),
+                        "training": settings.training.model_dump(mode="json")}
+        self._params = {"dataset": dataset.name, "model": model.name}
+
+    @property
+    def selection_metric(self) -> str:
+        """By which metric stage 1's trials are compared."""
+        return "common_accuracy" if self.settings.grid.select_on == "common" else "val_accuracy"
+
+    def configurations(self) -> list[Configuration]:
+        """Table 1's grid for A, in a fixed order."""
+        g = self.settings.grid
+        return [Configuration(*p) for p in itertools.product(g.learning_rate, g.batch_size, g.validation_fraction)]
+
+    def _training(self, role: str, name: str, stage: int, approach: str, c: Configuration, repeat: int,
+                  recipe: dict[str, Any], inputs: dict[str, Any], params: dict[str, Any]) -> Unit:
+        seed = self.settings.seed + repeat
+        point = {"learning_rate": c.learning_rate, "batch_size": c.batch_size}
+        split = {"fraction": c.validation_fraction, "seed": seed,
+                 "common_fraction": min(self.settings.grid.validation_fraction)}
+        return Unit(role, name, self._common | {"stage": stage, "split": split, "seed": seed} | point | recipe,  # type: ignore[arg-type]
+                    self._inputs | inputs,
+                    self._params | {"stage": stage, "approach": approach, "repeat": repeat, "seed": seed,
+                                    "validation_fraction": c.validation_fraction} | point | params)
+
+    def stage1_trials(self) -> list[Unit]:
+        """One trial a point of the grid."""
+        return [self._training("trial", f"A lr={c.learning_rate:g} bs={c.batch_size} vf={c.validation_fraction:g}",
+                               1, BASELINE, c, 0, {}, {}, {}) for c in self.configurations()]
+
+    def stage1_model(self, c: Configuration, repeat: int) -> Unit:
+        """The training of the selected configuration in one repeat: the classifier A."""
+        return self._training("model", f"A repeat {repeat}", 1, BASELINE, c, repeat, {}, {}, {})
+
+    def maps(self, a: Unit, a_result: Mapping[str, Any], repeat: int) -> Unit:
+        """The maps of every training image, of the A that unit `a` trained."""
+        recipe = {"weights": a_result["weights"], "data": self.facts.fingerprint,
+                  "attribution": self.settings.attribution.model_dump(mode="json")}
+        return Unit("maps", f"maps repeat {repeat}", recipe,
+                    {"dataset": self._inputs["dataset"], "checkpoint": a.folder,
+                     "attribution": recipe["attribution"], "shard_size": self.settings.maps.shard_size},
+                    self._params | {"repeat": repeat, "attribution": recipe["attribution"],
+                                    "explained_weights": a_result["weights"]})
+
+    def _stage2(self, role: str, name: str, approach_name: str, approach: ApproachSettings, c: Configuration,
+                weight: float, repeat: int, a: Unit, maps: Unit) -> Unit:
+        described = approach.model_dump(mode="json", exclude={"lambdas", "learning_rate", "batch_size"})
+        c = Configuration(approach.learning_rate or c.learning_rate, approach.batch_size or c.batch_size,
+                          c.validation_fraction)
+        return self._training(
+            role, name, 2, approach_name, c, repeat,
+            {"approach": described, "lambda": weight, "weights": maps.recipe["weights"], "maps": maps.key,
+             "map_scale": self.settings.maps.scale},
+            {"approach": approach.model_dump(mode="json"), "checkpoint": a.folder, "maps": maps.folder,
+             "scale": self.settings.maps.scale},
+            {"lambda": weight, "maps": maps.key, "map_scale": self.settings.maps.scale})
+
+    def stage2_trials(self, name: str, approach: ApproachSettings, c: Configuration, a: Unit,
+                      maps: Unit) -> list[Unit]:
+        """One trial a lambda, in repeat 0. Empty where there is only one candidate: nothing to choose."""
+        if len(approach.lambdas) == 1:
+            return []
+        return [self._stage2("trial", f"{name} lambda={w:g}", name, approach, c, w, 0, a, maps)
+                for w in approach.lambdas]
+
+    def stage2_model(self, name: str, approach: ApproachSettings, c: Configuration, weight: float, repeat: int,
+                     a: Unit, maps: Unit) -> Unit:
+        """The final training of an approach in one repeat."""
+        return self._stage2("model", f"{name} lambda={weight:g} repeat {repeat}", name, approach, c, weight, repeat,
+                            a, maps)
+
+    def test(self, model: Unit, model_result: Mapping[str, Any]) -> Unit:
+        """The one reading of the test set for a final model."""
+        return Unit("test", f"test of {model.name}",
+                    {"weights": model_result["weights"], "data": self.facts.fingerprint},
+                    {"dataset": self._inputs["dataset"], "checkpoint": model.folder},
+                    self._params | {k: model.params[k] for k in ("stage", "approach", "repeat", "seed")})

@@ -1,0 +1,147 @@
+"""Before an experiment starts: everything that can be known to be wrong is found here, and a dry run is listed."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from impactx.datasets import DataError, load_dataset, locate, make_split
+from impactx.experiment.plan import Cell, Configuration, DataFacts, select
+from impactx.experiment.units import Artifacts, Unit
+from impactx.experiment.work import Workplace
+from impactx.explain.masking import parse_masker
+from impactx.models import build_classifier
+from impactx.settings import DatasetSettings, ExperimentSettings, ModelSettings
+from impactx.storage import Storage
+
+log = logging.getLogger("impactx")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a job needs to start."""
+
+    cells: list[Cell]
+    place: Workplace
+
+
+def workplace(settings: ExperimentSettings) -> Workplace:
+    """Where the settings say that work is done."""
+    return Workplace(Storage(settings.output).root, str(Path(settings.data_root).expanduser().absolute()),
+                     str(Path(settings.cache).expanduser().absolute()) if settings.cache else None,
+                     settings.cluster.threads, settings.cluster.explain_memory_mb * 2**20)
+
+
+def _weights_file(model: ModelSettings) -> str | None:
+    if model.weights in ("random", "hub"):
+        return None
+    path = Path(model.weights).expanduser()
+    if not path.is_file():
+        raise DataError(f"models.{model.name}.weights = {model.weights!r}: no such file; give a .pth or .safetensors "
+                        "file that every node can read, or 'hub' or 'random'")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def prepare(settings: ExperimentSettings) -> Prepared:
+    """Decode the data, check splits, masks, models and storage; raises DataError, StorageError or ValueError."""
+    place = workplace(settings)
+    place.artifacts.storage.check()
+    cells = []
+    for dataset in settings.datasets.values():
+        data = load_dataset(dataset, place.data_root, place.cache, progress=log.info)
+        for note in data.notes:
+            log.info("%s: %s", dataset.name, note)
+        for fraction in settings.grid.validation_fraction:
+            make_split(data.train.labels, fraction, seed=settings.seed, class_names=data.class_names,
+                       common_fraction=min(settings.grid.validation_fraction))
+        log.info("%s: %d training images of %dx%d, %d classes, from %s", dataset.name, len(data.train.labels),
+                 *data.image_size, data.num_classes, locate(dataset, place.data_root))
+        facts = DataFacts(data.fingerprint, len(data.train.labels), data.num_classes, data.image_size,
+                          data.class_names)
+        parse_masker(settings.attribution.masker).background(torch.zeros(1, data.channels, *data.image_size))
+        for model in settings.models.values():
+            weights = _weights_file(model)
+            build_classifier(model, data.num_classes, data.image_size, seed=settings.seed)
+            cells.append(Cell(settings, dataset, model, facts, weights))
+    return Prepared(cells, place)
+
+
+def _facts_if_here(dataset: DatasetSettings, place: Workplace) -> tuple[DataFacts | None, str]:
+    try:
+        where = locate(dataset.model_copy(update={"download": False}), place.data_root)
+        data = load_dataset(dataset.model_copy(update={"download": False}), place.data_root, place.cache)
+    except DataError as error:
+        return None, f"not here yet ({str(error).splitlines()[0]})"
+    return DataFacts(data.fingerprint, len(data.train.labels), data.num_classes, data.image_size,
+                     data.class_names), where
+
+
+def _count(artifacts: Artifacts, units: list[Unit]) -> int:
+    return sum(artifacts.result(u) is not None for u in units)
+
+
+def dry_run(settings: ExperimentSettings) -> str:
+    """What would run, cell by cell, and what of it exists already. Starts nothing, downloads nothing."""
+    place = workplace(settings)
+    artifacts, lines, totals = place.artifacts, [], [0, 0, 0, 0]
+    for dataset in settings.datasets.values():
+        facts, where = _facts_if_here(dataset, place)
+        images = facts.train_images if facts else dataset.train_images
+        lines.append(f"{dataset.name}: {where}" + (f"; {images} training images" if images else ""))
+        for model in settings.models.values():
+            cell = Cell(settings, dataset, model, facts or DataFacts("unknown", images or 0, 0, (0, 0), ()))
+            lines += _dry_cell(cell, artifacts, images, bool(facts), totals)
+    trials, trainings, evaluations, shards = totals
+    head = [f"{settings.name}: {len(settings.datasets) * len(settings.models)} cells, output {artifacts.storage.root}",
+            f"in all: {trials} trials and {trainings} final trainings of at most {settings.training.epochs} epochs, "
+            f"{evaluations:,} explainer evaluations in {shards} shards", ""]
+    return "\n".join(head + lines)
+
+
+def _dry_cell(cell: Cell, artifacts: Artifacts, images: int | None, known: bool, totals: list[int]) -> list[str]:
+    settings = cell.settings
+    trials = cell.stage1_trials()
+    lambdas = {name: len(a.lambdas) for name, a in settings.approaches.items()}
+    stage2_trials = sum(n for n in lambdas.values() if n > 1)
+    repeats = settings.repeats
+    trainings = repeats * (1 + len(lambdas))
+    stores = repeats if lambdas else 0
+    shards = -(-images // settings.maps.shard_size) * stores if images else 0
+    evaluations = (images or 0) * settings.attribution.max_evals * stores
+    totals[:] = [a + b for a, b in zip(totals, (len(trials) + stage2_trials, trainings, evaluations, shards),
+                                       strict=True)]
+    lines = [f"  {cell.name}",
+             f"    stage 1: {len(trials)} trials, at most {len(trials) * settings.training.epochs} epochs"
+             + (f"; {_count(artifacts, trials)} finished" if known else ""),
+             f"    models:  {trainings} final trainings (A and {', '.join(lambdas) or 'nothing else'}; "
+             f"{repeats} repeats), at most {trainings * settings.training.epochs} epochs"]
+    if lambdas:
+        lines += [f"    maps:    {stores} stores of {images or 'unknown'} maps, {evaluations:,} evaluations, "
+                  f"{shards} shards",
+                  f"    stage 2: {stage2_trials} trials over lambda "
+                  f"({', '.join(f'{k}: {n}' for k, n in lambdas.items())})"]
+    if known and (found := _existing(cell, artifacts, trials)):
+        lines.append(f"    exists:  {found}")
+    return lines
+
+
+def _existing(cell: Cell, artifacts: Artifacts, trials: list[Unit]) -> str:
+    """What the steps after the search have left already; known only once the search is complete."""
+    results = {u.key: r for u in trials if (r := artifacts.result(u)) is not None}
+    if len(results) < len(trials):
+        return ""
+    chosen, _ = select(trials, results, cell.selection_metric)
+    c = Configuration(*(chosen.params[k] for k in ("learning_rate", "batch_size", "validation_fraction")))
+    found = []
+    for repeat in range(cell.settings.repeats):
+        a = cell.stage1_model(c, repeat)
+        if (result := artifacts.result(a)) is None:
+            continue
+        found.append(a.name)
+        if cell.settings.approaches and artifacts.result(cell.maps(a, result, repeat)) is not None:
+            found.append(cell.maps(a, result, repeat).name)
+    return ", ".join(found)

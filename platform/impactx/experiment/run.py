@@ -1,0 +1,199 @@
+"""One job from its first trial to the table: the order of the plan, reuse, tracking and progress.
+
+Nothing here knows by whom the work is done: that is the executor's business.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from impactx.experiment.executor import Executor, Task, final_metrics
+from impactx.experiment.paper import paper_accuracy
+from impactx.experiment.plan import BASELINE, Cell, Configuration, select
+from impactx.experiment.results import Row, results_csv, summarise
+from impactx.experiment.tracker import Run, Tracker
+from impactx.experiment.units import Artifacts, Unit, fingerprint
+from impactx.experiment.work import Workplace
+from impactx.settings import ExperimentSettings
+from impactx.timing import Progress, duration
+
+log = logging.getLogger("impactx")
+
+
+def job_key(settings: ExperimentSettings) -> str:
+    """The same for the same experiment, wherever and by whatever it is executed: a job started again goes on."""
+    described = settings.model_dump(mode="json", exclude={"cluster", "tracking", "output", "data_root", "cache"})
+    return f"{settings.name}-{fingerprint(described)[:12]}"
+
+
+class Job:
+    """An experiment under way. Finished units are reused, whoever finished them."""
+
+    def __init__(self, settings: ExperimentSettings, cells: Sequence[Cell], place: Workplace, executor: Executor,
+                 tracker: Tracker, *, tags: dict[str, str] | None = None) -> None:
+        """tags: set on every run, such as the version of the code."""
+        self.settings, self.cells, self.place = settings, cells, place
+        self.executor, self.tracker, self.tags = executor, tracker, dict(tags or {})
+        self.key = job_key(settings)
+        self.artifacts = Artifacts(place.artifacts.storage)
+        self.map_folders: list[str] = []
+
+    def run(self) -> list[Row]:
+        """Do everything; returns one row for each final model. Results are files under jobs/<key> as well."""
+        rows: list[Row] = []
+        with self.tracker.run(self.key, name=self.settings.name, params=self.settings.model_dump(mode="json"),
+                              tags=self.tags | {"impactx.role": "job"}) as run:
+            run.log_text(json.dumps(self.settings.model_dump(mode="json"), indent=1), "config.json")
+            try:
+                for number, cell in enumerate(self.cells, 1):
+                    log.info("cell %d of %d: %s", number, len(self.cells), cell.name)
+                    rows += CellRun(self, cell).run()
+                table = [row.as_dict() for row in rows]
+                self.artifacts.storage.write_json(f"jobs/{self.key}/results.json", table)
+                self.artifacts.storage.write(f"jobs/{self.key}/results.csv", results_csv(rows).encode())
+                run.log_text(results_csv(rows), "results.csv")
+                run.log_metrics({f"{s.approach}.{s.dataset}.{s.model}.test_accuracy": s.test_mean
+                                 for s in summarise(rows)})
+            finally:
+                self.tracker.close_unfinished(self.key)
+        return rows
+
+
+class CellRun:
+    """One cell of a job under way."""
+
+    def __init__(self, job: Job, cell: Cell) -> None:
+        self.job, self.cell = job, cell
+        self.key = f"{job.key}/{cell.dataset.name}/{cell.model.name}"
+
+    def _task(self, unit: Unit) -> Task:
+        # A trial and the model of repeat 0 may have one recipe: the role keeps their runs apart.
+        return Task(unit, f"{self.key}/{unit.role}-{unit.key}", self.key,
+                    self.job.tags | {"impactx.role": unit.role})
+
+    def _reused(self, unit: Unit) -> dict[str, Any] | None:
+        result = self.job.artifacts.result(unit)
+        if result is not None:
+            task = self._task(unit)
+            final = final_metrics(result) if "history" in result else {
+                f"{unit.role}_{k}": v for k, v in result.items() if isinstance(v, (int, float))}
+            self.job.tracker.replay(task.run_key, name=unit.name, parent=self.key, params=unit.params,
+                                    tags=task.tags | {"impactx.reused": "true"}, final=final,
+                                    history=[{k: v for k, v in row.items() if v is not None}
+                                             for row in result.get("history", [])])
+        return result
+
+    def _do(self, unit: Unit, how: Callable[[Task], dict[str, Any]]) -> dict[str, Any]:
+        if (result := self._reused(unit)) is not None:
+            log.info("  %s: reused, finished earlier (%s)", unit.name, unit.folder)
+            return result
+        started = time.perf_counter()
+        log.info("  %s: starts", unit.name)
+        result = how(self._task(unit))
+        if result.get("best"):
+            log.info("  %s: validation accuracy %.4f at epoch %d of %d, in %s", unit.name,
+                     result["best"]["val_accuracy"], result["best_epoch"], result["epochs"],
+                     duration(time.perf_counter() - started))
+        return result
+
+    def _search(self, what: str, units: list[Unit], metric: str) -> tuple[Unit, dict[str, Any]]:
+        results = {u.key: r for u in units if (r := self._reused(u)) is not None}
+        if results:
+            log.info("  %s: %d of %d trials reused, finished earlier", what, len(results), len(units))
+        failed: list[str] = []
+        progress = Progress(f"  {what}", "trials", len(units), before=len(results))
+
+        def on_result(unit: Unit, result: dict[str, Any] | None, error: str | None) -> None:
+            if result is None:
+                failed.append(unit.name)
+                log.warning("  %s failed: %s", unit.name, error)
+            else:
+                results[unit.key] = result
+                if result["diverged"]:
+                    log.warning("  %s diverged at epoch %d (loss not finite)", unit.name, result["epochs"])
+            best = max((r["best"][metric] for r in results.values() if r.get("best")), default=float("nan"))
+            score = result["best"][metric] if result and result.get("best") else float("nan")
+            progress.step(f"{unit.name}: {metric} {score:.4f}, best so far {best:.4f}")
+
+        pending = [u for u in units if u.key not in results]
+        if pending:
+            self.job.executor.search([self._task(u) for u in pending], on_result)
+        chosen, result = select(units, results, metric)
+        log.info("  %s: selected %s (%s %.4f)%s", what, chosen.name, metric, result["best"][metric],
+                 f"; {len(failed)} of {len(units)} trials failed" if failed else "")
+        return chosen, result
+
+    def _explain(self, unit: Unit) -> dict[str, Any]:
+        progress: list[Progress] = []
+
+        def on_shards(done: int, before: int, total: int) -> None:
+            if not progress:
+                progress.append(Progress(f"  {unit.name}", "maps", total, before=before, every=10))
+            progress[0].at(before + done)
+
+        result = self._do(unit, lambda task: self.job.executor.explain(task, on_shards))
+        self.job.map_folders.append(result["folder"])
+        return result
+
+    def run(self) -> list[Row]:
+        """Stage 1, maps, stage 2, and the test of every final model."""
+        cell, settings = self.cell, self.job.settings
+        with self.job.tracker.run(self.key, name=cell.name, parent=self.job.key, tags=self.job.tags | {
+                "impactx.role": "cell"}, params={"dataset": cell.dataset, "model": cell.model}) as run:
+            trials = cell.stage1_trials()
+            chosen, found = self._search("stage 1", trials, cell.selection_metric)
+            configuration = Configuration(*(chosen.params[k] for k in (
+                "learning_rate", "batch_size", "validation_fraction")))
+            self._log_selection(run, "A", chosen, found)
+            finals: list[tuple[Unit, dict[str, Any]]] = []
+            weights: dict[str, float] = {}
+            for repeat in range(settings.repeats):
+                a = cell.stage1_model(configuration, repeat)
+                a_result = self._do(a, self.job.executor.train)
+                finals.append((a, a_result))
+                if not settings.approaches:
+                    continue
+                if not a_result["weights"]:
+                    raise RuntimeError(f"{cell.name}: {a.name} diverged, there is no classifier to explain")
+                maps = cell.maps(a, a_result, repeat)
+                self._explain(maps)
+                for name, approach in settings.approaches.items():
+                    if repeat == 0:
+                        weights[name] = approach.lambdas[0]
+                        if candidates := cell.stage2_trials(name, approach, configuration, a, maps):
+                            best, found = self._search(f"stage 2 of {name}", candidates, "val_accuracy")
+                            weights[name] = best.params["lambda"]
+                            self._log_selection(run, name, best, found)
+                    model = cell.stage2_model(name, approach, configuration, weights[name], repeat, a, maps)
+                    finals.append((model, self._do(model, self.job.executor.train)))
+            rows = [self._test(model, result) for model, result in finals if result["weights"]]
+            for s in summarise(rows):
+                run.log_metrics({f"{s.approach}.val_accuracy": s.val_mean, f"{s.approach}.test_accuracy": s.test_mean})
+                if (published := paper_accuracy(s.dataset, s.model, s.approach)) is not None:
+                    run.log_metrics({f"{s.approach}.paper_accuracy": published})
+            run.log_text(results_csv(rows), "results.csv")
+        return rows
+
+    def _log_selection(self, run: Run, what: str, chosen: Unit, result: dict[str, Any]) -> None:
+        run.log_params({"selected": {what: {k: chosen.params[k] for k in (
+            "learning_rate", "batch_size", "validation_fraction", "lambda") if k in chosen.params}}})
+        run.log_metrics({f"selected.{what}.val_accuracy": result["best"]["val_accuracy"]})
+
+    def _test(self, model: Unit, result: dict[str, Any]) -> Row:
+        cell, approach = self.cell, model.params["approach"]
+        tested = self._do(cell.test(model, result), self.job.executor.evaluate)
+        log.info("  %s: test accuracy %.4f on %d images", model.name, tested["accuracy"], tested["images"])
+        return Row(dataset=cell.dataset.name, model=cell.model.name, approach=approach,
+                   repeat=model.params["repeat"], weight=model.params.get("lambda"),
+                   learning_rate=model.params["learning_rate"], batch_size=model.params["batch_size"],
+                   validation_fraction=model.params["validation_fraction"],
+                   val_accuracy=result["best"]["val_accuracy"], test_accuracy=tested["accuracy"],
+                   test_images=tested["images"], epochs=result["epochs"], train_seconds=result["seconds"],
+                   paper_accuracy=paper_accuracy(cell.dataset.name, cell.model.name, approach),
+                   checkpoint=self.job.artifacts.storage.uri(model.folder))
+
+

@@ -1,0 +1,72 @@
+"""Units of work and their fingerprints: everything that an experiment computes and keeps.
+
+A unit's `recipe` is what its numbers depend on (settings, data, weights that go in); its key is the
+fingerprint of the recipe, and its artifacts lie in a folder named by the key.  `inputs` say where to find
+what goes in: they may change without making another unit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from impactx.storage import Storage
+
+FORMAT = 1  # raised when the same recipe would give other numbers than before
+Role = Literal["trial", "model", "maps", "test"]
+RESULT, CHECKPOINT, RUNNING, PREDICTIONS = "result.json", "checkpoint.pt", "running.pt", "predictions.npz"
+
+
+def fingerprint(value: Any) -> str:
+    """32 hex digits of the sha256 of plain data as canonical JSON (numbers by their shortest form)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One piece of work.
+
+    role: trial (a training of the search, weights not kept), model (a final training), maps, or test;
+    name: for people; recipe, inputs, params: plain data; params are what MLflow shows of it.
+    """
+
+    role: Role
+    name: str
+    recipe: dict[str, Any]
+    inputs: dict[str, Any] = field(default_factory=dict)
+    params: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def key(self) -> str:
+        """The fingerprint of the recipe."""
+        return fingerprint({"format": FORMAT} | self.recipe)
+
+    @property
+    def folder(self) -> str:
+        """Where the unit's artifacts lie under the output's root."""
+        return f"{self.role if self.role == 'maps' else self.role + 's'}/{self.key}"
+
+
+class Artifacts:
+    """Results of units, found again by their keys. A unit is finished when its result is there."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+
+    def result(self, unit: Unit) -> dict[str, Any] | None:
+        """The result of a finished unit, or None. Raises StorageError where it is damaged."""
+        try:
+            return self.storage.read_json(f"{unit.folder}/{RESULT}")
+        except FileNotFoundError:
+            return None
+
+    def finish(self, unit: Unit, result: dict[str, Any], files: dict[str, bytes] | None = None) -> None:
+        """Keep a unit's files, then its result: once the result is there, everything is."""
+        for name, data in (files or {}).items():
+            self.storage.write(f"{unit.folder}/{name}", data)
+        self.storage.write_json(f"{unit.folder}/{RESULT}", {"name": unit.name, "recipe": unit.recipe} | result)
+        self.storage.delete(f"{unit.folder}/{RUNNING}")

@@ -1,0 +1,1 @@
+"""Attribution maps: masking, the batched partition engine, other attributions, the shard store."""

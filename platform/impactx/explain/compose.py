@@ -1,0 +1,63 @@
+"""Masked images from (image, node, context), without a table of masks.
+
+Two ways to the same bits. On a CPU a Numba kernel copies the background and then the few boxes that the mask
+shows: a mask is a union of at most ``max_depth`` boxes, so this is a handful of short row copies an evaluation.
+Elsewhere the mask comes from a small batched matrix product (``TreeOnDevice.masks``) and ``torch.where`` picks.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from impactx.explain.tree import PartitionTree, TreeOnDevice
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _copy_boxes(images, backgrounds, which, nodes, contexts, siblings, boxes, out):  # type: ignore[no-untyped-def]
+    for b in range(len(which)):
+        image = images[which[b]]
+        target = out[b]
+        target[:] = backgrounds[which[b]]
+        context = contexts[b]
+        level = 0
+        while context != 0:
+            if context & 1:
+                box = boxes[siblings[nodes[b], level]]
+                first, last = box[2], box[3]
+                for z in range(box[4], box[5]):
+                    for r in range(box[0], box[1]):
+                        for c in range(first, last):
+                            target[z, r, c] = image[z, r, c]
+            context >>= 1
+            level += 1
+
+
+class Composer:
+    """Builds masked images of one group of images.
+
+    Args:
+        tree: the partition tree of the images' shape, as tensors on the images' device.
+        images, backgrounds: (G, C, H, W), floating point, same device and dtype.
+    """
+
+    def __init__(self, tree: TreeOnDevice, images: Tensor, backgrounds: Tensor) -> None:
+        self.tree = tree
+        self.images = images.contiguous()
+        self.backgrounds = backgrounds.contiguous()
+        self._arrays = None
+        if images.device.type == "cpu":
+            host: PartitionTree = tree.tree
+            self._arrays = (self.images.numpy(), self.backgrounds.numpy(), host.siblings, host.boxes)
+
+    def compose(self, which: Tensor, nodes: Tensor, contexts: Tensor) -> Tensor:
+        """Masked images (B, C, H, W) for int64 ``which`` (index in the group), ``nodes`` and ``contexts`` (B,)."""
+        if self._arrays is None:
+            shown = self.tree.masks(nodes, contexts)
+            return torch.where(shown, self.images[which], self.backgrounds[which])
+        images, backgrounds, siblings, boxes = self._arrays
+        out = np.empty((len(which), *images.shape[1:]), dtype=images.dtype)
+        _copy_boxes(images, backgrounds, which.numpy(), nodes.numpy(), contexts.numpy(), siblings, boxes, out)
+        return torch.from_numpy(out)

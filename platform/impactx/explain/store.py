@@ -1,0 +1,229 @@
+"""The store of maps: a folder of Parquet shards under one fingerprint, on a disk or in S3.
+
+`store.json` says of what the maps are; shard k holds the images [k * shard_size, (k + 1) * shard_size) of
+the split, so names and contents are the same whoever computes them, and two writers of one shard do no
+harm.  Reading needs neither Ray nor this package:
+
+    table = pyarrow.parquet.read_table(folder)
+    shape = json.loads(table.schema.metadata[b"impactx.shape"])
+    maps = np.stack(table["map"].to_numpy()).reshape(-1, *shape)      # row i belongs to table["index"][i]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from impactx.explain.attribution import Explanations
+from impactx.storage import Storage
+
+FORMAT = 1
+HEAD = "store.json"
+
+
+class StoreError(RuntimeError):
+    """A store or shard is torn, foreign or incomplete; the message names the file and what to do."""
+
+
+@dataclass(frozen=True)
+class StoreSpec:
+    """What a store holds.
+
+    fingerprint: of weights, data and attribution; images: number of images in the split; shape: (C, H, W) of
+    a map; recipe: everything the fingerprint was made of, readable.
+    """
+
+    fingerprint: str
+    images: int
+    shape: tuple[int, int, int]
+    shard_size: int
+    recipe: dict[str, Any]
+
+    @property
+    def shards(self) -> int:
+        """How many shards a complete store has."""
+        return math.ceil(self.images / self.shard_size)
+
+
+def _checksum(table: pa.Table) -> str:
+    """sha256 over the columns' values, independent of how Parquet encodes them."""
+    digest = hashlib.sha256()
+    for name in ("index", "label", "map", "score", "base_value"):
+        column = table[name].combine_chunks()
+        values = column.flatten() if pa.types.is_fixed_size_list(column.type) else column
+        digest.update(np.ascontiguousarray(values.to_numpy(zero_copy_only=False)).tobytes())
+    return digest.hexdigest()
+
+
+class MapStore:
+    """One store. Opened by `create` (for writing) or `open` (of an existing one)."""
+
+    def __init__(self, storage: Storage, folder: str, spec: StoreSpec) -> None:
+        self.storage, self.folder, self.spec = storage, folder.strip("/"), spec
+
+    @classmethod
+    def create(cls, storage: Storage, folder: str, spec: StoreSpec) -> MapStore:
+        """Open the store, or begin it. The shard size of one begun earlier is kept.
+
+        Raises StoreError where the folder holds maps under another fingerprint.
+        """
+        if storage.exists(f"{folder}/{HEAD}"):
+            store = cls.open(storage, folder)
+            if store.spec.fingerprint != spec.fingerprint:
+                raise StoreError(
+                    f"{storage.uri(folder)} holds maps under fingerprint {store.spec.fingerprint}, not "
+                    f"{spec.fingerprint}: other weights, data or settings made them; use another folder")
+            return store
+        storage.write_json(f"{folder}/{HEAD}", {"format": FORMAT} | asdict(spec))
+        return cls(storage, folder, spec)
+
+    @classmethod
+    def open(cls, storage: Storage, folder: str) -> MapStore:
+        """Open an existing store. Raises StoreError where there is none or its head is damaged."""
+        try:
+            head = storage.read_json(f"{folder}/{HEAD}")
+        except FileNotFoundError:
+            raise StoreError(f"{storage.uri(folder)} is no store of maps: it has no {HEAD}") from None
+        if head.pop("format", None) != FORMAT:
+            raise StoreError(f"{storage.uri(folder)}/{HEAD} has another format than {FORMAT}: "
+                             "made by another version of impactx; compute the maps anew in another folder")
+        head["shape"] = tuple(head["shape"])
+        return cls(storage, folder, StoreSpec(**head))
+
+    def shard_name(self, shard: int) -> str:
+        """The file name of a shard, 0 <= shard < spec.shards."""
+        return f"shard-{shard:05d}-of-{self.spec.shards:05d}.parquet"
+
+    def shard_indices(self, shard: int) -> np.ndarray:
+        """The images of a shard: their indices in the split, int64."""
+        start = shard * self.spec.shard_size
+        return np.arange(start, min(start + self.spec.shard_size, self.spec.images))
+
+    def missing(self) -> list[int]:
+        """The shards that are not there yet."""
+        present = set(self.storage.names(self.folder))
+        return [k for k in range(self.spec.shards) if self.shard_name(k) not in present]
+
+    def write_shard(self, shard: int, labels: np.ndarray, found: Explanations) -> None:
+        """Write a shard, whole or not at all. labels: of the shard's images, in their order.
+
+        Raises StoreError where shapes do not fit or a value is not finite, StorageError where writing fails.
+        """
+        indices, shape = self.shard_indices(shard), self.spec.shape
+        if found.maps.shape != (len(indices), *shape) or found.maps.dtype != np.float32:
+            raise StoreError(f"{self.shard_name(shard)} must hold float32 maps {(len(indices), *shape)}, "
+                             f"got {found.maps.dtype} {found.maps.shape}")
+        bad = ~np.isfinite(found.maps).all(axis=(1, 2, 3))
+        if bad.any():
+            raise StoreError(f"the map of image {indices[bad][0]} is not finite ({bad.sum()} such images in "
+                             f"{self.shard_name(shard)}): the explained model gives such scores")
+        values = pa.FixedSizeListArray.from_arrays(pa.array(found.maps.reshape(-1)), int(np.prod(shape)))
+        table = pa.table({"index": pa.array(indices, pa.int64()), "label": pa.array(labels, pa.int64()),
+                          "map": values, "score": pa.array(found.scores, pa.float64()),
+                          "base_value": pa.array(found.base_values, pa.float64())})
+        table = table.replace_schema_metadata({
+            "impactx.format": str(FORMAT), "impactx.fingerprint": self.spec.fingerprint,
+            "impactx.shape": json.dumps(shape), "impactx.checksum": _checksum(table)})
+        stream = io.BytesIO()
+        pq.write_table(table, stream, compression="zstd")
+        self.storage.write(f"{self.folder}/{self.shard_name(shard)}", stream.getvalue())
+
+    def read_shard(self, shard: int) -> pa.Table:
+        """A shard's rows, checked: columns index, label, map, score, base_value.
+
+        Raises StoreError, naming the file, where it is absent, torn, foreign or altered.
+        """
+        path = f"{self.folder}/{self.shard_name(shard)}"
+        where, remedy = self.storage.uri(path), "delete it and compute the maps again: only this shard is made anew"
+        try:
+            table = pq.read_table(io.BytesIO(self.storage.read(path)))
+        except FileNotFoundError:
+            raise StoreError(f"{where} is missing: compute the maps again, finished shards are kept") from None
+        except (pa.ArrowException, OSError) as error:
+            raise StoreError(f"{where} is torn or no Parquet file ({error}): {remedy}") from error
+        meta = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()
+                if k.startswith(b"impactx.")}
+        if meta.get("impactx.fingerprint") != self.spec.fingerprint:
+            raise StoreError(f"{where} is foreign: its fingerprint is {meta.get('impactx.fingerprint')}, "
+                             f"the store's {self.spec.fingerprint}: {remedy}")
+        if table["index"].to_pylist() != self.shard_indices(shard).tolist():
+            raise StoreError(f"{where} holds other images than its name says: {remedy}")
+        if meta.get("impactx.checksum") != _checksum(table):
+            raise StoreError(f"{where} was altered: its checksum does not fit its rows: {remedy}")
+        return table
+
+    def verify(self) -> list[str]:
+        """Read every shard; one message for each that is missing, torn, foreign or altered."""
+        problems = []
+        for shard in range(self.spec.shards):
+            try:
+                self.read_shard(shard)
+            except StoreError as error:
+                problems.append(str(error))
+        return problems
+
+    def unpack(self, cache: str | Path) -> np.ndarray:
+        """All maps as one memory-mapped, read-only float32 array (images, C, H, W), aligned by index.
+
+        The file is made once in the folder `cache`, from checked shards. Raises StoreError like `read_shard`.
+        """
+        target = Path(cache, f"maps-{self.spec.fingerprint}.npy")
+        expected = (self.spec.images, *self.spec.shape)
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            import tempfile
+
+            # A name of its own for each process: several may unpack at once, the last rename wins.
+            with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".partial-", delete=False) as handle:
+                partial = Path(handle.name)
+            try:
+                whole = np.lib.format.open_memmap(partial, "w+", np.float32, expected)
+                for shard in range(self.spec.shards):
+                    table = self.read_shard(shard)
+                    rows = table["map"].combine_chunks().flatten().to_numpy()
+                    whole[self.shard_indices(shard)] = rows.reshape(-1, *self.spec.shape)
+                whole.flush()
+                del whole
+                partial.replace(target)
+            finally:
+                partial.unlink(missing_ok=True)
+        maps = np.load(target, mmap_mode="r")
+        if maps.shape != expected:
+            raise StoreError(f"{target} has shape {maps.shape}, the store {expected}: delete it")
+        return maps
+
+
+def map_scale(maps: np.ndarray, training: np.ndarray, how: str) -> np.ndarray | float:
+    """The factor(s) by which maps are multiplied before stage 2; fitted on the training part alone.
+
+    maps: float32 (N, C, H, W); training: indices. "std": 1 / standard deviation of the training maps, a float;
+    "max_abs": float32 (N,), 1 / each map's largest absolute value; "raw": 1.0.
+    Raises StoreError where all maps are constant or a map is all zeros.
+    """
+    if how == "raw":
+        return 1.0
+    if how == "std":
+        # In blocks and in float64: the array may be larger than memory.
+        total = square = 0.0
+        for start in range(0, len(training), 1024):
+            block = np.asarray(maps[training[start:start + 1024]], np.float64)
+            total += block.sum()
+            square += np.square(block).sum()
+        count = len(training) * int(np.prod(maps.shape[1:]))
+        variance = square / count - (total / count) ** 2
+        if not variance > 0:
+            raise StoreError("all training maps are constant: there is nothing to learn from them")
+        return float(variance**-0.5)
+    largest = np.array([np.abs(m).max() for m in maps])
+    if not (largest > 0).all():
+        raise StoreError(f"the map of image {int(np.argmin(largest))} is all zeros: it has no max_abs scale")
+    return (1.0 / largest).astype(np.float32)

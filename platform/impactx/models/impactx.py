@@ -1,0 +1,120 @@
+"""IMPACTX: the frozen classifier M, the LEP, the decoder and the new classifier C (paper 3.2, 3.3, 4.3)."""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from impactx.models.classifier import Classifier, build_trunk
+from impactx.models.decoder import Decoder
+from impactx.models.seeding import seeded
+from impactx.models.weights import compare_tensors
+from impactx.settings import ImpactxSettings, ModelSettings
+
+
+class LatentExplanationPredictor(nn.Module):
+    """LEP (paper 4.3): A's architecture, all its fully connected layers replaced by one, and a sigmoid.
+
+    Preprocessed images (B, 3, *input_size) -> z (B, latent), values in (0, 1).
+    """
+
+    def __init__(self, trunk: nn.Module, num_features: int, latent: int) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.to_latent = nn.Linear(num_features, latent)
+
+    def forward(self, prepared: Tensor) -> Tensor:
+        return torch.sigmoid(self.to_latent(self.trunk(prepared)))
+
+
+class Impactx(nn.Module):
+    """x (B, 3, H, W), float, in [0, 1], native size -> C's logits (B, K) and maps (B, channels, H, W).
+
+    The maps are in scaled units, as the training targets are (setting maps.scale): multiply by the
+    checkpoint's map_scale for the attribution's own units.
+
+    a: the classifier of stage 1, whose scores are m (`m` = logits, paper 3.1) or whose penultimate features
+    are (`m` = penultimate).  It is frozen: its parameters require no gradient, and it stays in eval mode
+    whatever train() says, so its batch-norm statistics do not move either.  Gradients with respect to x run
+    through both branches, for attributions of IMPACTX itself.  lep, decoder, c: what stage 2 trains; c is one
+    linear layer on [m, z].
+    """
+
+    def __init__(self, a: Classifier, lep: LatentExplanationPredictor, decoder: Decoder, c: nn.Linear,
+                 m: Literal["logits", "penultimate"]) -> None:
+        super().__init__()
+        self.a, self.lep, self.decoder, self.c, self.m = a, lep, decoder, c, m
+        self.a.requires_grad_(False)
+        self.train(self.training)
+
+    @property
+    def num_classes(self) -> int:
+        return self.a.num_classes
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Native (height, width)."""
+        return self.a.image_size
+
+    def train(self, mode: bool = True) -> Impactx:
+        """Training or evaluation mode for LEP, decoder and C; `a` is always in evaluation mode."""
+        super().train(mode)
+        self.a.eval()
+        return self
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The parameters of LEP, decoder and C, in that order."""
+        return [p for part in (self.lep, self.decoder, self.c) for p in part.parameters()]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        prepared = self.a.preprocess(x)
+        z = self.lep(prepared)
+        return self._scores(prepared, z), self.decoder(z)
+
+    def classify(self, x: Tensor) -> Tensor:
+        """C's logits (B, K) alone, without the decoder's work."""
+        prepared = self.a.preprocess(x)
+        return self._scores(prepared, self.lep(prepared))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """z (B, latent), values in (0, 1)."""
+        return self.lep(self.a.preprocess(x))
+
+    def _scores(self, prepared: Tensor, z: Tensor) -> Tensor:
+        m = self.a.head.hidden(self.a.trunk(prepared))
+        if self.m == "logits":
+            m = self.a.head.last(m)
+        return self.c(torch.cat([m, z], dim=1))
+
+
+def build_impactx(approach: ImpactxSettings, model: ModelSettings, classifier: Classifier, *, seed: int,
+                  channels: int = 3, load_weights: bool = True) -> Impactx:
+    """IMPACTX on the CPU around a copy of a trained `classifier`, which itself is left as it is.
+
+    approach.lep_start = as_stage1: the LEP's trunk starts as A's did by model.weights: pre-trained, or random
+    from `seed` (with the seed of `build_classifier` at the very values A started from); from_stage1: at A's
+    trained trunk.  `channels` of the maps.  Equal arguments give equal weights; the global random generators
+    stay as they are.  load_weights=False: as in `build_trunk`.
+    Raises ValueError where classifier and model settings are of different architectures, and what
+    `build_trunk` raises.
+    """
+    a = copy.deepcopy(classifier).cpu()
+    if approach.lep_start == "from_stage1":
+        trunk = copy.deepcopy(a.trunk).requires_grad_(True)
+    else:
+        trunk = build_trunk(model, a.preprocess.input_size, seed=seed, load_weights=load_weights)
+        if compare_tensors(trunk.state_dict(), a.trunk.state_dict()):
+            raise ValueError(f"the classifier at hand is not of the architecture {model.architecture} that "
+                             f"its model settings ({model.name!r}) name: their tensors differ")
+    dtype = next(a.parameters()).dtype
+    with seeded(seed, "lep"):
+        lep = LatentExplanationPredictor(trunk, a.head.in_features, approach.latent).to(dtype)
+    with seeded(seed, "decoder"):
+        decoder = Decoder(approach.latent, a.image_size, channels).to(dtype)
+    width = a.num_classes if approach.m == "logits" else a.num_features
+    with seeded(seed, "c"):
+        c = nn.Linear(width + approach.latent, a.num_classes).to(dtype)
+    return Impactx(a, lep, decoder, c, approach.m)

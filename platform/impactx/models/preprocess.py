@@ -1,0 +1,52 @@
+"""The resize and the normalisation that a model carries with itself (DESIGN section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Preprocess(nn.Module):
+    """Images at native size, values in [0, 1] -> what the network wants.
+
+    Input: float (B, 3, H, W) with (H, W) = `image_size`, values in [0, 1].
+    Output: the same dtype, (B, 3, *input_size), (value - mean) / std for each channel; resized before
+    (bilinear, antialiased) where `input_size` differs from `image_size`.
+
+    Mean and std are persistent buffers: they follow .to() and .double(), and are part of a model's
+    fingerprint.  Everything is differentiable with respect to the image.
+
+    Raises ValueError (forward: of another shape; construction: a std that is not above 0) and TypeError
+    (forward: integer images, which were not divided by 255).
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, image_size: tuple[int, int], input_size: tuple[int, int],
+                 mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
+            raise ValueError(f"normalisation needs 3 means and 3 stds above 0, got {mean!r} and {std!r}")
+        self.image_size = (int(image_size[0]), int(image_size[1]))
+        self.input_size = (int(input_size[0]), int(input_size[1]))
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.get_default_dtype()).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.get_default_dtype()).view(1, 3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 4 or x.shape[1] != 3 or tuple(x.shape[2:]) != self.image_size:
+            height, width = self.image_size
+            raise ValueError(f"this model takes images of shape (B, 3, {height}, {width}), "
+                             f"got {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"this model takes float images with values in [0, 1], got {x.dtype}: "
+                            "divide by 255")
+        if self.input_size != self.image_size:
+            x = F.interpolate(x, size=self.input_size, mode="bilinear", align_corners=False, antialias=True)
+        return (x - self.mean) / self.std
+
+    def extra_repr(self) -> str:
+        return f"{self.image_size} -> {self.input_size}"

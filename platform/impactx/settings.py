@@ -1,0 +1,224 @@
+"""Every setting of an experiment: its type, its default and where the default comes from.
+
+The classes hold values and check them; they read no file and import neither torch nor ray.
+`impactx.configuration` builds them from the YAML files and the command line.  A comment
+"paper N.N" names the section of arXiv 2502.12222 that prescribes a value; "ours" marks a
+choice where the paper is silent (the reasons stand in docs/METHOD.md).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+SQLITE_DEFAULT = "mlflow.db"
+
+
+class Settings(BaseModel):
+    """Base of all settings: unknown keys are errors, instances are immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+def _expand_range(value: Any) -> Any:
+    """Turn {start, stop, step} into the list of its values, the end included if a step meets it."""
+    if not isinstance(value, dict):
+        return value
+    if set(value) != {"start", "stop", "step"} or not all(isinstance(v, (int, float)) for v in value.values()):
+        raise ValueError("a range has exactly the numbers start, stop and step")
+    start, stop, step = (float(value[key]) for key in ("start", "stop", "step"))
+    if not step > 0 or not all(map(math.isfinite, (start, stop, step))):
+        raise ValueError("the step of a range must be above 0, its ends finite")
+    count = math.floor((stop - start) / step + 1e-9) + 1
+    # Rounded to 12 digits: 0.2 + 2 * 0.2 must be 0.6, or the same point gets two fingerprints.
+    return [round(start + i * step, 12) for i in range(count)]
+
+
+def _unique(values: list) -> list:
+    if len(set(values)) != len(values):
+        raise ValueError("holds a value twice")
+    return values
+
+
+def axis(item: Any) -> Any:
+    """A grid axis: a list of distinct values, or {start, stop, step} for an arithmetic range."""
+    return Annotated[list[item], BeforeValidator(_expand_range), Field(min_length=1), BeforeValidator(
+        lambda v: _unique(v) if isinstance(v, list) and all(isinstance(i, (int, float)) for i in v) else v)]
+
+
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+LearningRate = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
+BatchSize = Annotated[int, Field(ge=1, le=65536)]
+Lambda = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class AugmentationSettings(Settings):
+    """What is drawn anew for every image and epoch; images and maps are moved together. Ours."""
+
+    flip: bool = Field(True, description="mirror left-right with probability 1/2")
+    shift: int = Field(2, ge=0, le=64, description="move by up to this many pixels each way, zeros move in")
+
+
+class DatasetSettings(Settings):
+    """Where images come from. The name is the cell's name and the default folder under data_root."""
+
+    name: str = Field(min_length=1, pattern=r"^[\w.-]+$")
+    source: Literal["auto", "torchvision", "parquet", "folder", "digits"] = Field(
+        "auto", description="auto: Parquet files in data_root/<name> where there are any, else torchvision")
+    path: str | None = Field(None, description="folder of the files; default: data_root/<name>")
+    torchvision_class: Literal["CIFAR10", "CIFAR100", "STL10"] | None = None
+    download: bool = Field(True, description="let torchvision download what is absent")
+    num_classes: int | None = Field(None, ge=2, description="checked against the labels; None: counted")
+    train_images: int | None = Field(None, ge=1, description=(
+        "size of the training split: only for --dry-run, while the data are not here yet"))
+    image_size: int | None = Field(None, ge=8, le=1024, description=(
+        "side in pixels to which every image is resized; None: all images must have one size"))
+    test_fraction: Fraction = Field(0.2, description=(
+        "share drawn (stratified, by split_seed) as test set where the source has no test split of its own"))
+    split_seed: int = Field(0, ge=0, description="seed of that draw and of subset; not the repeats' seed")
+    subset: int | None = Field(None, ge=20, description=(
+        "use only this many training images, drawn stratified by split_seed; for trials of a set-up"))
+    augmentation: AugmentationSettings = AugmentationSettings()
+
+
+class ModelSettings(Settings):
+    """The classifier A (paper 4.3): LeNet-5 or any timm model by its name."""
+
+    name: str = Field(min_length=1, pattern=r"^[\w.-]+$", description="the cell's name")
+    architecture: str = Field(min_length=1, description="lenet5, or a model name that timm knows")
+    weights: str = Field("random", min_length=1, description="random, hub, or a .pth/.safetensors file")
+    weights_match: Literal["names", "order"] = Field("names", description=(
+        "how tensors of a file are assigned: by name, or in the order of their keys (shapes must agree)"))
+    input_size: int | None = Field(None, ge=8, le=1024, description=(
+        "side to which the model itself resizes its input; None: the data set's native size"))
+    mean: tuple[float, float, float] | None = Field(None, description="None: timm's value, 0.5 for LeNet-5")
+    std: tuple[float, float, float] | None = None
+
+
+class TrainingSettings(Settings):
+    """One training loop for both stages and every approach. The paper is silent here: all ours."""
+
+    epochs: int = Field(100, ge=1, le=100_000, description="at most this many epochs")
+    patience: int = Field(8, ge=1, description="epochs without a better validation accuracy before the end")
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
+    precision: Literal["auto", "float32", "float64", "bfloat16"] = Field("auto", description=(
+        "auto: bfloat16 autocast on a GPU, float32 on a CPU"))
+    eval_batch_size: int = Field(500, ge=1)
+    compile: Literal["never", "always"] = Field("never", description="torch.compile the step")
+    keep_trial_weights: bool = Field(False, description="keep the best weights of every trial as well")
+
+
+class GridSettings(Settings):
+    """Table 1's search for A."""
+
+    learning_rate: axis(LearningRate) = _expand_range({"start": 0.0001, "stop": 0.01, "step": 0.0005})
+    batch_size: axis(BatchSize) = [16, 32, 64]
+    validation_fraction: axis(Fraction) = [0.05, 0.1, 0.2]
+    select_on: Literal["common", "own"] = Field("common", description=(
+        "common: trials are compared on the smallest validation part, which lies in all the others; "
+        "own: each on its own part, as the paper seems to do"))
+
+
+class PartitionSettings(Settings):
+    """SHAP's partition explainer (paper 4.2: 2000 evaluations; the rest ours), computed in batches."""
+
+    method: Literal["partition"] = "partition"
+    explain: Literal["logit", "probability"] = Field("logit", description="which score of the true class")
+    max_evals: int = Field(2000, ge=4)
+    batch_size: int = Field(50, ge=1, description="shap's batch_size: it changes the values (docs/METHOD.md)")
+    masker: str = Field("blur(16,16)", description="blur(k,k), or one colour for all channels in [0,1]")
+    fixed_context: Literal[0, 1] | None = None
+
+
+AttributionSettings = PartitionSettings
+
+
+class MapSettings(Settings):
+    """How the store of maps is cut and scaled."""
+
+    shard_size: int = Field(500, ge=1, description="images a Parquet file; part of the store's layout")
+    scale: Literal["std", "max_abs", "raw"] = Field("std", description=(
+        "std: divided by the training maps' standard deviation, one number a store; "
+        "max_abs: each map by its largest absolute value; raw: as they are"))
+
+
+class ImpactxSettings(Settings):
+    """IMPACTX's second stage (paper 3.3, 4.3), and with other lambdas or maps its controls."""
+
+    kind: Literal["impactx"] = "impactx"
+    lambdas: axis(Lambda) = _expand_range({"start": 0.2, "stop": 1.4, "step": 0.2})  # Table 1
+    m: Literal["logits", "penultimate"] = Field("logits", description="paper 3.1: m are the K scores")
+    latent: int = Field(512, ge=1, description="units of the LEP's last layer, paper 4.3")
+    lep_start: Literal["as_stage1", "from_stage1"] = Field("as_stage1", description=(
+        "as_stage1: the LEP starts where A started (random or pre-trained); from_stage1: at A's trained layers"))
+    learning_rate: LearningRate | None = Field(None, description="None: the one selected for A")
+    batch_size: BatchSize | None = Field(None, description="None: the one selected for A")
+
+
+ApproachSettings = ImpactxSettings
+
+
+class ClusterSettings(Settings):
+    """Where and with what the work is done: never part of a fingerprint."""
+
+    address: str | None = Field(None, description=(
+        "of a running Ray cluster; None: RAY_ADDRESS, or a local one that lives as long as the job"))
+    num_cpus: int | None = Field(None, ge=1, description="of a local cluster; None: all")
+    trial_cpus: float = Field(1, gt=0)
+    trial_gpus: float = Field(0, ge=0)
+    max_concurrent_trials: int | None = Field(None, ge=1)
+    train_workers: int = Field(1, ge=1, description="data-parallel workers of a final training (Ray Train)")
+    train_cpus: float = Field(1, gt=0, description="CPUs of one such worker")
+    use_gpu: bool = Field(False, description="final trainings on GPUs")
+    explain_cpu_actors: int | None = Field(None, ge=0, description="None: one a CPU of the cluster")
+    explain_gpu_actors: int | None = Field(None, ge=0, description="None: one a GPU of the cluster")
+    explain_memory_mb: int = Field(512, ge=64, description="working memory of one actor's mask batches")
+    threads: int = Field(1, ge=1, description="of torch in each process; results on a CPU may depend on it")
+    max_failures: int = Field(3, ge=0, description="of one trial or training before it counts as failed")
+
+
+class TrackingSettings(Settings):
+    """MLflow. The address may hold a password: give it by MLFLOW_TRACKING_URI, not here."""
+
+    enabled: bool = True
+    uri: str | None = Field(None, description="None: MLFLOW_TRACKING_URI, else sqlite in the output folder")
+    experiment: str = Field("impactx", min_length=1)
+
+
+class ExperimentSettings(Settings):
+    """One job: cells (data set x model), each with stage 1, maps, stage 2 and the final test."""
+
+    name: str = Field("full_grid", min_length=1, pattern=r"^[\w.-]+$")
+    seed: int = Field(0, ge=0, lt=2**31)
+    repeats: int = Field(5, ge=1, description="trainings of the selected configuration, each with its own seed")
+    output: str = Field("results", min_length=1, description="local folder or s3:// address of all artifacts")
+    data_root: str = Field("data", min_length=1, description="folder of the data sets")
+    cache: str | None = Field(None, description="local folder of decoded images; None: data_root/.cache, "
+                                                "or <output>/cache where that cannot be written")
+    datasets: dict[str, DatasetSettings] = Field(min_length=1)
+    models: dict[str, ModelSettings] = Field(min_length=1)
+    grid: GridSettings = GridSettings()
+    training: TrainingSettings = TrainingSettings()
+    attribution: AttributionSettings = PartitionSettings()
+    maps: MapSettings = MapSettings()
+    approaches: dict[str, ApproachSettings] = Field(default_factory=dict)
+    cluster: ClusterSettings = ClusterSettings()
+    tracking: TrackingSettings = TrackingSettings()
+
+    @field_validator("datasets", "models")
+    @classmethod
+    def _names_agree(cls, group: dict[str, Any]) -> dict[str, Any]:
+        for key, value in group.items():
+            if key != value.name:
+                raise ValueError(f"the entry {key!r} has the name {value.name!r}: they must be equal")
+        return group
+
+    @field_validator("approaches")
+    @classmethod
+    def _baseline_is_a(cls, approaches: dict[str, Any]) -> dict[str, Any]:
+        if "baseline" in approaches:
+            raise ValueError("'baseline' is A itself and always trained: choose another name for the approach")
+        return approaches

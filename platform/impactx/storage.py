@@ -1,0 +1,144 @@
+"""Whole files under one root, on a local (or shared) folder or in an S3 bucket.
+
+Everything an experiment leaves goes through `Storage`, so a file is there whole or not at all:
+locally it is written under a temporary name, synced and renamed; an S3 object appears when its
+upload is complete.  Credentials and endpoint of S3 come from the usual AWS_* variables.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+TEMPORARY = ".partial-"
+
+
+class StorageError(RuntimeError):
+    """A file could not be written or read; the message names it and says what to do."""
+
+
+class Storage:
+    """Files by their relative path under `root` (a folder, or s3://bucket/prefix). Can be pickled."""
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        text = os.fspath(root)
+        self.remote = "://" in text
+        if self.remote and not text.startswith("s3://"):
+            raise StorageError(f"storage address {text!r}: only local paths and s3:// are supported")
+        self.root = text.rstrip("/") if self.remote else str(Path(text).expanduser().absolute())
+        self._filesystem: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"root": self.root, "remote": self.remote, "_filesystem": None}
+
+    def __repr__(self) -> str:
+        return f"Storage({self.root!r})"
+
+    def uri(self, path: str = "") -> str:
+        """The full address of a file, for messages and for other programs."""
+        return f"{self.root}/{path}" if path else self.root
+
+    def _s3(self, path: str) -> tuple[Any, str]:
+        if self._filesystem is None:
+            from pyarrow import fs
+
+            options: dict[str, Any] = {}
+            endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+            if endpoint:
+                options["scheme"], _, options["endpoint_override"] = endpoint.rstrip("/").rpartition("://")
+                options["scheme"] = options["scheme"] or "https"
+            if region := os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"):
+                options["region"] = region
+            self._filesystem = fs.S3FileSystem(**options)
+        return self._filesystem, f"{self.root[len('s3://'):]}/{path}".rstrip("/")
+
+    def write(self, path: str, data: bytes) -> None:
+        """Write a file whole, replacing an older one.
+
+        Raises StorageError where the storage is full, read-only or away; nothing half is left then.
+        """
+        try:
+            if self.remote:
+                filesystem, key = self._s3(path)
+                with filesystem.open_output_stream(key) as stream:
+                    stream.write(data)
+                return
+            target = Path(self.root, path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex}-{target.name}")
+            try:
+                with open(temporary, "wb") as stream:
+                    stream.write(data)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                os.replace(temporary, target)
+            finally:
+                temporary.unlink(missing_ok=True)
+        except OSError as error:
+            reason = ("no space is left: free some, then start the same command again, finished work is kept"
+                      if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error))
+            raise StorageError(f"could not write {self.uri(path)} ({len(data)} bytes): {reason}") from error
+
+    def read(self, path: str) -> bytes:
+        """The bytes of a file. Raises FileNotFoundError where it is absent, StorageError otherwise."""
+        try:
+            if self.remote:
+                filesystem, key = self._s3(path)
+                with filesystem.open_input_file(key) as stream:
+                    return stream.read()
+            return Path(self.root, path).read_bytes()
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{self.uri(path)} does not exist") from None
+        except OSError as error:
+            raise StorageError(f"could not read {self.uri(path)}: {error}") from error
+
+    def exists(self, path: str) -> bool:
+        """True where the file is there (whole, by construction)."""
+        if self.remote:
+            filesystem, key = self._s3(path)
+            return bool(filesystem.get_file_info(key).is_file)
+        return Path(self.root, path).is_file()
+
+    def names(self, folder: str) -> list[str]:
+        """Sorted names of the files directly in a folder; empty where there is no such folder."""
+        if self.remote:
+            from pyarrow import fs
+
+            filesystem, key = self._s3(folder)
+            found = filesystem.get_file_info(fs.FileSelector(key, allow_not_found=True))
+            return sorted(info.base_name for info in found if info.is_file)
+        local = Path(self.root, folder)
+        if not local.is_dir():
+            return []
+        return sorted(p.name for p in local.iterdir() if p.is_file() and not p.name.startswith(TEMPORARY))
+
+    def delete(self, path: str) -> None:
+        """Remove a file; absent is fine."""
+        if self.remote:
+            filesystem, key = self._s3(path)
+            if filesystem.get_file_info(key).is_file:
+                filesystem.delete_file(key)
+        else:
+            Path(self.root, path).unlink(missing_ok=True)
+
+    def write_json(self, path: str, value: Any) -> None:
+        """Write plain data as readable JSON."""
+        self.write(path, (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
+
+    def read_json(self, path: str) -> Any:
+        """Plain data from JSON. Raises FileNotFoundError, or StorageError where it is not JSON."""
+        data = self.read(path)
+        try:
+            return json.loads(data)
+        except ValueError as error:
+            raise StorageError(f"{self.uri(path)} is damaged ({error}): delete it, it will be made anew") from error
+
+    def check(self) -> None:
+        """Prove before the work starts that files can be written here. Raises StorageError if not."""
+        probe = f"{TEMPORARY}{uuid.uuid4().hex}"
+        self.write(probe, b"probe")
+        self.delete(probe)

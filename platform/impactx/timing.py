@@ -1,0 +1,47 @@
+"""Progress of long work: what, how many of how many, time left."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+log = logging.getLogger("impactx")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 8.3 s, 4 min 05 s, 2 h 10 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+class Progress:
+    """Lines such as `stage 1: 3 of 12 trials, 40.1 s left: <detail>`.
+
+    before: what was done earlier, left out of the rate; every: seconds between two lines (0: each step).
+    """
+
+    def __init__(self, what: str, things: str, total: int, *, before: int = 0, every: float = 0) -> None:
+        self.what, self.things, self.total, self.every = what, things, total, every
+        self._before = self._done = before
+        self._started = time.perf_counter()
+        self._printed = float("-inf")
+
+    def step(self, detail: str = "") -> None:
+        """One more is done."""
+        self.at(self._done + 1, detail)
+
+    def at(self, done: int, detail: str = "") -> None:
+        """So many of all are done, those from before included."""
+        self._done = done
+        now = time.perf_counter()
+        if now - self._printed < self.every and done < self.total:
+            return
+        self._printed = now
+        new, elapsed = done - self._before, now - self._started
+        rate = new / elapsed if elapsed > 0 else 0.0
+        left = duration((self.total - done) / rate) if rate > 0 else "unknown time"
+        speed = f", {rate:.1f} {self.things}/s" if rate >= 1 else ""
+        log.info("%s: %d of %d %s%s, %s left%s", self.what, done, self.total, self.things, speed, left,
+                 f": {detail}" if detail else "")
