@@ -59,7 +59,8 @@ WHOLE_RUN = "the whole run"
 # What the saved view of a job shows, by the names that impactx.experiment gives them.
 VIEW_PARAMS = ["dataset", "model", "stage", "approach", "repeat", "learning_rate", "batch_size",
                "validation_fraction", "lambda"]
-VIEW_METRICS = ["best_val_accuracy", "best_epoch", "train_seconds"]
+VIEW_ONLY = "approach"  # of the runs that have this parameter: trials, final models, their tests
+VIEW_METRICS = ["best_val_accuracy", "test_accuracy", "paper_accuracy", "best_epoch", "train_seconds"]
 VIEW_AXES = ["learning_rate", "batch_size", "validation_fraction"]
 VIEW_CURVES = ["val_accuracy", "val_loss", "train_loss"]
 VIEW_PREFIX, MAX_VIEWS = "impactx-", 30
@@ -105,7 +106,9 @@ class MlflowTracker:
                 client = _client(self._uri, create=True)
                 found = client.get_experiment_by_name(self._experiment)
                 if found is None:
-                    client.create_experiment(self._experiment, artifact_location=self._artifacts)
+                    # The kind makes the pages open on trainings instead of on language models.
+                    client.create_experiment(self._experiment, artifact_location=self._artifacts,
+                                             tags={"mlflow.experimentKind": "custom_model_development"})
                 elif found.lifecycle_stage != "active":
                     raise TrackingError(
                         f"the experiment {self._experiment!r} was deleted; restore it with `mlflow "
@@ -121,8 +124,8 @@ class MlflowTracker:
         run = MlflowRun(self._writer, record, flatten(params or {}))
         if parent is None:
             self._root = key
-            view = Op(record, lambda client: save_view(client, self._writer.experiment_id(client), key), "view")
-            self._writer.submit(view)
+            self._writer.submit(Op(record, lambda client: save_view(
+                client, self._writer.experiment_id(client), key), "the saved view"))
         return run
 
     def replay(self, key: str, *, name: str, parent: str | None = None,
@@ -167,7 +170,8 @@ class MlflowTracker:
         else:
             # A password is not printed, and the shell knows where it comes from.
             shown = shlex.quote(self._uri) if redact(self._uri) == self._uri else '"$MLFLOW_TRACKING_URI"'
-            base, lines = "http://127.0.0.1:5000", [f"MLflow:     mlflow ui --backend-store-uri {shown} --port 5000"]
+            base = "http://127.0.0.1:5000"
+            lines = [f"MLflow:     mlflow ui --backend-store-uri {shown} --port 5000"]
         base = base.rstrip("/")
         try:
             runs = f"{base}/#/experiments/{self._writer.experiment_id(_client(self._uri))}/runs"
@@ -607,7 +611,7 @@ def save_view(client: Any, experiment_id: str, root_key: str) -> None:
     state = {
         "selectedColumns": [*(f"params.`{name}`" for name in VIEW_PARAMS),
                             *(f"metrics.`{name}`" for name in VIEW_METRICS), "attributes.`Duration`"],
-        "searchFilter": f"tags.`{ROOT}` = '{root_key}' and tags.`impactx.role` IN ('trial', 'model')",
+        "searchFilter": f"tags.`{ROOT}` = '{root_key}' and params.`{VIEW_ONLY}` != ''",
         "orderByKey": f"metrics.`{VIEW_METRICS[0]}`", "orderByAsc": False, "startTime": "ALL",
         "lifecycleFilter": "Active", "datasetsFilter": [], "modelVersionFilter": "All Runs",
         "runsHiddenMode": "SHOW_ALL",
@@ -615,8 +619,8 @@ def save_view(client: Any, experiment_id: str, root_key: str) -> None:
         "compareRunCharts": [
             chart | {"uuid": "impactx-parallel", "type": "PARALLEL", "selectedParams": VIEW_AXES,
                      "selectedMetrics": VIEW_METRICS[:1], "showAllRuns": True},
-            *(chart | {"uuid": f"impactx-{name}", "type": "LINE", "metricKey": name, "selectedMetricKeys": [name]}
-              for name in VIEW_CURVES)]}
+            *(chart | {"uuid": f"impactx-{name}", "type": "LINE", "metricKey": name,
+                       "selectedMetricKeys": [name]} for name in VIEW_CURVES)]}
     now, prefix = _now(), "mlflow.sharedViewState."
     tags = client.get_experiment(experiment_id).tags
     ours = sorted((key for key in tags if key.startswith(f"{prefix}{VIEW_PREFIX}")),

@@ -20,7 +20,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from mlflow import MlflowClient
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page, TimeoutError, sync_playwright
 
 
 @contextlib.contextmanager
@@ -32,9 +32,10 @@ def served(uri: str) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = subprocess.Popen([sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--port", str(port),
-                               "--workers", "1"], env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"},
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--port", str(port), "--workers", "1"],
+        env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL)
     try:
         while server.poll() is None:
             with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health"):
@@ -49,10 +50,14 @@ def shoot(page: Page, address: str, file: Path, ready: str) -> None:
     """Open an address and save what is seen a little after the text `ready` is there."""
     page.goto("about:blank")
     page.goto(address)
-    page.get_by_text(ready).first.wait_for(timeout=60_000)
-    page.wait_for_timeout(4000)  # the pages poll for ever, so there is no quiet to wait for
+    missing = ""
+    try:
+        page.get_by_text(ready).first.wait_for(timeout=30_000)
+    except TimeoutError:
+        missing = f" (WITHOUT {ready!r})"
+    page.wait_for_timeout(12_000)  # the pages poll for ever, so there is no quiet to wait for
     page.screenshot(path=str(file))
-    print(f"{file}: {address}")
+    print(f"{file}: {address}{missing}", flush=True)
 
 
 def main(uri: str, out: str, experiment: str = "impactx") -> None:
@@ -65,13 +70,15 @@ def main(uri: str, out: str, experiment: str = "impactx") -> None:
     root = newest.data.tags["impactx.root"]
     views = sorted(((key, value) for key, value in client.get_experiment(identity).tags.items()
                     if key.startswith("mlflow.sharedViewState.impactx-") and f'"job {root}"' in value))
-    trial = client.search_runs([identity], f"tags.`impactx.root` = '{root}' and tags.`impactx.role` = 'trial'",
-                               max_results=1)[0]
+    trials = f"tags.`impactx.root` = '{root}' and tags.`impactx.role` = 'trial'"
+    trial = client.search_runs([identity], trials, max_results=1)[0]
     search = quote(f"tags.`impactx.root` = '{root}'")
     with served(uri) as base, sync_playwright() as play:
         browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=[
             "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"])
-        page = browser.new_page(viewport={"width": 1600, "height": 900})
+        page = browser.new_page(viewport={"width": 1700, "height": 1000})
+        page.goto(base)
+        page.get_by_label("Close").first.click()  # the assistant's panel
         runs = f"{base}/#/experiments/{identity}/runs"
         shoot(page, runs, folder / "default.png", newest.info.run_name)
         shoot(page, f"{runs}?searchFilter={search}", folder / "all-runs.png", newest.info.run_name)

@@ -1,6 +1,8 @@
 """Data sets from real files: what is loaded, what is cached, what is refused and how that is said."""
 
+import functools
 import hashlib
+import http.server
 import io
 import json
 import os
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 from pathlib import Path
 
 import cv2
@@ -114,7 +117,8 @@ def test_the_layouts_of_the_hub(tmp_path, where, columns, struct):
                       [i % 2 for i in rows], image_column=columns[0], label_column=columns[1], struct=struct)
     data = load(tmp_path)
     assert data.class_names == ("0", "1")
-    assert np.array_equal(data.train.images[39], image(39)) and np.array_equal(data.load_test().images[0], image(40))
+    assert np.array_equal(data.train.images[39], image(39))
+    assert np.array_equal(data.load_test().images[0], image(40))
     assert where in locate(DatasetSettings(name="pets"), tmp_path)
 
 
@@ -160,7 +164,8 @@ def test_digits_are_upscaled_and_split(tmp_path):
     assert np.bincount(test.labels).min() >= 34 and data.class_names == tuple("0123456789")
     digits = load_digits()
     levels = np.rint(digits.images * 255 / 16).astype(np.uint8)
-    peers = np.stack([cv2.resize(level, (32, 32), interpolation=cv2.INTER_LINEAR) for level in levels]).astype(int)
+    peers = np.stack([cv2.resize(level, (32, 32), interpolation=cv2.INTER_LINEAR) for level in levels])
+    peers = peers.astype(int)
     for part in (data.train, test):
         for index in range(0, len(part), 97):
             shown = part.images[index].astype(int)
@@ -204,9 +209,8 @@ def test_grey_palette_and_transparent_images_become_rgb_and_it_is_said(tmp_path)
     assert (images[2][:, :5] == 0).all() and (images[2][:, 5:] == (200, 100, 50)).all()
     assert (images[4] == (255, 0, 0)).all() and np.array_equal(images[5], image(5))
     told = " | ".join(data.notes)
-    for part in ("2 train images of kind grey ", "1 train images of kind RGBA ", "1 train images of kind palette ",
-                 "1 train images of kind 16-bit grey "):
-        assert part in told
+    for count, kind in ((2, "grey"), (1, "RGBA"), (1, "palette"), (1, "16-bit grey")):
+        assert f"{count} train images of kind {kind} were converted" in told
     assert load(tmp_path).notes == data.notes  # kept with the cache
 
 
@@ -256,6 +260,20 @@ def test_the_fingerprint_follows_the_content_alone(tmp_path):
 # torchvision: its own code on archives made here, fetched through its own download -----------------------
 
 
+@pytest.fixture
+def server(tmp_path):
+    """A web server on this machine: the folder it serves, and its address."""
+    folder = tmp_path / "server"
+    folder.mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield folder, f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+        thread.join()
+
+
 def cifar_archive(folder):
     """A tiny CIFAR-10 in the form of the official archive: 2 images a batch file, labels 0..9 in turn."""
     members, number = {}, 0
@@ -265,7 +283,6 @@ def cifar_archive(folder):
                                       "labels": [(number + i) % 10 for i in range(4)]})
         number += 4
     members["batches.meta"] = pickle.dumps({"label_names": [f"class {i}" for i in range(10)]})
-    folder.mkdir()
     with tarfile.open(folder / "cifar.tar.gz", "w:gz") as archive:
         for name, content in members.items():
             entry = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
@@ -275,14 +292,15 @@ def cifar_archive(folder):
     return folder / "cifar.tar.gz", sums
 
 
-def test_torchvision_downloads_once_and_is_read(tmp_path, monkeypatch):
+def test_torchvision_downloads_once_and_is_read(tmp_path, server, monkeypatch):
     import torchvision
 
-    archive, sums = cifar_archive(tmp_path / "server")
+    archive, sums = cifar_archive(server[0])
     cifar = torchvision.datasets.CIFAR10  # the official address and checksums give way to the tiny archive's
-    monkeypatch.setattr(cifar, "url", archive.as_uri())
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(cifar, "url", f"{server[1]}/{archive.name}")
     monkeypatch.setattr(cifar, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
-    monkeypatch.setattr(cifar, "train_list", [[f"data_batch_{i}", sums[f"data_batch_{i}"]] for i in range(1, 6)])
+    monkeypatch.setattr(cifar, "train_list", [[n, sums[n]] for n in sums if n.startswith("data_batch")])
     monkeypatch.setattr(cifar, "test_list", [["test_batch", sums["test_batch"]]])
     monkeypatch.setattr(cifar, "meta", {**cifar.meta, "md5": sums["batches.meta"]})
     wanted = {"name": "cifar10", "torchvision_class": "CIFAR10"}
@@ -299,6 +317,15 @@ def test_torchvision_downloads_once_and_is_read(tmp_path, monkeypatch):
         load(tmp_path, **wanted)
 
 
+def test_a_download_that_fails_says_what_to_do(tmp_path, server, monkeypatch):
+    import torchvision
+
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", f"{server[1]}/absent.tar.gz")
+    refused(tmp_path, "CIFAR10", str(tmp_path / "torchvision" / "cifar-10-batches-py"), "data_batch_1",
+            "could not be downloaded", "404", str(tmp_path / "pets"), "`path`", torchvision_class="CIFAR10")
+
+
 def test_torchvisions_stl10_is_turned_to_channels_last(tmp_path, monkeypatch):
     import torchvision
 
@@ -308,24 +335,18 @@ def test_torchvisions_stl10_is_turned_to_channels_last(tmp_path, monkeypatch):
     pixels = np.stack([image(i, (96, 96)) for i in range(8)])
     contents = {"class_names.txt": b"bird\ncar\n", "unlabeled_X.bin": b""}
     for part, rows in (("train", slice(0, 4)), ("test", slice(4, 8))):
-        contents[f"{part}_X.bin"] = pixels[rows].transpose(0, 3, 2, 1).tobytes()  # its files are column by column
+        contents[f"{part}_X.bin"] = pixels[rows].transpose(0, 3, 2, 1).tobytes()  # column by column
         contents[f"{part}_y.bin"] = bytes([1, 2, 1, 2])
     for name, content in contents.items():
         (folder / name).write_bytes(content)
     sums = {name: hashlib.md5(content).hexdigest() for name, content in contents.items()}
-    monkeypatch.setattr(stl, "train_list", [[n, sums[n]] for n in ("train_X.bin", "train_y.bin", "unlabeled_X.bin")])
+    monkeypatch.setattr(stl, "train_list",
+                        [[n, sums[n]] for n in ("train_X.bin", "train_y.bin", "unlabeled_X.bin")])
     monkeypatch.setattr(stl, "test_list", [[n, sums[n]] for n in ("test_X.bin", "test_y.bin")])
     data = load(tmp_path, name="stl10", torchvision_class="STL10", download=False)
     assert data.class_names == ("bird", "car") and data.train.labels.tolist() == [0, 1, 0, 1]
-    assert np.array_equal(data.train.images, pixels[:4]) and np.array_equal(data.load_test().images, pixels[4:])
-
-
-def test_a_download_that_fails_says_what_to_do(tmp_path, monkeypatch):
-    import torchvision
-
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", (tmp_path / "no such server.tar.gz").as_uri())
-    refused(tmp_path, "CIFAR10", str(tmp_path / "torchvision" / "cifar-10-batches-py"), "data_batch_1",
-            "could not be downloaded", str(tmp_path / "pets"), "`path`", torchvision_class="CIFAR10")
+    assert np.array_equal(data.train.images, pixels[:4])
+    assert np.array_equal(data.load_test().images, pixels[4:])
 
 
 # The cache ----------------------------------------------------------------------------------------------
@@ -422,7 +443,7 @@ def test_a_process_killed_while_decoding_leaves_nothing_half_made(tmp_path):
 
 
 READ_ONLY = """
-import os, sys
+import mmap, os, sys
 import pyarrow.parquet, pyarrow.compute, PIL.PngImagePlugin  # while they may still be read
 from impactx.datasets import load_dataset
 from impactx.settings import DatasetSettings
@@ -438,9 +459,10 @@ def test_a_read_only_data_root_is_decoded_into_the_users_cache():
         pets(Path(root))
         os.chmod(root, 0o555)
         os.chmod(user, 0o777)
+        environment = {**os.environ, "PYTHONPATH": str(PLATFORM), "XDG_CACHE_HOME": user}
         try:
-            out = subprocess.run([sys.executable, "-c", READ_ONLY, root], text=True, check=True, capture_output=True,
-                                 env={**os.environ, "PYTHONPATH": str(PLATFORM), "XDG_CACHE_HOME": user}).stdout
+            out = subprocess.run([sys.executable, "-c", READ_ONLY, root], text=True, check=True,
+                                 stdout=subprocess.PIPE, env=environment).stdout
         finally:
             os.chmod(root, 0o755)
         folder = re.search("FOLDER (.*) 12", out)[1]
@@ -454,13 +476,34 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path):
         load(tmp_path, cache=tmp_path / "a file")
 
 
+NO_SPACE = """
+import resource, sys
+from impactx.datasets import DataError, load_dataset
+from impactx.settings import DatasetSettings
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))  # a longer file fails in the middle
+try:
+    load_dataset(DatasetSettings(name="pets"), sys.argv[1], cache=sys.argv[2])
+except DataError as error:
+    print("REFUSED", error)
+"""
+
+
+def test_a_file_system_that_is_full_is_named_and_nothing_is_left(tmp_path):
+    pets(tmp_path)  # 60 images of 360 bytes
+    cache = tmp_path / "cache"
+    out = subprocess.run([sys.executable, "-c", NO_SPACE, str(tmp_path), str(cache)], text=True, check=True,
+                         stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(PLATFORM)}).stdout
+    assert f"REFUSED cannot write the decoded images to {cache}" in out and "set `cache`" in out
+    assert [p.name for p in cache.iterdir() if p.is_dir()] == []
+
+
 # Bad input ----------------------------------------------------------------------------------------------
 
 
 def test_an_absent_data_set_says_what_was_looked_for_and_how_to_provide_it(tmp_path):
     for settings in ({}, {"source": "parquet"}, {"source": "folder"}):
-        refused(tmp_path, "'pets' was not found", str(tmp_path / "pets"), "does not exist", "`path`", "`data_root`",
-                **settings)
+        refused(tmp_path, "'pets' was not found", str(tmp_path / "pets"), "does not exist", "`path`",
+                "`data_root`", **settings)
         with pytest.raises(DataError, match="was not found"):
             locate(DatasetSettings(name="pets", **settings), tmp_path)
     refused(tmp_path, "CIFAR10", "data_batch_1", "`download` is false", str(tmp_path / "pets"),
@@ -478,7 +521,8 @@ def test_auto_prefers_parquet_then_folders_then_torchvision(tmp_path):
     assert locate(wanted, tmp_path).startswith("class folders in")
     pets(tmp_path)
     assert locate(wanted, tmp_path) == f"Parquet files in {tmp_path / 'pets'} (2 train, 1 test)"
-    assert "class folders" in locate(DatasetSettings(name="x", source="folder", path=str(tmp_path / "pets")), "/")
+    by_path = DatasetSettings(name="x", source="folder", path=str(tmp_path / "pets"))
+    assert "class folders" in locate(by_path, "/")
     assert not (tmp_path / ".cache").exists()
 
 
@@ -501,6 +545,7 @@ def test_missing_truncated_and_foreign_parquet_files_are_named(tmp_path):
 ROWS = range(24)
 CELLS = [encode(image(i)) for i in ROWS]
 LABELS = [i % 3 for i in ROWS]
+FLOAT_IMAGE = encode(Image.fromarray(np.ones((12, 10), np.float32)), kind="TIFF")
 
 
 @pytest.mark.parametrize("cells, labels, options, words", [
@@ -521,8 +566,7 @@ LABELS = [i % 3 for i in ROWS]
     ([*CELLS[:11], None, *CELLS[12:]], LABELS, {}, ["row 11", "no bytes"]),
     ([*CELLS[:11], encode(image(1, (12, 11))), *CELLS[12:]], LABELS, {},
      ["row 11 has 12x11 pixels", "has 12x10", "image_size"]),
-    ([*CELLS[:11], encode(Image.fromarray(np.ones((12, 10), np.float32)), kind="TIFF"), *CELLS[12:]], LABELS, {},
-     ["row 11", "pixel mode F"]),
+    ([*CELLS[:11], FLOAT_IMAGE, *CELLS[12:]], LABELS, {}, ["row 11", "pixel mode F"]),
     ([], pa.array([], pa.int64()), {}, ["holds no image"]),
 ])
 def test_bad_rows_are_named(tmp_path, cells, labels, options, words):
@@ -532,7 +576,8 @@ def test_bad_rows_are_named(tmp_path, cells, labels, options, words):
 
 def test_a_wrong_type_of_image_column_is_named(tmp_path):
     (tmp_path / "pets").mkdir()
-    pq.write_table(pa.table({"img": [[1, 2]] * 4, "label": [0, 0, 1, 1]}), tmp_path / "pets" / "train.parquet")
+    table = pa.table({"img": [[1, 2]] * 4, "label": [0, 0, 1, 1]})
+    pq.write_table(table, tmp_path / "pets" / "train.parquet")
     refused(tmp_path, "'img'", "list<", "expected encoded images")
 
 

@@ -79,7 +79,8 @@ def test_lenet5_computes_what_the_description_says():
     assert torch.equal(both[0], model(x)) and torch.equal(both[1], model.penultimate(x))
 
 
-@pytest.mark.parametrize("size, features", [((28, 28), 256), ((96, 96), 7056), ((16, 16), 16), ((32, 48), 720)])
+@pytest.mark.parametrize("size, features", [
+    ((28, 28), 256), ((96, 96), 7056), ((16, 16), 16), ((32, 48), 720)])
 def test_lenet5_takes_other_sizes(size, features):
     model = build_classifier(LENET, 4, size, seed=0)
     assert model.head.in_features == features
@@ -137,7 +138,8 @@ def test_a_std_of_zero_is_refused():
 @pytest.mark.parametrize("architecture, features, mean", [
     ("mobilenetv1_100", 1024, 0.5), ("tf_efficientnet_b2.ns_jft_in1k", 1408, 0.485)])
 def test_timm_models_of_the_paper(architecture, features, mean, size):
-    model = build_classifier(ModelSettings(name="m", architecture=architecture), 10, (size, size), seed=0).eval()
+    settings = ModelSettings(name="m", architecture=architecture)
+    model = build_classifier(settings, 10, (size, size), seed=0).eval()
     assert model.num_features == model.head.in_features == features and model.num_classes == 10
     assert model.preprocess.mean.flatten()[0].item() == pytest.approx(mean)  # timm's own for these weights
     x = images(2, (size, size))
@@ -169,7 +171,8 @@ def test_unknown_architecture_names_close_ones(name, close):
 
 def test_a_size_the_architecture_cannot_take_is_said():
     settings = ModelSettings(name="vit", architecture="vit_tiny_patch16_224")
-    with pytest.raises(ValueError, match=r"(?s)vit_tiny_patch16_224 cannot take images of 32x32.*input_size.*224"):
+    with pytest.raises(ValueError, match=r"(?s)vit_tiny_patch16_224 cannot take images of 32x32.*"
+                                         r"input_size.*224"):
         build_classifier(settings, 10, (32, 32), seed=0)
 
 
@@ -338,7 +341,8 @@ def test_lep_start():
     trained = weights_fingerprint(classifier.trunk)
     as_stage1 = impactx(SMALL, classifier=classifier, seed=1)
     assert weights_fingerprint(as_stage1.lep.trunk) == start  # the seed of build_classifier: where A started
-    assert weights_fingerprint(impactx(SMALL, classifier=classifier, seed=2).lep.trunk) not in (start, trained)
+    another = impactx(SMALL, classifier=classifier, seed=2)
+    assert weights_fingerprint(another.lep.trunk) not in (start, trained)
     copied = impactx(SMALL, classifier=classifier, lep_start="from_stage1", seed=2)
     assert weights_fingerprint(copied.lep.trunk) == trained
     assert all(p.requires_grad for p in copied.lep.parameters())
@@ -363,7 +367,8 @@ def test_a_seed_decides_the_weights_and_nothing_else_is_touched(model):
     assert weights_fingerprint(impactx(model, seed=7)) == weights_fingerprint(first)
     other = impactx(model, seed=8)
     for part in ("lep.trunk", "lep.to_latent", "decoder", "c"):
-        assert weights_fingerprint(other.get_submodule(part)) != weights_fingerprint(first.get_submodule(part))
+        ours, theirs = (weights_fingerprint(net.get_submodule(part)) for net in (first, other))
+        assert ours != theirs, part
     assert weights_fingerprint(build_classifier(model, 10, (32, 32), seed=0)) != weights_fingerprint(
         build_classifier(model, 10, (32, 32), seed=1))
 
@@ -372,12 +377,14 @@ def test_parts_have_streams_of_their_own():
     """Another number of classes or another m changes C only: comparisons stay paired."""
     base, changed = impactx(), impactx(m="penultimate")
     for part in ("lep", "decoder"):
-        assert weights_fingerprint(base.get_submodule(part)) == weights_fingerprint(changed.get_submodule(part))
+        ours, theirs = (weights_fingerprint(net.get_submodule(part)) for net in (base, changed))
+        assert ours == theirs, part
     trunks = [weights_fingerprint(build_classifier(LENET, k, (32, 32), seed=0).trunk) for k in (10, 100)]
     assert trunks[0] == trunks[1]
 
 
-@pytest.mark.parametrize("model", [LENET, SMALL.model_copy(update={"input_size": 48})], ids=lambda m: m.name)
+@pytest.mark.parametrize("model", [LENET, SMALL.model_copy(update={"input_size": 48})],
+                         ids=lambda m: m.name)
 def test_float64(model):
     net = impactx(model).eval()
     twin = copy.deepcopy(net).double()

@@ -7,7 +7,9 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
+import impactx
 from impactx.settings import ClusterSettings
 
 log = logging.getLogger("impactx")
@@ -32,15 +34,19 @@ def connected(settings: ClusterSettings) -> Iterator[dict[str, float]]:
 
     address = settings.address or os.environ.get("RAY_ADDRESS")
     # Threads are torch's and ours to set: Ray would otherwise set OMP_NUM_THREADS by the CPUs of a task.
-    runtime_env = {"env_vars": {"OMP_NUM_THREADS": str(settings.threads), "RAY_TRAIN_V2_ENABLED": "1"}}
+    variables = {"OMP_NUM_THREADS": str(settings.threads), "RAY_TRAIN_V2_ENABLED": "1"}
+    package = Path(impactx.__file__).resolve().parent
     try:
         if address:
+            # The package travels with the job, so every worker runs the driver's code, installed or not.
+            runtime_env = {"env_vars": variables, "py_modules": [str(package)]}
             ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.WARNING)
         else:
             # Loopback and for this process alone: no dashboard, no token. A running cluster is asked for by name.
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+            variables["PYTHONPATH"] = os.pathsep.join(filter(None, (str(package.parent), os.environ.get("PYTHONPATH"))))
             ray.init(num_cpus=settings.num_cpus, include_dashboard=False, log_to_driver=False, address="local",
-                     runtime_env=runtime_env, logging_level=logging.WARNING, object_store_memory=256 * 2**20,
+                     runtime_env={"env_vars": variables}, logging_level=logging.WARNING, object_store_memory=256 * 2**20,
                      _temp_dir=_short_temporary())
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(f"no Ray cluster at {address or 'this machine'}: {error}") from error

@@ -1,7 +1,7 @@
 """Training batches from tensors on the device: no loader processes, no copies from the host.
 
 Images stay uint8 (N, H, W, 3) on the device and become float (B, 3, H, W) in [0, 1] a batch at a
-time; maps (N, C, H, W) lie beside them and are moved as their image is.  Order and augmentation of an
+time; their maps lie beside them and are moved as the image is.  Order and augmentation of an
 epoch are drawn from (seed, epoch) for all images at once, so they depend neither on the number of
 workers nor on where a training was interrupted.
 """
@@ -45,17 +45,21 @@ def draws(seed: int, epoch: int, count: int, shift: int) -> tuple[Tensor, Tensor
 
 
 def move(planes: Tensor, shift: int, dy: Tensor, dx: Tensor, flip: Tensor | None) -> Tensor:
-    """Shift each (C, H, W) block of planes (B, C, H, W) by (dy - shift, dx - shift), then mirror it.
+    """Shift each (H, W, C) block of planes (B, H, W, C) by (shift - dy, shift - dx) pixels, then mirror it.
 
     Zeros move in. dy, dx: int64 (B,) in [0, 2*shift]; flip: bool (B,) or None. dtype is kept.
     """
-    height, width = planes.shape[-2:]
     if shift:
-        padded = torch.nn.functional.pad(planes, (shift, shift, shift, shift))
-        windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, C, 2s+1, 2s+1, H, W), a view
-        planes = windows[torch.arange(len(planes), device=planes.device), :, dy, dx]
+        count, height, width, channels = planes.shape
+        padded = torch.nn.functional.pad(planes, (0, 0, shift, shift, shift, shift))
+        row = (width + 2 * shift) * channels
+        # Every window of every image as a view, whole rows in one piece; the indexing below copies one of each.
+        windows = padded.as_strided((count, 2 * shift + 1, 2 * shift + 1, height, width * channels),
+                                    ((height + 2 * shift) * row, row, channels, row, 1))
+        chosen = windows[torch.arange(count, device=planes.device), dy, dx]
+        planes = chosen.view(count, height, width, channels)
     if flip is not None:
-        planes = torch.where(flip[:, None, None, None], planes.flip(-1), planes)
+        planes = torch.where(flip[:, None, None, None], planes.flip(2), planes)
     return planes
 
 
@@ -72,13 +76,11 @@ class DeviceData:
                  scale: float | np.ndarray = 1.0, dtype: torch.dtype = torch.float32) -> None:
         self.device, self.dtype = torch.device(device), dtype
         self.indices = np.asarray(indices, dtype=np.int64)
-        # Channels first once and for all: the transposition would otherwise be paid for every batch.
-        self.images = torch.from_numpy(
-            np.ascontiguousarray(images[self.indices].transpose(0, 3, 1, 2))).to(self.device)
+        self.images = torch.from_numpy(np.ascontiguousarray(images[self.indices])).to(self.device)
         self.labels = torch.from_numpy(np.asarray(labels)[self.indices].astype(np.int64)).to(self.device)
         self.maps = None
         if maps is not None:
-            chosen = torch.from_numpy(np.ascontiguousarray(maps[self.indices]))
+            chosen = torch.from_numpy(np.ascontiguousarray(maps[self.indices].transpose(0, 2, 3, 1)))
             factor = torch.as_tensor(scale if np.ndim(scale) == 0 else np.asarray(scale)[self.indices])
             self.maps = (chosen * factor.reshape(-1, *[1] * (3 if factor.ndim else 0)).to(chosen.dtype)
                          ).to(self.device, dtype)
@@ -96,7 +98,9 @@ class DeviceData:
             images = move(images, *chosen)
             maps = move(maps, *chosen) if maps is not None else None
         weights = torch.full((len(rows),), weight, dtype=self.dtype, device=self.device)
-        return Batch(images.to(self.dtype).div_(255), self.labels[rows], maps, weights, total)
+        # NHWC seen as NCHW is torch's channels_last format: the fastest for convolutions, and nothing is copied.
+        return Batch(images.to(self.dtype).div_(255).permute(0, 3, 1, 2), self.labels[rows],
+                     maps.permute(0, 3, 1, 2) if maps is not None else None, weights, total)
 
     def training(self, *, seed: int, epoch: int, batch_size: int, augmentation: AugmentationSettings,
                  rank: int = 0, world_size: int = 1) -> Iterator[Batch]:

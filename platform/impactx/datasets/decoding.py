@@ -18,7 +18,7 @@ from .errors import DataError
 Raw = bytes | Path | np.ndarray
 """An image as a source hands it over: encoded bytes, a file, or uint8 of shape (H, W, 3)."""
 
-BLOCK = 64  # images decoded by one task
+BLOCK = 32  # images decoded by one task
 THREADS = 8  # at most
 
 _NAMES = {"1": "grey", "L": "grey", "LA": "grey with alpha", "La": "grey with alpha", "P": "palette",
@@ -75,7 +75,7 @@ def decode_blocks(raws: Iterable[Raw], where: Callable[[int], str], size: int | 
     """Decode many images in their order; yields lists of uint8 (H, W, 3), at most BLOCK each.
 
     where(position) names the image at that position in an error; `kinds` counts what was converted.
-    No more than 2 blocks a thread are in memory. Raises DataError for the first bad image.
+    No more blocks than threads + 1 are in memory. Raises DataError for the first bad image.
     """
     threads = min(THREADS, _cpus())
     raws = iter(raws)
@@ -100,7 +100,7 @@ def decode_blocks(raws: Iterable[Raw], where: Callable[[int], str], size: int | 
                     start += len(block)
                 if not waiting:
                     return
-                if not block or len(waiting) > 2 * threads:
+                if not block or len(waiting) > threads:
                     done = waiting.popleft().result()
                     kinds.update(kind for _, kind in done if kind)
                     yield [image for image, _ in done]

@@ -74,7 +74,7 @@ class Tracker(Protocol):
     """Where runs are kept. It can be pickled: it travels into the workers."""
 
     def prepare(self) -> None:
-        """Create what is needed, once, in the driver. Raises TrackingError when the tracker cannot be used."""
+        """Create what is needed, once, in the driver. Raises TrackingError when that fails."""
 
     def run(self, key: str, *, name: str, parent: str | None = None, params: Mapping[str, Any] | None = None,
             tags: Mapping[str, Any] | None = None) -> Run:

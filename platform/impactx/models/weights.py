@@ -36,7 +36,7 @@ class Misfit:
     def __str__(self) -> str:
         parts = [f"  {self.counts}"] if self.counts else []
         for title, lines in (("missing", self.missing), ("unexpected", self.unexpected),
-                             ("of another shape", self.shapes)):
+                             ("not matching", self.shapes)):
             if lines:
                 more = f", and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
                 parts.append(f"  {len(lines)} {title}: {'; '.join(lines[:SHOWN])}{more}")

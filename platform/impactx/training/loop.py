@@ -146,6 +146,7 @@ def fit(model: nn.Module, loss: Loss, data: TrainingData, training: TrainingSett
     torch process group must exist. A loss that is not finite ends the training with diverged = True.
     """
     device = data.train.device
+    model.to(memory_format=torch.channels_last)  # as the batches are: 1.4 times faster on a CPU (docs/LOG.md)
     optimizer = _optimizer([p for p in model.parameters() if p.requires_grad], training, learning_rate)
     result = FitResult()
     if load is not None and (stored := load()) is not None:

@@ -22,7 +22,7 @@ from .base import Part, Source, file_identity
 
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "fine_label", "labels")
-ROWS = 256  # read at a time
+ROWS = 64  # read at a time
 
 _SHARD = re.compile(r"(?P<split>.+?)(?:-(?P<index>\d+)-of-(?P<count>\d+))?\.parquet")
 
@@ -209,8 +209,9 @@ def _check_types(schema: Any, image: str, label: str, file: Path) -> None:
     if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
         raise DataError(f"column {image!r} of {file} holds {found}, expected encoded images as bytes or as "
                         "a struct {bytes, path}")
-    if not pa.types.is_integer(schema.field(label).type):
-        raise DataError(f"column {label!r} of {file} holds {schema.field(label).type}, expected integers 0..K-1")
+    found = schema.field(label).type
+    if not pa.types.is_integer(found):
+        raise DataError(f"column {label!r} of {file} holds {found}, expected integers 0..K-1")
 
 
 def _bytes_of(column: Any) -> Any:
