@@ -66,7 +66,7 @@ class DatasetSettings(Settings):
 
     name: str = Field(min_length=1, pattern=r"^[\w.-]+$")
     source: Literal["auto", "torchvision", "parquet", "folder", "digits"] = Field(
-        "auto", description="auto: Parquet files in data_root/<name> where there are any, else torchvision")
+        "auto", description="auto: Parquet files in the folder where there are any, else class folders of images, else torchvision")
     path: str | None = Field(None, description="folder of the files; default: data_root/<name>")
     torchvision_class: Literal["CIFAR10", "CIFAR100", "STL10"] | None = None
     download: bool = Field(True, description="let torchvision download what is absent")
@@ -196,8 +196,9 @@ class ExperimentSettings(Settings):
     repeats: int = Field(5, ge=1, description="trainings of the selected configuration, each with its own seed")
     output: str = Field("results", min_length=1, description="local folder or s3:// address of all artifacts")
     data_root: str = Field("data", min_length=1, description="folder of the data sets")
-    cache: str | None = Field(None, description="local folder of decoded images; None: data_root/.cache, "
-                                                "or <output>/cache where that cannot be written")
+    cache: str | None = Field(None, description=(
+        "local folder of decoded images and unpacked maps, on every node; None: data_root/.cache, or the user's "
+        "cache folder where that cannot be written"))
     datasets: dict[str, DatasetSettings] = Field(min_length=1)
     models: dict[str, ModelSettings] = Field(min_length=1)
     grid: GridSettings = GridSettings()

@@ -20,9 +20,10 @@ class Progress:
     """Lines such as `stage 1: 3 of 12 trials, 40.1 s left: <detail>`.
 
     before: what was done earlier, left out of the rate; every: seconds between two lines (0: each step).
+    Make it when the work starts: the rate is counted from there.
     """
 
-    def __init__(self, what: str, things: str, total: int, *, before: int = 0, every: float = 0) -> None:
+    def __init__(self, what: str, things: str, total: int = 0, *, before: int = 0, every: float = 0) -> None:
         self.what, self.things, self.total, self.every = what, things, total, every
         self._before = self._done = before
         self._started = time.perf_counter()
@@ -32,9 +33,11 @@ class Progress:
         """One more is done."""
         self.at(self._done + 1, detail)
 
-    def at(self, done: int, detail: str = "") -> None:
-        """So many of all are done, those from before included."""
+    def at(self, done: int, detail: str = "", *, before: int | None = None, total: int | None = None) -> None:
+        """So many of all are done, those from before included. before, total: where they are known only now."""
         self._done = done
+        self._before = self._before if before is None else before
+        self.total = self.total if total is None else total
         now = time.perf_counter()
         if now - self._printed < self.every and done < self.total:
             return

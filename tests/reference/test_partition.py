@@ -243,7 +243,7 @@ SAMPLE = [
     Case("small", SMALL, max_evals=10**6, outputs="all", batch_size=2000, fixed_context=0),
     Case("small", TINY, max_evals=10**6, fixed_context=1),
     Case("small", TINY, max_evals=500, outputs="all", batch_size=10),
-    Case("small", (3, 96, 96), max_evals=500, images=1),
+    Case("small", (3, 96, 96), max_evals=500, masker="blur(64,64)", images=1),
     Case("small", (3, 20, 33), max_evals=1000, masker=0.5, images=2),
     Case("small", (1, 28, 40), max_evals=500, masker="blur(7,4)", images=2),
     Case("timm", (3, 32, 32), max_evals=500, images=2),
@@ -260,7 +260,7 @@ CROSS += [
     for masker in ("blur(16,16)", 0.5)
 ]
 CROSS += [
-    Case("small", (channels, 96, 96), outputs, max_evals, 50, fixed_context, images=2)
+    Case("small", (channels, 96, 96), outputs, max_evals, 50, fixed_context, "blur(64,64)", 2)
     for channels in (1, 3) for outputs in ("one", "all") for max_evals in (500, 2000) for fixed_context in (None, 0)
 ]
 CROSS += [

@@ -20,9 +20,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
+
 from impactx.datasets import DataError, load_dataset, locate
 from impactx.settings import DatasetSettings
-from PIL import Image
 
 PLATFORM = Path(__file__).resolve().parents[2] / "platform"
 

@@ -4,6 +4,7 @@ import hashlib
 
 import numpy as np
 import pytest
+
 from impactx.datasets import DataError, make_split, stratified_draw
 
 

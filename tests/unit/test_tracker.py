@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from impactx.experiment.tracker import (
     ContextRun,
     NoRun,
@@ -20,10 +21,11 @@ from impactx.settings import GridSettings
 
 
 def test_flatten_is_complete_and_dotted():
-    assert flatten({"a": {"b": {"c": 1}}, "lr": 1e-4, "none": None, "on": True, "list": [0.2, 0.4], "empty": {},
-                    "no": [], "path": Path("x/y"), "objects": [{"k": 1}, [2, 3]], 5: "five"}) == {
-        "a.b.c": "1", "lr": "0.0001", "none": "None", "on": "True", "list": "[0.2, 0.4]", "empty": "{}", "no": "[]",
-        "path": "x/y", "objects.0.k": "1", "objects.1": "[2, 3]", "5": "five"}
+    nested = {"a": {"b": {"c": 1}}, "lr": 1e-4, "none": None, "on": True, "list": [0.2, 0.4], "empty": {},
+              "no": [], "path": Path("x/y"), "objects": [{"k": 1}, [2, 3]], 5: "five"}
+    assert flatten(nested) == {
+        "a.b.c": "1", "lr": "0.0001", "none": "None", "on": "True", "list": "[0.2, 0.4]", "empty": "{}",
+        "no": "[]", "path": "x/y", "objects.0.k": "1", "objects.1": "[2, 3]", "5": "five"}
 
 
 def test_flatten_takes_settings_as_they_are():

@@ -32,6 +32,9 @@ def connected(settings: ClusterSettings) -> Iterator[dict[str, float]]:
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     import ray
 
+    # Trials report to the output and to MLflow; Tune's own files, which this warns of, are not written.
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     address = settings.address or os.environ.get("RAY_ADDRESS")
     # Threads are torch's and ours to set: Ray would otherwise set OMP_NUM_THREADS by the CPUs of a task.
     variables = {"OMP_NUM_THREADS": str(settings.threads), "RAY_TRAIN_V2_ENABLED": "1"}

@@ -28,16 +28,25 @@ log = logging.getLogger("impactx")
 class ShardQueue:
     """Which shard is whose. Lives in the cluster as long as the pool does."""
 
-    def __init__(self, shards: list[int]) -> None:
+    def __init__(self, shards: list[int], max_failures: int) -> None:
         self._waiting = list(reversed(shards))
+        self._max_failures = max_failures
         self._of_ticket: dict[str, int] = {}
+        self._tries: dict[str, int] = {}
         self._taken: dict[int, tuple[float, int]] = {}  # shard -> (when it was last taken, how often)
         self._seconds: list[float] = []
         self.maps = 0
 
     def take(self, ticket: str) -> int | None:
-        """The shard of this ticket; None where nothing is left to do for it."""
+        """The shard of this ticket; None where nothing is left to do for it.
+
+        Ray restarts dead actors without end: a shard that kills its worker each time is given up here, by name.
+        """
         if ticket in self._of_ticket and self._of_ticket[ticket] in self._taken:
+            self._tries[ticket] = self._tries.get(ticket, 0) + 1
+            if self._tries[ticket] > self._max_failures:
+                raise RuntimeError(f"shard {self._of_ticket[ticket]}: its worker died {self._tries[ticket]} times "
+                                   "(out of memory? cluster.explain_memory_mb bounds an actor's batches)")
             return self._of_ticket[ticket]
         shard = self._waiting.pop() if self._waiting else self._late()
         if shard is not None:
@@ -93,12 +102,12 @@ def explain_on_pool(unit: Unit, place: Workplace, settings: ClusterSettings, on_
     gpus = settings.explain_gpu_actors if settings.explain_gpu_actors is not None else int(resources.get("GPU", 0))
     if cpus + gpus == 0:
         raise ValueError("cluster.explain_cpu_actors and explain_gpu_actors are both 0: nobody would make maps")
-    queue = ShardQueue.remote(missing)  # type: ignore[attr-defined]
+    queue = ShardQueue.remote(missing, settings.max_failures)  # type: ignore[attr-defined]
     errors: list[BaseException] = []
 
     def pool(kind: str, actors: int, resource: dict[str, float]) -> None:
         try:
-            _pool(unit, place, queue, kind, min(actors, len(missing)), len(missing), resource, settings.max_failures)
+            _pool(unit, place, queue, kind, min(actors, len(missing)), len(missing), resource)
         except BaseException as error:  # noqa: BLE001 - handed to the caller's thread
             errors.append(error)
 
@@ -122,7 +131,7 @@ def explain_on_pool(unit: Unit, place: Workplace, settings: ClusterSettings, on_
 
 
 def _pool(unit: Unit, place: Workplace, queue: Any, device: str, actors: int, tickets: int,
-          resource: dict[str, float], max_failures: int) -> None:
+          resource: dict[str, float]) -> None:
     from ray.data import ActorPoolStrategy, DataContext
     from ray.data import from_items as dataset_from_items
 
@@ -133,5 +142,4 @@ def _pool(unit: Unit, place: Workplace, queue: Any, device: str, actors: int, ti
     rows = [{"ticket": f"{device}-{k}"} for k in range(tickets + actors)]
     dataset_from_items(rows, override_num_blocks=len(rows)).map_batches(
         Explainer, fn_constructor_args=(unit, place, queue, device), batch_size=1,
-        compute=ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1),
-        max_restarts=max_failures, max_task_retries=max_failures, **resource).materialize()
+        compute=ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1), **resource).materialize()

@@ -36,6 +36,12 @@ def workplace(settings: ExperimentSettings) -> Workplace:
                      settings.cluster.threads, settings.cluster.explain_memory_mb * 2**20)
 
 
+def _absolute(settings: ExperimentSettings) -> list[DatasetSettings]:
+    """The data sets with absolute paths: workers do not run in the driver's folder."""
+    return [d.model_copy(update={"path": str(Path(d.path).expanduser().absolute())}) if d.path else d
+            for d in settings.datasets.values()]
+
+
 def _weights_file(model: ModelSettings) -> str | None:
     if model.weights in ("random", "hub"):
         return None
@@ -51,7 +57,7 @@ def prepare(settings: ExperimentSettings) -> Prepared:
     place = workplace(settings)
     place.artifacts.storage.check()
     cells = []
-    for dataset in settings.datasets.values():
+    for dataset in _absolute(settings):
         data = load_dataset(dataset, place.data_root, place.cache, progress=log.info)
         for note in data.notes:
             log.info("%s: %s", dataset.name, note)
@@ -88,7 +94,7 @@ def dry_run(settings: ExperimentSettings) -> str:
     """What would run, cell by cell, and what of it exists already. Starts nothing, downloads nothing."""
     place = workplace(settings)
     artifacts, lines, totals = place.artifacts, [], [0, 0, 0, 0]
-    for dataset in settings.datasets.values():
+    for dataset in _absolute(settings):
         facts, where = _facts_if_here(dataset, place)
         images = facts.train_images if facts else dataset.train_images
         lines.append(f"{dataset.name}: {where}" + (f"; {images} training images" if images else ""))

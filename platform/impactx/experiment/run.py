@@ -13,7 +13,7 @@ from typing import Any
 
 from impactx.experiment.executor import Executor, Task, final_metrics
 from impactx.experiment.paper import paper_accuracy
-from impactx.experiment.plan import BASELINE, Cell, Configuration, select
+from impactx.experiment.plan import Cell, Configuration, select
 from impactx.experiment.results import Row, results_csv, summarise
 from impactx.experiment.tracker import Run, Tracker
 from impactx.experiment.units import Artifacts, Unit, fingerprint
@@ -128,12 +128,10 @@ class CellRun:
         return chosen, result
 
     def _explain(self, unit: Unit) -> dict[str, Any]:
-        progress: list[Progress] = []
+        progress = Progress(f"  {unit.name}", "maps", every=10)
 
         def on_shards(done: int, before: int, total: int) -> None:
-            if not progress:
-                progress.append(Progress(f"  {unit.name}", "maps", total, before=before, every=10))
-            progress[0].at(before + done)
+            progress.at(before + done, before=before, total=total)
 
         result = self._do(unit, lambda task: self.job.executor.explain(task, on_shards))
         self.job.map_folders.append(result["folder"])

@@ -70,9 +70,9 @@ class Workplace:
         """The model that another unit left (see models.load_checkpoint)."""
         return load_checkpoint(self.artifacts.storage.read(f"{folder}/{CHECKPOINT}"))
 
-    def map_array(self, store: MapStore) -> np.ndarray:
-        """The maps of a complete store, memory-mapped from this node's cache."""
-        return store.unpack(self.cache or Path(self.data_root, ".cache", "maps"))
+    def map_array(self, store: MapStore, data: Dataset) -> np.ndarray:
+        """The maps of a complete store, memory-mapped; unpacked once a node, beside the decoded images."""
+        return store.unpack(Path(data.folder).parent / "maps")
 
 
 @lru_cache(maxsize=4)
@@ -119,7 +119,7 @@ def train_unit(unit: Unit, place: Workplace, *, device: torch.device | str = "cp
         if (found := weights_fingerprint(loaded.model)) != recipe["weights"]:
             raise WorkError(f"{unit.name}: the checkpoint in {inputs['checkpoint']} has weights {found}, "
                             f"the plan's are {recipe['weights']}: another classifier made the maps")
-        maps = place.map_array(MapStore.open(artifacts.storage, inputs["maps"]))
+        maps = place.map_array(MapStore.open(artifacts.storage, inputs["maps"]), data)
         scale = map_scale(maps, split.train, inputs["scale"])
         model = build_impactx(approach, model_settings, loaded.model, seed=recipe["seed"])
         loss = impactx_loss(recipe["lambda"])
@@ -202,7 +202,7 @@ def finish_maps(unit: Unit, place: Workplace, seconds: float) -> dict[str, Any]:
     if missing := store.missing():
         raise WorkError(f"{unit.name}: {len(missing)} of {store.spec.shards} shards are missing in "
                         f"{place.artifacts.storage.uri(unit.folder)}: start the same command again")
-    maps = place.map_array(store)
+    maps = place.map_array(store, place.dataset(unit.inputs["dataset"]))
     sample = np.asarray(maps[:: max(1, len(maps) // 1000)], np.float64)
     result = {"images": store.spec.images, "shards": store.spec.shards, "shape": list(store.spec.shape),
               "folder": place.artifacts.storage.uri(unit.folder), "seconds": seconds,
