@@ -53,7 +53,8 @@ settings (training.epochs=20, grid.batch_size=[32,64], approaches.impactx.lambda
   cluster.*         address, trial_cpus, trial_gpus, train_workers, use_gpu, explain_cpu_actors, threads
   tracking.*        enabled, uri (default: MLFLOW_TRACKING_URI, else sqlite in the output folder), experiment
 All of them, with defaults and meaning: docs/SETTINGS.md.""")
-    parser.add_argument("overrides", nargs="*", metavar="setting=value", help="change a setting, or choose from a group")
+    parser.add_argument("overrides", nargs="*", metavar="setting=value",
+                        help="change a setting, or choose from a group")
     parser.add_argument("--preset", default=DEFAULT_PRESET, help=f"one of {', '.join(presets(folder))} (%(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="list what would run and what exists; start nothing")
     parser.set_defaults(configs=folder)

@@ -32,6 +32,8 @@ def _expand_range(value: Any) -> Any:
     if not step > 0 or not all(map(math.isfinite, (start, stop, step))):
         raise ValueError("the step of a range must be above 0, its ends finite")
     count = math.floor((stop - start) / step + 1e-9) + 1
+    if count > 10_000:
+        raise ValueError(f"a range of {count} values: at most 10000")
     # Rounded to 12 digits: 0.2 + 2 * 0.2 must be 0.6, or the same point gets two fingerprints.
     return [round(start + i * step, 12) for i in range(count)]
 
@@ -66,7 +68,8 @@ class DatasetSettings(Settings):
 
     name: str = Field(min_length=1, pattern=r"^[\w.-]+$")
     source: Literal["auto", "torchvision", "parquet", "folder", "digits"] = Field(
-        "auto", description="auto: Parquet files in the folder where there are any, else class folders of images, else torchvision")
+        "auto", description=(
+            "auto: Parquet files in the folder where there are any, else class folders of images, else torchvision"))
     path: str | None = Field(None, description="folder of the files; default: data_root/<name>")
     torchvision_class: Literal["CIFAR10", "CIFAR100", "STL10"] | None = None
     download: bool = Field(True, description="let torchvision download what is absent")
@@ -108,6 +111,9 @@ class TrainingSettings(Settings):
         "auto: bfloat16 autocast on a GPU, float32 on a CPU"))
     eval_batch_size: int = Field(500, ge=1)
     compile: Literal["never", "always"] = Field("never", description="torch.compile the step")
+    memory_mb: int = Field(4096, ge=64, description=(
+        "of images and maps kept on the device; a larger data set stays memory-mapped on the host and is gathered "
+        "a batch at a time"))
     keep_trial_weights: bool = Field(False, description="keep the best weights of every trial as well")
 
 

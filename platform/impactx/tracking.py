@@ -280,7 +280,7 @@ class Record:
             if self.parent not in self.known:
                 parents = _search(client, experiment, f"tags.`{KEY}` = '{self.parent}'")
                 if not parents:
-                    raise Unreachable(f"the parent run {self.parent!r} is not there")
+                    raise NotYet(f"the parent run {self.parent!r} is not there")
                 last = ([p for p in parents if p.info.status == "RUNNING"] or parents)[-1]
                 self.known[self.parent] = (last.info.run_id, last.data.tags[ROOT])
             parent_id, root = self.known[self.parent]
@@ -339,7 +339,7 @@ class Record:
             self.set_tags(client, changed)
             log.info("MLflow: the run %r was begun with other values of %s; the new ones are its tags %s.*",
                      self.name, ", ".join(sorted(changed)).replace(f"{CHANGED}.", ""), CHANGED)
-        self._params = dict(params) | self._params
+        self._params = {param.key: param.value for param in short} | self._params
 
     def log_text(self, client: Any, text: str, path: str) -> None:
         """Log a text as an artifact."""
@@ -422,8 +422,8 @@ class Op:
     done: bool = False
 
 
-class Unreachable(RuntimeError):
-    """Try again: what is missing may come."""
+class NotYet(RuntimeError):
+    """What is missing will come, if nothing is wrong: try again, and say nothing yet."""
 
 
 class TakenOver(RuntimeError):
@@ -538,13 +538,13 @@ class Writer:
                     op.record.lost[op.what] = why
                     op.record.dead |= op.what == WHOLE_RUN or isinstance(error, TakenOver)
                     return
-                if op.channel not in self._down:
+                if op.channel not in self._down and not isinstance(error, NotYet):
                     log.warning("MLflow: %s cannot be reached, what is logged is kept and sent later (%s)",
                                 op.channel, why)
                 self._down[op.channel] = (since, why)
                 time.sleep(min(RETRY_SECONDS, 0.25 * 2 ** tries))
             else:
-                if self._down.pop(op.channel, None):
+                if not self._down.pop(op.channel, ("", NotYet.__name__))[1].startswith(NotYet.__name__):
                     log.info("MLflow: %s can be reached again", op.channel)
                 return
         op.record.lost.setdefault(op.what, "the run was given up")

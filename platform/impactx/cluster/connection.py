@@ -47,7 +47,8 @@ def connected(settings: ClusterSettings) -> Iterator[dict[str, float]]:
         else:
             # Loopback and for this process alone: no dashboard, no token. A running cluster is asked for by name.
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-            variables["PYTHONPATH"] = os.pathsep.join(filter(None, (str(package.parent), os.environ.get("PYTHONPATH"))))
+            paths = (str(package.parent), os.environ.get("PYTHONPATH"))
+            variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
             ray.init(num_cpus=settings.num_cpus, include_dashboard=False, log_to_driver=False, address="local",
                      runtime_env={"env_vars": variables}, logging_level=logging.WARNING, object_store_memory=256 * 2**20,
                      _temp_dir=_short_temporary())

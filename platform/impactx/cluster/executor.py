@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
 
 from impactx.cluster.pool import explain_on_pool
 from impactx.experiment.executor import (
+    OnEpoch,
     OnResult,
     OnShards,
     Task,
@@ -48,18 +51,40 @@ def _train_worker(config: dict[str, Any]) -> None:
 
 @ray.remote(num_cpus=0)
 class Monitor:
-    """Collects what workers report, for the driver's progress lines."""
+    """Collects the epochs that a training's workers report, for the driver's progress lines."""
 
     def __init__(self) -> None:
-        self.last: dict[str, float] | None = None
+        self.rows: list[dict[str, float]] = []
 
     def epoch(self, row: dict[str, float]) -> None:
         """A training's epoch is done."""
-        self.last = row
+        self.rows.append(row)
 
-    def latest(self) -> dict[str, float] | None:
-        """The last epoch that is done."""
-        return self.last
+    def since(self, count: int) -> list[dict[str, float]]:
+        """The epochs after the first `count`."""
+        return self.rows[count:]
+
+
+@contextlib.contextmanager
+def _watched(monitor: Any, on_row: Callable[[dict[str, float]], None]) -> Iterator[None]:
+    """Call on_row for what the monitor collects, while the block waits for the training."""
+    over = threading.Event()
+
+    def watch() -> None:
+        seen = 0
+        while not over.wait(2):
+            with contextlib.suppress(ray.exceptions.RayError):  # progress is no reason to fail
+                for row in ray.get(monitor.since.remote(seen)):
+                    seen += 1
+                    on_row(row)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 class RayExecutor:
@@ -70,7 +95,7 @@ class RayExecutor:
         # Tune and Train keep their own bookkeeping here; nothing of ours is in it.
         self._scratch = tempfile.mkdtemp(prefix="impactx-ray-")
 
-    def search(self, tasks: Sequence[Task], on_result: OnResult) -> None:
+    def search(self, tasks: Sequence[Task], on_result: OnResult, on_epoch: OnEpoch) -> None:
         """Trials by Ray Tune, each in a process of its own that is kept for the next trial."""
         from ray import tune
 
@@ -82,9 +107,13 @@ class RayExecutor:
             task = ray.get(shared)[config["unit"]]
             tracked_training(task, place, tracker, device=_device(s.trial_gpus), report=lambda row: tune.report(
                 {"epoch": row["epoch"], "val_accuracy": row["val_accuracy"]}))
-            tune.report({"finished": 1})
+            tune.report({"finished": 1})  # a trial whose result was there already reports nothing else
 
         class OnTrials(tune.Callback):
+            def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
+                if "val_accuracy" in result:
+                    on_epoch(by_key[trial.config["unit"]].unit, result)
+
             def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
                 unit = by_key[trial.config["unit"]].unit
                 on_result(unit, place.artifacts.result(unit), None)
@@ -102,14 +131,14 @@ class RayExecutor:
                 failure_config=tune.FailureConfig(max_failures=s.max_failures)))
         tuner.fit()
 
-    def train(self, task: Task) -> dict[str, Any]:
+    def train(self, task: Task, on_epoch: OnEpoch) -> dict[str, Any]:
         """A model by Ray Train's TorchTrainer, on train_workers workers; its checkpoint lies in the output."""
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
         s = self.settings
         resources = {"CPU": s.train_cpus} | ({"GPU": 1} if s.use_gpu else {})
-        progress = Monitor.remote()
+        progress = Monitor.remote()  # type: ignore[attr-defined]
         trainer = TorchTrainer(
             _train_worker,
             train_loop_config={"task": task, "place": self.place, "tracker": self.tracker, "progress": progress},
@@ -117,7 +146,8 @@ class RayExecutor:
                                          resources_per_worker=resources),
             run_config=RunConfig(name=f"train-{task.unit.key}-{time.time_ns()}", storage_path=self._scratch,
                                  failure_config=FailureConfig(max_failures=s.max_failures)))
-        trainer.fit()
+        with _watched(progress, lambda row: on_epoch(task.unit, row)):
+            trainer.fit()
         result = self.place.artifacts.result(task.unit)
         if result is None:
             raise RuntimeError(f"{task.unit.name}: the training ended without a result")

@@ -1,13 +1,15 @@
 """Training batches from tensors on the device: no loader processes, no copies from the host.
 
 Images stay uint8 (N, H, W, 3) on the device and become float (B, 3, H, W) in [0, 1] a batch at a
-time; their maps lie beside them and are moved as the image is.  Order and augmentation of an
+time; their maps lie beside them and are moved as the image is.  A data set above a memory budget stays
+where it is (a memory-mapped file) and is gathered a batch at a time; the batches are the same.  Order and augmentation of an
 epoch are drawn from (seed, epoch) for all images at once, so they depend neither on the number of
 workers nor on where a training was interrupted.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -68,30 +70,51 @@ class DeviceData:
 
     images: uint8 (N, H, W, 3); labels: int64 (N,); indices: which of them, int64 (n,);
     maps: float32 (N, C, H, W) aligned with images, or None; scale: per-image or one factor by which
-    maps are multiplied. dtype: of the batches.
+    maps are multiplied. dtype: of the batches. memory_bytes: where images and maps would need more than this
+    on the device, they are gathered from the given arrays batch by batch; None: no limit.
+
+    Attributes: labels, and images and maps as (n, H, W, C), all on the device; images and maps are None where
+    they are gathered.
     """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, indices: np.ndarray, *,
                  device: torch.device | str = "cpu", maps: np.ndarray | None = None,
-                 scale: float | np.ndarray = 1.0, dtype: torch.dtype = torch.float32) -> None:
+                 scale: float | np.ndarray = 1.0, dtype: torch.dtype = torch.float32,
+                 memory_bytes: int | None = None) -> None:
         self.device, self.dtype = torch.device(device), dtype
         self.indices = np.asarray(indices, dtype=np.int64)
-        self.images = torch.from_numpy(np.ascontiguousarray(images[self.indices])).to(self.device)
         self.labels = torch.from_numpy(np.asarray(labels)[self.indices].astype(np.int64)).to(self.device)
-        self.maps = None
-        if maps is not None:
-            chosen = torch.from_numpy(np.ascontiguousarray(maps[self.indices].transpose(0, 2, 3, 1)))
-            factor = torch.as_tensor(scale if np.ndim(scale) == 0 else np.asarray(scale)[self.indices])
-            self.maps = (chosen * factor.reshape(-1, *[1] * (3 if factor.ndim else 0)).to(chosen.dtype)
-                         ).to(self.device, dtype)
+        self._host_images, self._host_maps, self._scale = images, maps, scale
+        needed = len(self.indices) * (math.prod(images.shape[1:]) + (
+            math.prod(maps.shape[1:]) * dtype.itemsize if maps is not None else 0))
+        self.loaded = memory_bytes is None or needed <= memory_bytes
+        self.images: Tensor | None = None
+        self.maps: Tensor | None = None
+        if self.loaded:
+            self.images, self.maps = self._gather(self.indices)
+            self._host_images = self._host_maps = None
 
     def __len__(self) -> int:
         return len(self.indices)
 
+    def _gather(self, chosen: np.ndarray) -> tuple[Tensor, Tensor | None]:
+        """Images and scaled maps at these places of the given arrays, (B, H, W, C) on the device."""
+        images = torch.from_numpy(np.ascontiguousarray(self._host_images[chosen])).to(self.device)
+        if self._host_maps is None:
+            return images, None
+        maps = torch.from_numpy(np.ascontiguousarray(self._host_maps[chosen].transpose(0, 2, 3, 1)))
+        factor = torch.as_tensor(self._scale if np.ndim(self._scale) == 0 else np.asarray(self._scale)[chosen])
+        factor = factor.reshape(-1, *[1] * (3 if factor.ndim else 0))
+        return images, (maps.to(self.dtype) * factor.to(self.dtype)).to(self.device)
+
+    def _rows(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.images is None:
+            return self._gather(self.indices[rows.cpu().numpy()])
+        return self.images[rows], self.maps[rows] if self.maps is not None else None
+
     def _batch(self, rows: Tensor, moves: tuple[Tensor, ...] | None, augmentation: AugmentationSettings | None,
                weight: float, total: int) -> Batch:
-        images = self.images[rows]
-        maps = self.maps[rows] if self.maps is not None else None
+        images, maps = self._rows(rows)
         if moves is not None and augmentation is not None:
             dy, dx, flip = (m[rows] for m in moves)
             chosen = (augmentation.shift, dy, dx, flip if augmentation.flip else None)
@@ -106,14 +129,18 @@ class DeviceData:
                  rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """The shuffled, augmented batches of an epoch; each worker gets every world_size-th image of each.
 
-        The draws belong to the image's place in this set, whichever worker it goes to.
+        The draws belong to the image's place in this set, whichever worker it goes to. A single image left over
+        joins the batch before it: batch norm cannot normalise one image of one pixel.
         """
         order, *moves = draws(seed, epoch, len(self), augmentation.shift)
         on_device = tuple(m.to(self.device) for m in moves)
         active = on_device if augmentation.shift or augmentation.flip else None
         order = order.to(self.device)
-        for start in range(0, len(self), batch_size):
-            rows = order[start:start + batch_size]
+        starts = list(range(0, len(self), batch_size))
+        if len(starts) > 1 and len(self) - starts[-1] == 1:
+            starts.pop()
+        for start, end in zip(starts, [*starts[1:], len(self)], strict=True):
+            rows = order[start:end]
             share = rows[rank::world_size]
             if len(share):
                 yield self._batch(share, active, augmentation, 1.0 / len(rows), len(rows))

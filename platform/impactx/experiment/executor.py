@@ -15,6 +15,7 @@ from impactx.experiment.units import CHECKPOINT, Unit
 from impactx.experiment.work import ShardWorker, Workplace, evaluate_unit, finish_maps, open_store, train_unit
 
 OnResult = Callable[[Unit, dict[str, Any] | None, str | None], None]  # unit, result, error
+OnEpoch = Callable[[Unit, dict[str, float]], None]  # unit, the epoch's metrics
 OnShards = Callable[[int, int, int], None]  # maps done now, maps that were there before, maps of all
 
 
@@ -36,10 +37,10 @@ class Task:
 class Executor(Protocol):
     """Does tasks whose results are not there yet. Results and their files are artifacts when it returns."""
 
-    def search(self, tasks: Sequence[Task], on_result: OnResult) -> None:
+    def search(self, tasks: Sequence[Task], on_result: OnResult, on_epoch: OnEpoch) -> None:
         """Train many trials; on_result is called as each ends, with its result or its error."""
 
-    def train(self, task: Task) -> dict[str, Any]:
+    def train(self, task: Task, on_epoch: OnEpoch) -> dict[str, Any]:
         """Train one model; raises what made it fail."""
 
     def explain(self, task: Task, on_shards: OnShards) -> dict[str, Any]:
@@ -95,19 +96,20 @@ class LocalExecutor:
     def __init__(self, place: Workplace, tracker: Tracker, device: str = "cpu") -> None:
         self.place, self.tracker, self.device = place, tracker, device
 
-    def search(self, tasks: Sequence[Task], on_result: OnResult) -> None:
+    def search(self, tasks: Sequence[Task], on_result: OnResult, on_epoch: OnEpoch) -> None:
         """See Executor.search."""
         for task in tasks:
             try:
-                result = tracked_training(task, self.place, self.tracker, device=self.device)
+                result = self.train(task, on_epoch)
             except Exception as error:  # one bad trial must not stop the grid; it is reported by on_result
                 on_result(task.unit, None, f"{type(error).__name__}: {error}")
             else:
                 on_result(task.unit, result, None)
 
-    def train(self, task: Task) -> dict[str, Any]:
+    def train(self, task: Task, on_epoch: OnEpoch) -> dict[str, Any]:
         """See Executor.train."""
-        return tracked_training(task, self.place, self.tracker, device=self.device)
+        return tracked_training(task, self.place, self.tracker, device=self.device,
+                                report=lambda row: on_epoch(task.unit, row))
 
     def explain(self, task: Task, on_shards: OnShards) -> dict[str, Any]:
         """See Executor.explain."""

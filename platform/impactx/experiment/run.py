@@ -63,6 +63,22 @@ class Job:
         return rows
 
 
+class EpochLines:
+    """Says at most once a minute how far the running trainings are."""
+
+    def __init__(self, every: float = 60) -> None:
+        self._every, self._last = every, time.perf_counter()
+        self._latest: dict[str, str] = {}
+
+    def __call__(self, unit: Unit, row: dict[str, float]) -> None:
+        """An epoch of a training is done."""
+        self._latest[unit.name] = f"{unit.name}: epoch {row['epoch']:.0f}, accuracy {row['val_accuracy']:.4f}"
+        if time.perf_counter() - self._last >= self._every:
+            self._last = time.perf_counter()
+            log.info("  under way: %s", "; ".join(self._latest.values()))
+            self._latest.clear()
+
+
 class CellRun:
     """One cell of a job under way."""
 
@@ -121,11 +137,14 @@ class CellRun:
 
         pending = [u for u in units if u.key not in results]
         if pending:
-            self.job.executor.search([self._task(u) for u in pending], on_result)
+            self.job.executor.search([self._task(u) for u in pending], on_result, EpochLines())
         chosen, result = select(units, results, metric)
         log.info("  %s: selected %s (%s %.4f)%s", what, chosen.name, metric, result["best"][metric],
                  f"; {len(failed)} of {len(units)} trials failed" if failed else "")
         return chosen, result
+
+    def _train(self, unit: Unit) -> dict[str, Any]:
+        return self._do(unit, lambda task: self.job.executor.train(task, EpochLines()))
 
     def _explain(self, unit: Unit) -> dict[str, Any]:
         progress = Progress(f"  {unit.name}", "maps", every=10)
@@ -151,7 +170,7 @@ class CellRun:
             weights: dict[str, float] = {}
             for repeat in range(settings.repeats):
                 a = cell.stage1_model(configuration, repeat)
-                a_result = self._do(a, self.job.executor.train)
+                a_result = self._train(a)
                 finals.append((a, a_result))
                 if not settings.approaches:
                     continue
@@ -167,7 +186,7 @@ class CellRun:
                             weights[name] = best.params["lambda"]
                             self._log_selection(run, name, best, found)
                     model = cell.stage2_model(name, approach, configuration, weights[name], repeat, a, maps)
-                    finals.append((model, self._do(model, self.job.executor.train)))
+                    finals.append((model, self._train(model)))
             rows = [self._test(model, result) for model, result in finals if result["weights"]]
             for s in summarise(rows):
                 run.log_metrics({f"{s.approach}.val_accuracy": s.val_mean, f"{s.approach}.test_accuracy": s.test_mean})

@@ -48,16 +48,22 @@ class Composer:
         self.images = images.contiguous()
         self.backgrounds = backgrounds.contiguous()
         self._arrays = None
+        self._out = np.empty(0)
         if images.device.type == "cpu":
             host: PartitionTree = tree.tree
             self._arrays = (self.images.numpy(), self.backgrounds.numpy(), host.siblings, host.boxes)
 
     def compose(self, which: Tensor, nodes: Tensor, contexts: Tensor) -> Tensor:
-        """Masked images (B, C, H, W) for int64 ``which`` (index in the group), ``nodes`` and ``contexts`` (B,)."""
+        """Masked images (B, C, H, W) for int64 ``which`` (index in the group), ``nodes`` and ``contexts`` (B,).
+
+        On a CPU they live in a buffer that the next call writes again.
+        """
         if self._arrays is None:
             shown = self.tree.masks(nodes, contexts)
             return torch.where(shown, self.images[which], self.backgrounds[which])
         images, backgrounds, siblings, boxes = self._arrays
-        out = np.empty((len(which), *images.shape[1:]), dtype=images.dtype)
+        if len(self._out) < len(which):
+            self._out = np.empty((len(which), *images.shape[1:]), dtype=images.dtype)
+        out = self._out[: len(which)]
         _copy_boxes(images, backgrounds, which.numpy(), nodes.numpy(), contexts.numpy(), siblings, boxes, out)
         return torch.from_numpy(out)

@@ -61,12 +61,12 @@ class FitResult:
         return self.history[self.best_epoch - 1]
 
 
-def _autocast(training: TrainingSettings, device: torch.device) -> contextlib.AbstractContextManager:
+def make_autocast(training: TrainingSettings, device: torch.device) -> contextlib.AbstractContextManager:
     mixed = training.precision == "bfloat16" or (training.precision == "auto" and device.type == "cuda")
     return torch.autocast(device.type, torch.bfloat16) if mixed else contextlib.nullcontext()
 
 
-def _optimizer(parameters: list[nn.Parameter], training: TrainingSettings, lr: float) -> torch.optim.Optimizer:
+def make_optimizer(parameters: list[nn.Parameter], training: TrainingSettings, lr: float) -> torch.optim.Optimizer:
     if training.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=lr, momentum=0.9, nesterov=True, weight_decay=training.weight_decay)
     kind = torch.optim.AdamW if training.optimizer == "adamw" else torch.optim.Adam
@@ -94,7 +94,7 @@ def evaluate(model: nn.Module, data: DeviceData, loss: Loss, *, common: np.ndarr
     correct = torch.zeros(2, dtype=torch.float64, device=data.device)
     sums: dict[str, Tensor] = {}
     seen = 0
-    with _autocast(training or TrainingSettings(), data.device):
+    with make_autocast(training or TrainingSettings(), data.device):
         for batch in data.evaluation(batch_size=batch_size, rank=rank, world_size=world_size):
             logits, terms = loss(model, batch)
             hit = logits.argmax(1) == batch.labels
@@ -111,9 +111,13 @@ def evaluate(model: nn.Module, data: DeviceData, loss: Loss, *, common: np.ndarr
     return result
 
 
-def _train_epoch(model: nn.Module, batches: Iterator, loss: Loss, optimizer: torch.optim.Optimizer,
+def train_epoch(model: nn.Module, batches: Iterator, loss: Loss, optimizer: torch.optim.Optimizer,
                  autocast: Callable[[], contextlib.AbstractContextManager], images: int, world_size: int) -> Metrics:
-    """One pass; the loss terms and accuracy are running means over the images as they were seen."""
+    """One pass over an epoch's batches; autocast: makes the context of each forward.
+
+    Returns means over the `images` of all workers, as they were seen: the loss terms and the accuracy.
+    Raises ValueError where there is no batch.
+    """
     sums: Tensor | None = None
     keys: list[str] = []
     for batch in batches:
@@ -147,7 +151,7 @@ def fit(model: nn.Module, loss: Loss, data: TrainingData, training: TrainingSett
     """
     device = data.train.device
     model.to(memory_format=torch.channels_last)  # as the batches are: 1.4 times faster on a CPU (docs/LOG.md)
-    optimizer = _optimizer([p for p in model.parameters() if p.requires_grad], training, learning_rate)
+    optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], training, learning_rate)
     result = FitResult()
     if load is not None and (stored := load()) is not None:
         state: dict[str, Any] = torch.load(io.BytesIO(stored), map_location=device, weights_only=True)
@@ -162,7 +166,7 @@ def fit(model: nn.Module, loss: Loss, data: TrainingData, training: TrainingSett
             model, device_ids=[device.index] if device.type == "cuda" else None)
     if training.compile == "always":
         step_model = torch.compile(step_model)
-    autocast = lambda: _autocast(training, device)  # noqa: E731
+    autocast = lambda: make_autocast(training, device)  # noqa: E731
     for epoch in range(len(result.history) + 1, training.epochs + 1):
         if result.diverged or epoch - 1 - result.best_epoch >= training.patience:
             break
@@ -173,7 +177,7 @@ def fit(model: nn.Module, loss: Loss, data: TrainingData, training: TrainingSett
             step_model.train()
             batches = data.train.training(seed=seed, epoch=epoch, batch_size=batch_size, augmentation=augmentation,
                                           rank=rank, world_size=world_size)
-            row = {f"train_{k}": v for k, v in _train_epoch(
+            row = {f"train_{k}": v for k, v in train_epoch(
                 step_model, batches, loss, optimizer, autocast, len(data.train), world_size).items()}
         found = evaluate(model, data.validation, validation_loss or loss, common=data.common, training=training,
                          batch_size=training.eval_batch_size, rank=rank, world_size=world_size)
