@@ -175,6 +175,8 @@ class ClusterSettings(Settings):
     num_cpus: int | None = Field(None, ge=1, description="of a local cluster; None: all")
     trial_cpus: float = Field(1, gt=0)
     trial_gpus: float = Field(0, ge=0)
+    trial_workers: int = Field(1, ge=1, description=(
+        "data-parallel workers of one trial, each with trial_cpus and trial_gpus; more than 1: by Ray Train"))
     max_concurrent_trials: int | None = Field(None, ge=1)
     train_workers: int = Field(1, ge=1, description="data-parallel workers of a final training (Ray Train)")
     train_cpus: float = Field(1, gt=0, description="CPUs of one such worker")

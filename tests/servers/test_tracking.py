@@ -138,8 +138,8 @@ def test_nested_runs_hold_everything(tracker, store, output, tmp_path):
     settings = {"grid": {"lr": [0.1]}}
     with tracker.run("nested", name="the job", params=settings, tags={"impactx.code": "abc"}) as job:
         job.log_text("seed: 0", "config/config.yaml")
-        with tracker.run("nested/cell", name="the cell", parent="nested"), \
-                tracker.run("nested/cell/t", name="lr=0.1", parent="nested/cell", params={"lr": 0.1}) as trial:
+        with tracker.run("nested/cell", name="the cell", parent="nested"), tracker.run(
+                "nested/cell/t", name="lr=0.1", parent="nested/cell", params={"lr": 0.1}) as trial:
             trial.log_metrics({"acc": 0.25, "loss": 2}, step=1)
             trial.log_metrics({"acc": 0.5, "loss": 1}, step=2)
             trial.log_metrics({"best_acc": 0.5})
@@ -168,8 +168,9 @@ def test_describe_names_the_command_and_opens_the_comparison(tracker, store, out
     key = lines[-1].partition("viewStateShareKey=")[2].partition("&")[0]
     view = json.loads(store.experiment.tags[f"mlflow.sharedViewState.{key}"])
     state = json.loads(view["state"])
-    store.client.search_runs([store.experiment.experiment_id], state["searchFilter"])  # refuses a wrong filter
-    assert "'described'" in state["searchFilter"] and "metrics.`best_val_accuracy`" in state["selectedColumns"]
+    store.client.search_runs([store.experiment.experiment_id], state["searchFilter"])  # refuses nonsense
+    assert "'described'" in state["searchFilter"]
+    assert "metrics.`best_val_accuracy`" in state["selectedColumns"]
 
 
 TRAINING = """
@@ -205,7 +206,7 @@ def test_a_run_killed_with_9_goes_on_without_doubles_or_gaps(store, output):
         database.execute("DELETE FROM metrics WHERE run_uuid = ? AND step = 4", [run_id])
         database.commit()
 
-    again = child(TRAINING, output, 5, 10, 100)  # from its checkpoint of epoch 4, with other values to tell them
+    again = child(TRAINING, output, 5, 10, 100)  # from epoch 4's checkpoint; other values tell them apart
     _, errors = again.communicate(timeout=60)
     assert again.returncode == 0 and errors == "", errors
     assert store.statuses("killed") == {"killed": "FINISHED", "killed/t": "FINISHED"}

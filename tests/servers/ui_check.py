@@ -80,6 +80,7 @@ def main(uri: str, out: str, experiment: str = "impactx") -> None:
         page.goto(base)
         page.get_by_label("Close").first.click()  # the assistant's panel
         runs = f"{base}/#/experiments/{identity}/runs"
+        shoot(page, f"{base}/#/experiments/{identity}", folder / "experiment.png", newest.info.run_name)
         shoot(page, runs, folder / "default.png", newest.info.run_name)
         shoot(page, f"{runs}?searchFilter={search}", folder / "all-runs.png", newest.info.run_name)
         for key, _ in views:

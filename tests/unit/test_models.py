@@ -381,7 +381,8 @@ def test_parts_have_streams_of_their_own():
         assert ours == theirs, part
     trunks = [weights_fingerprint(build_classifier(LENET, k, (32, 32), seed=0).trunk) for k in (10, 100)]
     assert trunks[0] == trunks[1]
-    draws = [layer.weight.flatten()[:99] * layer.in_features ** 0.5  # torch draws from +-1 / sqrt(in_features)
+    # torch draws a linear layer's weights from +-1 / sqrt(in_features)
+    draws = [layer.weight.flatten()[:99] * layer.in_features ** 0.5
              for layer in (base.lep.to_latent, base.decoder.expand, base.c, base.a.head.last)]
     for i, first in enumerate(draws):
         assert all(not torch.allclose(first, other, atol=1e-3) for other in draws[i + 1:])

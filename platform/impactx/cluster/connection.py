@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,8 +49,8 @@ def connected(settings: ClusterSettings) -> Iterator[dict[str, float]]:
             paths = (str(package.parent), os.environ.get("PYTHONPATH"))
             variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
             ray.init(num_cpus=settings.num_cpus, include_dashboard=False, log_to_driver=False, address="local",
-                     runtime_env={"env_vars": variables}, logging_level=logging.WARNING, object_store_memory=256 * 2**20,
-                     _temp_dir=_short_temporary())
+                     runtime_env={"env_vars": variables}, logging_level=logging.WARNING,
+                     object_store_memory=256 * 2**20)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(f"no Ray cluster at {address or 'this machine'}: {error}") from error
     try:
@@ -64,15 +63,11 @@ def connected(settings: ClusterSettings) -> Iterator[dict[str, float]]:
         ray.shutdown()
 
 
-def _short_temporary() -> str | None:
-    """Ray's socket paths have at most 107 bytes: with a long TMPDIR it would fail obscurely."""
-    return None if len(tempfile.gettempdir()) < 40 else "/tmp/ray"
-
-
 def _check(settings: ClusterSettings, resources: dict[str, float]) -> None:
     have = {"CPU": resources.get("CPU", 0), "GPU": resources.get("GPU", 0)}
     gpus = 1.0 if settings.use_gpu else 0.0
-    wanted = {"cluster.trial_cpus": ("CPU", settings.trial_cpus), "cluster.trial_gpus": ("GPU", settings.trial_gpus),
+    wanted = {"cluster.trial_workers x trial_cpus": ("CPU", settings.trial_workers * settings.trial_cpus),
+              "cluster.trial_workers x trial_gpus": ("GPU", settings.trial_workers * settings.trial_gpus),
               "cluster.train_workers x train_cpus": ("CPU", settings.train_workers * settings.train_cpus),
               "cluster.train_workers x use_gpu": ("GPU", settings.train_workers * gpus),
               "cluster.explain_gpu_actors": ("GPU", settings.explain_gpu_actors or 0)}

@@ -8,6 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -87,26 +88,68 @@ def _watched(monitor: Any, on_row: Callable[[dict[str, float]], None]) -> Iterat
         thread.join()
 
 
+@dataclass(frozen=True)
+class Workers:
+    """The data-parallel workers of one training: how many, and what each holds."""
+
+    count: int
+    cpus: float
+    gpus: float
+    max_failures: int
+    scratch: str  # Tune and Train keep their own bookkeeping here; nothing of ours is in it
+
+
+def _train_on_workers(task: Task, place: Workplace, tracker: Tracker, workers: Workers,
+                      on_row: Callable[[dict[str, float]], None]) -> dict[str, Any]:
+    """One training by Ray Train's TorchTrainer; its artifacts lie in the output when it returns."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    resources = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
+    monitor = Monitor.remote()  # type: ignore[attr-defined]
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config={"task": task, "place": place, "tracker": tracker, "progress": monitor},
+        scaling_config=ScalingConfig(num_workers=workers.count, use_gpu=bool(workers.gpus),
+                                     resources_per_worker=resources),
+        run_config=RunConfig(name=f"train-{task.unit.key}-{time.time_ns()}", storage_path=workers.scratch,
+                             failure_config=FailureConfig(max_failures=workers.max_failures)))
+    with _watched(monitor, on_row):
+        trainer.fit()
+    result = place.artifacts.result(task.unit)
+    if result is None:
+        raise RuntimeError(f"{task.unit.name}: the training ended without a result")
+    return result
+
+
 class RayExecutor:
     """See experiment.executor.Executor. Connect to a cluster first (`connection.connected`)."""
 
     def __init__(self, settings: ClusterSettings, place: Workplace, tracker: Tracker) -> None:
         self.settings, self.place, self.tracker = settings, place, tracker
-        # Tune and Train keep their own bookkeeping here; nothing of ours is in it.
         self._scratch = tempfile.mkdtemp(prefix="impactx-ray-")
 
+    def _workers(self, count: int, cpus: float, gpus: float) -> Workers:
+        return Workers(count, cpus, gpus, self.settings.max_failures, self._scratch)
+
     def search(self, tasks: Sequence[Task], on_result: OnResult, on_epoch: OnEpoch) -> None:
-        """Trials by Ray Tune, each in a process of its own that is kept for the next trial."""
+        """Trials by Ray Tune: each in a process that is kept for the next, or over several by Ray Train."""
         from ray import tune
 
         s, place, tracker = self.settings, self.place, self.tracker
         by_key = {task.unit.key: task for task in tasks}
         shared = ray.put(by_key)
+        workers = self._workers(s.trial_workers, s.trial_cpus, s.trial_gpus)
+
+        def report(row: dict[str, float]) -> None:
+            tune.report({"epoch": row["epoch"], "val_accuracy": row["val_accuracy"]})
 
         def trial(config: dict[str, Any]) -> None:
             task = ray.get(shared)[config["unit"]]
-            tracked_training(task, place, tracker, device=_device(s.trial_gpus), report=lambda row: tune.report(
-                {"epoch": row["epoch"], "val_accuracy": row["val_accuracy"]}))
+            if workers.count > 1:
+                _train_on_workers(task, place, tracker, workers, lambda row: None)
+            else:
+                tracked_training(task, place, tracker, device=_device(s.trial_gpus), report=report)
             tune.report({"finished": 1})  # a trial whose result was there already reports nothing else
 
         class OnTrials(tune.Callback):
@@ -122,36 +165,31 @@ class RayExecutor:
                 unit = by_key[trial.config["unit"]].unit
                 on_result(unit, None, _last_line(trial.error_file) or "its process died; see Ray's logs")
 
-        tuner = tune.Tuner(
-            tune.with_resources(trial, {"CPU": s.trial_cpus, "GPU": s.trial_gpus}),
+        # A trial over several workers only waits for them: its own process needs next to nothing.
+        held = {"CPU": s.trial_cpus, "GPU": s.trial_gpus} if workers.count == 1 else {"CPU": 0.01}
+        tune.Tuner(
+            tune.with_resources(trial, held),
             param_space={"unit": tune.grid_search(list(by_key))},
-            tune_config=tune.TuneConfig(max_concurrent_trials=s.max_concurrent_trials, reuse_actors=True),
+            tune_config=tune.TuneConfig(max_concurrent_trials=self._at_once(workers), reuse_actors=True),
             run_config=tune.RunConfig(
                 name=f"search-{time.time_ns()}", storage_path=self._scratch, verbose=0, callbacks=[OnTrials()],
-                failure_config=tune.FailureConfig(max_failures=s.max_failures)))
-        tuner.fit()
+                failure_config=tune.FailureConfig(max_failures=s.max_failures))).fit()
+
+    def _at_once(self, workers: Workers) -> int | None:
+        if workers.count == 1:
+            return self.settings.max_concurrent_trials
+        have = ray.cluster_resources()
+        fits = int(have.get("CPU", 0) // (workers.count * workers.cpus))
+        if workers.gpus:
+            fits = min(fits, int(have.get("GPU", 0) // (workers.count * workers.gpus)))
+        return max(1, min(fits, self.settings.max_concurrent_trials or fits))
 
     def train(self, task: Task, on_epoch: OnEpoch) -> dict[str, Any]:
-        """A model by Ray Train's TorchTrainer, on train_workers workers; its checkpoint lies in the output."""
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
-
+        """A model by Ray Train on train_workers workers."""
         s = self.settings
-        resources = {"CPU": s.train_cpus} | ({"GPU": 1} if s.use_gpu else {})
-        progress = Monitor.remote()  # type: ignore[attr-defined]
-        trainer = TorchTrainer(
-            _train_worker,
-            train_loop_config={"task": task, "place": self.place, "tracker": self.tracker, "progress": progress},
-            scaling_config=ScalingConfig(num_workers=s.train_workers, use_gpu=s.use_gpu,
-                                         resources_per_worker=resources),
-            run_config=RunConfig(name=f"train-{task.unit.key}-{time.time_ns()}", storage_path=self._scratch,
-                                 failure_config=FailureConfig(max_failures=s.max_failures)))
-        with _watched(progress, lambda row: on_epoch(task.unit, row)):
-            trainer.fit()
-        result = self.place.artifacts.result(task.unit)
-        if result is None:
-            raise RuntimeError(f"{task.unit.name}: the training ended without a result")
-        return result
+        return _train_on_workers(task, self.place, self.tracker,
+                                 self._workers(s.train_workers, s.train_cpus, float(s.use_gpu)),
+                                 lambda row: on_epoch(task.unit, row))
 
     def explain(self, task: Task, on_shards: OnShards) -> dict[str, Any]:
         """Maps by a Ray Data actor pool."""

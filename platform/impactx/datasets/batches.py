@@ -137,7 +137,7 @@ class DeviceData:
         active = on_device if augmentation.shift or augmentation.flip else None
         order = order.to(self.device)
         starts = list(range(0, len(self), batch_size))
-        if len(starts) > 1 and len(self) - starts[-1] == 1:
+        if len(starts) > 1 and len(self) - starts[-1] == 1 < batch_size:
             starts.pop()
         for start, end in zip(starts, [*starts[1:], len(self)], strict=True):
             rows = order[start:end]

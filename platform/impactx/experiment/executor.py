@@ -5,14 +5,27 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
+
+import numpy as np
 
 from impactx.experiment.tracker import Run, Tracker
 from impactx.experiment.units import CHECKPOINT, Unit
-from impactx.experiment.work import ShardWorker, Workplace, evaluate_unit, finish_maps, open_store, train_unit
+from impactx.experiment.work import (
+    ShardWorker,
+    Workplace,
+    evaluate_unit,
+    finish_maps,
+    open_store,
+    split_of,
+    train_unit,
+)
 
 OnResult = Callable[[Unit, dict[str, Any] | None, str | None], None]  # unit, result, error
 OnEpoch = Callable[[Unit, dict[str, float]], None]  # unit, the epoch's metrics
@@ -62,11 +75,15 @@ def tracked_training(task: Task, place: Workplace, tracker: Tracker, *,
                      report: Callable[[dict[str, float]], None] | None = None, **where: Any) -> dict[str, Any]:
     """train_unit with every epoch and the result in the task's run; report is called after each epoch as well.
 
+    The run holds the resolved unit (unit.json) and, of a model, the split (split.npz) and the checkpoint.
     where: device, rank and world_size of train_unit. Only rank 0 tracks.
     """
     if where.get("rank", 0):
         return train_unit(task.unit, place, **where)
-    with task.open_run(tracker) as run:
+    # The run reads its files until it ends: the folder that holds them outlives it.
+    with tempfile.TemporaryDirectory(prefix="impactx-") as folder, task.open_run(tracker) as run:
+        _log_inputs(task.unit, place, run, Path(folder))
+
         def on_epoch(row: dict[str, float]) -> None:
             run.log_metrics({k: v for k, v in row.items() if k != "epoch"}, step=int(row["epoch"]))
             if report is not None:
@@ -76,9 +93,30 @@ def tracked_training(task: Task, place: Workplace, tracker: Tracker, *,
         run.log_history([{k: v for k, v in row.items() if v is not None} for row in result["history"]])
         run.log_metrics(final_metrics(result))
         if result["weights"]:
+            if task.unit.role == "model":
+                run.log_file(_local_file(task.unit, place, Path(folder)))
             run.set_tags({"impactx.weights": result["weights"],
                           "impactx.checkpoint": place.artifacts.storage.uri(f"{task.unit.folder}/{CHECKPOINT}")})
         return result
+
+
+def _log_inputs(unit: Unit, place: Workplace, run: Run, folder: Path) -> None:
+    """What a training depends on, for whoever looks at its run."""
+    run.log_text(json.dumps({"recipe": unit.recipe, "inputs": unit.inputs}, indent=1, sort_keys=True), "unit.json")
+    if unit.role == "model":
+        split = split_of(unit, place.dataset(unit.inputs["dataset"]))
+        np.savez_compressed(folder / "split.npz", train=split.train, validation=split.validation, common=split.common)
+        run.log_file(folder / "split.npz")
+
+
+def _local_file(unit: Unit, place: Workplace, folder: Path) -> Path:
+    """The unit's checkpoint as a local file: where it lies, or a copy in the folder."""
+    storage, path = place.artifacts.storage, f"{unit.folder}/{CHECKPOINT}"
+    if not storage.remote:
+        return Path(storage.uri(path))
+    copy = folder / CHECKPOINT
+    copy.write_bytes(storage.read(path))
+    return copy
 
 
 def tracked_evaluation(task: Task, place: Workplace, tracker: Tracker, **where: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from impactx.settings import ApproachSettings, DatasetSettings, ExperimentSettin
 
 BASELINE = "baseline"
 # Settings of a training that do not change what comes out of it.
-_EXECUTION_ONLY = {"eval_batch_size", "keep_trial_weights", "compile"}
+EXECUTION_ONLY = {"eval_batch_size", "keep_trial_weights", "compile", "memory_mb"}
 
 
 class SelectionError(RuntimeError):
@@ -45,20 +45,29 @@ class Configuration:
 
 
 def accuracy_for_selection(result: Mapping[str, Any], metric: str) -> tuple[float, float]:
-    """What candidates are ordered by: validation accuracy, then the smaller validation loss."""
+    """What candidates are ordered by: validation accuracy, then the smaller validation cross entropy.
+
+    Not the whole loss: stage 2's grows with lambda, so it cannot compare two of them.
+    """
     best = result.get("best")
-    return (best[metric], -best["val_loss"]) if best else (-1.0, 0.0)
+    return (best[metric], -best.get("val_ce", best["val_loss"])) if best else (-1.0, 0.0)
 
 
-def select(units: list[Unit], results: Mapping[str, Mapping[str, Any]], metric: str) -> tuple[Unit, dict[str, Any]]:
+def select(units: list[Unit], results: Mapping[str, Mapping[str, Any]], metric: str,
+           failures: Mapping[str, str] | None = None) -> tuple[Unit, dict[str, Any]]:
     """The unit with the best `metric` (val_accuracy or common_accuracy) of its best epoch, the first of equals.
 
-    results: by key; units without one failed. Raises SelectionError where none is left.
+    results: by key; units without one failed. failures: by name, what made them fail, for the message.
+    Raises SelectionError where none is left.
     """
     done = [u for u in units if u.key in results and results[u.key].get("best")]
     if not done:
-        raise SelectionError(f"none of {len(units)} trials finished with a finite loss: "
-                             f"see the failed runs of {units[0].name!r} and others for the reasons")
+        diverged = [u.name for u in units if u.key in results]
+        reasons = [f"{name}: {error}" for name, error in (failures or {}).items()]
+        reasons += [f"{name}: diverged, its loss was not finite in the first epoch" for name in diverged]
+        more = f"\n  and {len(reasons) - 5} more" if len(reasons) > 5 else ""
+        raise SelectionError(f"none of {len(units)} trials can be selected, {len(units) - len(diverged)} failed and "
+                             f"{len(diverged)} diverged:\n  " + "\n  ".join(reasons[:5]) + more)
     chosen = max(done, key=lambda u: accuracy_for_selection(results[u.key], metric))
     return chosen, dict(results[chosen.key])
 
@@ -77,7 +86,7 @@ class Cell:
         self._common = {
             "data": {"fingerprint": facts.fingerprint, "augmentation": dataset.augmentation.model_dump(mode="json")},
             "model": described,
-            "training": settings.training.model_dump(mode="json", exclude=_EXECUTION_ONLY),
+            "training": settings.training.model_dump(mode="json", exclude=EXECUTION_ONLY),
         }
         self._inputs = {"dataset": dataset.model_dump(mode="json"), "model": model.model_dump(mode="json"),
                         "training": settings.training.model_dump(mode="json")}
@@ -154,5 +163,6 @@ class Cell:
         """The one reading of the test set for a final model."""
         return Unit("test", f"test of {model.name}",
                     {"weights": model_result["weights"], "data": self.facts.fingerprint},
-                    {"dataset": self._inputs["dataset"], "checkpoint": model.folder},
+                    {"dataset": self._inputs["dataset"], "checkpoint": model.folder,
+                     "training": self._inputs["training"]},
                     self._params | {k: model.params[k] for k in ("stage", "approach", "repeat", "seed")})

@@ -13,11 +13,11 @@ from typing import Any
 
 from impactx.experiment.executor import Executor, Task, final_metrics
 from impactx.experiment.paper import paper_accuracy
-from impactx.experiment.plan import Cell, Configuration, select
+from impactx.experiment.plan import EXECUTION_ONLY, Cell, Configuration, select
 from impactx.experiment.results import Row, results_csv, summarise
 from impactx.experiment.tracker import Run, Tracker
-from impactx.experiment.units import Artifacts, Unit, fingerprint
-from impactx.experiment.work import Workplace
+from impactx.experiment.units import Artifacts, Unit, WorkError, fingerprint
+from impactx.experiment.work import Workplace, maps_complete
 from impactx.settings import ExperimentSettings
 from impactx.timing import Progress, duration
 
@@ -26,7 +26,9 @@ log = logging.getLogger("impactx")
 
 def job_key(settings: ExperimentSettings) -> str:
     """The same for the same experiment, wherever and by whatever it is executed: a job started again goes on."""
-    described = settings.model_dump(mode="json", exclude={"cluster", "tracking", "output", "data_root", "cache"})
+    described = settings.model_dump(mode="json", exclude={
+        "cluster": True, "tracking": True, "output": True, "data_root": True, "cache": True,
+        "training": EXECUTION_ONLY})
     return f"{settings.name}-{fingerprint(described)[:12]}"
 
 
@@ -93,6 +95,9 @@ class CellRun:
 
     def _reused(self, unit: Unit) -> dict[str, Any] | None:
         result = self.job.artifacts.result(unit)
+        if result is not None and unit.role == "maps" and not maps_complete(unit, self.job.place):
+            log.warning("  %s: shards were deleted since they were finished: they are made anew", unit.name)
+            return None
         if result is not None:
             task = self._task(unit)
             final = final_metrics(result) if "history" in result else {
@@ -120,12 +125,12 @@ class CellRun:
         results = {u.key: r for u in units if (r := self._reused(u)) is not None}
         if results:
             log.info("  %s: %d of %d trials reused, finished earlier", what, len(results), len(units))
-        failed: list[str] = []
+        failed: dict[str, str] = {}
         progress = Progress(f"  {what}", "trials", len(units), before=len(results))
 
         def on_result(unit: Unit, result: dict[str, Any] | None, error: str | None) -> None:
             if result is None:
-                failed.append(unit.name)
+                failed[unit.name] = error or "it left no result"
                 log.warning("  %s failed: %s", unit.name, error)
             else:
                 results[unit.key] = result
@@ -138,7 +143,7 @@ class CellRun:
         pending = [u for u in units if u.key not in results]
         if pending:
             self.job.executor.search([self._task(u) for u in pending], on_result, EpochLines())
-        chosen, result = select(units, results, metric)
+        chosen, result = select(units, results, metric, failed)
         log.info("  %s: selected %s (%s %.4f)%s", what, chosen.name, metric, result["best"][metric],
                  f"; {len(failed)} of {len(units)} trials failed" if failed else "")
         return chosen, result
@@ -175,7 +180,7 @@ class CellRun:
                 if not settings.approaches:
                     continue
                 if not a_result["weights"]:
-                    raise RuntimeError(f"{cell.name}: {a.name} diverged, there is no classifier to explain")
+                    raise WorkError(f"{cell.name}: {a.name} diverged, there is no classifier to explain")
                 maps = cell.maps(a, a_result, repeat)
                 self._explain(maps)
                 for name, approach in settings.approaches.items():
@@ -187,6 +192,9 @@ class CellRun:
                             self._log_selection(run, name, best, found)
                     model = cell.stage2_model(name, approach, configuration, weights[name], repeat, a, maps)
                     finals.append((model, self._train(model)))
+            for model, result in finals:
+                if not result["weights"]:
+                    log.warning("  %s diverged in its first epoch: it is not in the table", model.name)
             rows = [self._test(model, result) for model, result in finals if result["weights"]]
             for s in summarise(rows):
                 run.log_metrics({f"{s.approach}.val_accuracy": s.val_mean, f"{s.approach}.test_accuracy": s.test_mean})

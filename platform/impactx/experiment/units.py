@@ -20,6 +20,10 @@ Role = Literal["trial", "model", "maps", "test"]
 RESULT, CHECKPOINT, RUNNING, PREDICTIONS = "result.json", "checkpoint.pt", "running.pt", "predictions.npz"
 
 
+class WorkError(RuntimeError):
+    """A unit cannot be worked on; the message names it and says what to do."""
+
+
 def fingerprint(value: Any) -> str:
     """32 hex digits of the sha256 of plain data as canonical JSON (numbers by their shortest form)."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)

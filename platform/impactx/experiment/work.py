@@ -14,19 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from impactx.datasets import Dataset, load_dataset, make_split
+from impactx.datasets import Dataset, Split, load_dataset, make_split
 from impactx.datasets.batches import DeviceData
-from impactx.experiment.units import CHECKPOINT, PREDICTIONS, RUNNING, Artifacts, Unit
+from impactx.experiment.units import CHECKPOINT, PREDICTIONS, RUNNING, Artifacts, Unit, WorkError
 from impactx.explain.attribution import build_attribution
-from impactx.explain.store import MapStore, StoreSpec, map_scale
-from impactx.models import (
-    Impactx,
-    build_classifier,
-    build_impactx,
-    load_checkpoint,
-    save_checkpoint,
-    weights_fingerprint,
-)
+from impactx.explain.store import MapStore, StoreError, StoreSpec, map_scale
+from impactx.models import CheckpointError, Impactx, load_checkpoint, save_checkpoint, weights_fingerprint
 from impactx.settings import (
     DatasetSettings,
     ImpactxSettings,
@@ -35,12 +28,8 @@ from impactx.settings import (
     TrainingSettings,
 )
 from impactx.storage import Storage
-from impactx.training import TrainingData, classification_loss, fit, impactx_loss
-from impactx.training.loop import Metrics
-
-
-class WorkError(RuntimeError):
-    """A unit cannot be worked on; the message names it and says what to do."""
+from impactx.training import train_stage1, train_stage2
+from impactx.training.loop import Metrics, ResumeError
 
 
 @dataclass(frozen=True)
@@ -66,9 +55,23 @@ class Workplace:
         """The data set, decoded once a node, opened once a process."""
         return _open_dataset(DatasetSettings.model_validate(settings), self.data_root, self.cache)
 
-    def checkpoint(self, folder: str) -> Any:
-        """The model that another unit left (see models.load_checkpoint)."""
-        return load_checkpoint(self.artifacts.storage.read(f"{folder}/{CHECKPOINT}"))
+    def checkpoint(self, folder: str, weights: str) -> Any:
+        """The model that another unit left in its folder (see models.load_checkpoint), with these weights.
+
+        Raises WorkError, naming the file, where it is absent, damaged or of another model.
+        """
+        where = self.artifacts.storage.uri(f"{folder}/{CHECKPOINT}")
+        remedy = f"delete the folder {self.artifacts.storage.uri(folder)}, the model is then trained anew"
+        try:
+            loaded = load_checkpoint(self.artifacts.storage.read(f"{folder}/{CHECKPOINT}"))
+        except FileNotFoundError:
+            raise WorkError(f"the checkpoint {where} is missing: {remedy}") from None
+        except CheckpointError as error:
+            raise WorkError(f"the checkpoint {where} cannot be used: {error}: {remedy}") from error
+        if (found := weights_fingerprint(loaded.model)) != weights:
+            raise WorkError(f"the checkpoint {where} is of another model: its weights are {found}, "
+                            f"the plan's {weights}: {remedy}")
+        return loaded
 
     def map_array(self, store: MapStore, data: Dataset) -> np.ndarray:
         """The maps of a complete store, memory-mapped; unpacked once a node, beside the decoded images."""
@@ -89,12 +92,19 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def split_of(unit: Unit, data: Dataset) -> Split:
+    """The split into training and validation part that a training's recipe names."""
+    about = unit.recipe["split"]
+    return make_split(data.train.labels, about["fraction"], class_names=data.class_names,
+                      common_fraction=about["common_fraction"], seed=about["seed"])
+
+
 def train_unit(unit: Unit, place: Workplace, *, device: torch.device | str = "cpu", rank: int = 0,
                world_size: int = 1, on_epoch: Callable[[Metrics], None] | None = None) -> dict[str, Any]:
     """Train a trial or model of either stage, resuming where an earlier try stopped; rank 0 keeps the result.
 
     Returns the result: best (metrics of the best epoch, or None), best_epoch, history, diverged, weights
-    (fingerprint of the best epoch's weights, None if they were not kept), seconds.
+    (fingerprint of the best epoch's weights, None if they were not kept), seconds. Raises WorkError.
     """
     torch.set_num_threads(place.threads)
     artifacts, recipe, inputs = place.artifacts, unit.recipe, unit.inputs
@@ -106,49 +116,45 @@ def train_unit(unit: Unit, place: Workplace, *, device: torch.device | str = "cp
                         f"the plan's is {recipe['data']['fingerprint']}: give every node the same files")
     model_settings = ModelSettings.model_validate(inputs["model"])
     training = TrainingSettings.model_validate(inputs["training"])
-    split = make_split(data.train.labels, recipe["split"]["fraction"], class_names=data.class_names,
-                       common_fraction=recipe["split"]["common_fraction"], seed=recipe["split"]["seed"])
-    maps, scale, approach = None, 1.0, None
-    if recipe["stage"] == 1:
-        model: torch.nn.Module = build_classifier(model_settings, data.num_classes, data.image_size,
-                                                  seed=recipe["seed"])
-        loss = classification_loss
-    else:
-        approach = ImpactxSettings.model_validate(inputs["approach"])
-        loaded = place.checkpoint(inputs["checkpoint"])
-        if (found := weights_fingerprint(loaded.model)) != recipe["weights"]:
-            raise WorkError(f"{unit.name}: the checkpoint in {inputs['checkpoint']} has weights {found}, "
-                            f"the plan's are {recipe['weights']}: another classifier made the maps")
-        maps = place.map_array(MapStore.open(artifacts.storage, inputs["maps"]), data)
-        scale = map_scale(maps, split.train, inputs["scale"])
-        model = build_impactx(approach, model_settings, loaded.model, seed=recipe["seed"])
-        loss = impactx_loss(recipe["lambda"])
-    dtype = torch.float64 if training.precision == "float64" else torch.float32
-    model = model.to(device, dtype)
-    on_device = [DeviceData(data.train.images, data.train.labels, part, device=device, maps=maps, scale=scale,
-                            dtype=dtype) for part in (split.train, split.validation)]
-    started = time.perf_counter()
+    split = split_of(unit, data)
+    running = f"{unit.folder}/{RUNNING}"
 
     def load() -> bytes | None:
         try:
-            return artifacts.storage.read(f"{unit.folder}/{RUNNING}")
+            return artifacts.storage.read(running)
         except FileNotFoundError:
             return None
 
-    result = fit(model, loss, TrainingData(*on_device, np.isin(split.validation, split.common)), training,
-                 learning_rate=recipe["learning_rate"], batch_size=recipe["batch_size"],
-                 augmentation=DatasetSettings.model_validate(inputs["dataset"]).augmentation, seed=recipe["seed"],
-                 load=load, save=lambda state: artifacts.storage.write(f"{unit.folder}/{RUNNING}", state),
-                 on_epoch=on_epoch, rank=rank, world_size=world_size)
+    how: dict[str, Any] = {
+        "learning_rate": recipe["learning_rate"], "batch_size": recipe["batch_size"], "seed": recipe["seed"],
+        "augmentation": DatasetSettings.model_validate(inputs["dataset"]).augmentation, "device": device,
+        "load": load, "save": lambda state: artifacts.storage.write(running, state), "on_epoch": on_epoch,
+        "rank": rank, "world_size": world_size}
+    started = time.perf_counter()
+    scale, approach = None, None
+    try:
+        if recipe["stage"] == 1:
+            model: torch.nn.Module
+            model, result = train_stage1(data, split, model_settings, training, **how)
+        else:
+            approach = ImpactxSettings.model_validate(inputs["approach"])
+            maps = place.map_array(MapStore.open(artifacts.storage, inputs["maps"]), data)
+            scale = map_scale(maps, split.train, inputs["scale"])
+            model, result = train_stage2(
+                data, split, model_settings, training, approach=approach, weight=recipe["lambda"], maps=maps,
+                scale=scale, classifier=place.checkpoint(inputs["checkpoint"], recipe["weights"]).model, **how)
+    except ResumeError as error:
+        raise WorkError(f"{unit.name}: {artifacts.storage.uri(running)}: {error}; delete the file, this training "
+                        "then starts anew") from error
     kept = (unit.role == "model" or training.keep_trial_weights) and result.best_state is not None
     weights, files = None, {}
     if kept:
-        model.load_state_dict(result.best_state)
         model = model.to("cpu")
         weights = weights_fingerprint(model)
         files[CHECKPOINT] = save_checkpoint(
             model, model_settings=model_settings, approach_settings=approach, class_names=data.class_names,
-            map_scale=scale if isinstance(scale, float) and approach is not None else None, extra={"unit": unit.key})
+            # The network's maps are in scaled units: 1 / scale leads back to the attribution's own.
+            map_scale=1 / scale if isinstance(scale, float) else None, extra={"unit": unit.key})
     summary = _plain({
         "best": result.best if result.best_epoch else None, "best_epoch": result.best_epoch,
         "epochs": len(result.history), "history": result.history, "diverged": result.diverged, "weights": weights,
@@ -167,6 +173,14 @@ def open_store(unit: Unit, place: Workplace) -> MapStore:
         unit.key, len(data.train.labels), (data.channels, *data.image_size), unit.inputs["shard_size"], unit.recipe))
 
 
+def maps_complete(unit: Unit, place: Workplace) -> bool:
+    """True where no shard of a maps unit is missing (their contents are checked when they are unpacked)."""
+    try:
+        return not MapStore.open(place.artifacts.storage, unit.folder).missing()
+    except StoreError:
+        return False
+
+
 class ShardWorker:
     """Makes shards of a maps unit: the model and the images are opened once, shards follow."""
 
@@ -175,10 +189,7 @@ class ShardWorker:
         self.place, self.device = place, torch.device(device)
         self.store = open_store(unit, place)
         self.data = place.dataset(unit.inputs["dataset"])
-        model = place.checkpoint(unit.inputs["checkpoint"]).model
-        if (found := weights_fingerprint(model)) != unit.recipe["weights"]:
-            raise WorkError(f"{unit.name}: the checkpoint in {unit.inputs['checkpoint']} has weights {found}, "
-                            f"the plan's are {unit.recipe['weights']}")
+        model = place.checkpoint(unit.inputs["checkpoint"], unit.recipe["weights"]).model
         self.model = model.eval().requires_grad_(False).to(self.device)
         self.attribution = build_attribution(PartitionSettings.model_validate(unit.inputs["attribution"]))
 
@@ -221,10 +232,12 @@ def evaluate_unit(unit: Unit, place: Workplace, *, device: torch.device | str = 
     started = time.perf_counter()
     data = place.dataset(unit.inputs["dataset"])
     test = data.load_test()
-    model = place.checkpoint(unit.inputs["checkpoint"]).model.eval().to(device)
+    model = place.checkpoint(unit.inputs["checkpoint"], unit.recipe["weights"]).model.eval().to(device)
+    training = TrainingSettings.model_validate(unit.inputs.get("training", {}))
+    held = DeviceData(test.images, test.labels, np.arange(len(test.labels)), device=device,
+                      memory_bytes=training.memory_mb * 2**20)
     parts = []
-    for batch in DeviceData(test.images, test.labels, np.arange(len(test.labels)), device=device).evaluation(
-            batch_size=500):
+    for batch in held.evaluation(batch_size=training.eval_batch_size):
         logits = model.classify(batch.images) if isinstance(model, Impactx) else model(batch.images)
         parts.append(logits.softmax(1).float().cpu().numpy())
     probabilities = np.concatenate(parts)

@@ -77,7 +77,7 @@ class Outputs:
             return scores.gather(1, self.indices[image])
         if self.weights is not None:
             return (scores.double() * self.weights[image]).sum(1, keepdim=True).to(scores.dtype)
-        return scores
+        return scores.clone()  # it may be a view of an input buffer that is written again
 
 
 class Forward:

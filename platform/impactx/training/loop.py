@@ -28,6 +28,10 @@ Metrics = dict[str, float]
 TOP = "common_accuracy"
 
 
+class ResumeError(ValueError):
+    """The state that an interrupted training left cannot be used."""
+
+
 @dataclass(frozen=True)
 class TrainingData:
     """train and validation images on the device; common: which validation rows all fractions share.
@@ -148,16 +152,21 @@ def fit(model: nn.Module, loss: Loss, data: TrainingData, training: TrainingSett
     epoch's checkpoint (None where there is none yet); only rank 0 saves. on_epoch: called after each epoch
     that is computed here, on rank 0; what it raises ends the training, resumable. With world_size > 1 a
     torch process group must exist. A loss that is not finite ends the training with diverged = True.
+    Raises ResumeError where what `load` returned cannot be used.
     """
     device = data.train.device
     model.to(memory_format=torch.channels_last)  # as the batches are: 1.4 times faster on a CPU (docs/LOG.md)
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], training, learning_rate)
     result = FitResult()
     if load is not None and (stored := load()) is not None:
-        state: dict[str, Any] = torch.load(io.BytesIO(stored), map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        result = FitResult(state["history"], state["best_epoch"], state["best_state"], state["diverged"])
+        try:
+            state: dict[str, Any] = torch.load(io.BytesIO(stored), map_location=device, weights_only=True)
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            result = FitResult(state["history"], state["best_epoch"], state["best_state"], state["diverged"])
+        except Exception as error:  # torch has no one class for what is torn or of another model
+            raise ResumeError(f"the state of the interrupted training is damaged or of another model "
+                              f"({str(error).strip().splitlines()[0]})") from error
     step_model = model
     if world_size > 1:
         if device.type == "cuda":
