@@ -66,11 +66,6 @@ def main(job: Callable[[], None]) -> None:
 
     Anything else that goes wrong is a traceback and exit status 1; an interrupt gives 130.
     """
-    from impactx.configuration import ConfigurationError
-    from impactx.datasets.errors import DataError
-    from impactx.explain.store import StoreError
-    from impactx.storage import StorageError
-
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     log.addHandler(handler)
@@ -78,11 +73,26 @@ def main(job: Callable[[], None]) -> None:
     log.propagate = False
     try:
         job()
-    except (ConfigurationError, DataError, StoreError, StorageError) as error:
-        sys.exit(_failed(error))
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if not isinstance(error, _users_errors()):
+            raise
+        sys.exit(_failed(error))
+
+
+def _users_errors() -> tuple[type[Exception], ...]:
+    """Errors whose message is all that a user needs. Imported once there is one: some bring torch with them."""
+    from impactx.configuration import ConfigurationError
+    from impactx.datasets.errors import DataError
+    from impactx.experiment.plan import SelectionError
+    from impactx.experiment.tracker import TrackingError
+    from impactx.experiment.units import WorkError
+    from impactx.explain.store import StoreError
+    from impactx.storage import StorageError
+
+    return ConfigurationError, DataError, SelectionError, StoreError, StorageError, TrackingError, WorkError
 
 
 def _failed(error: Exception) -> int:

@@ -91,11 +91,28 @@ def load_settings(preset: str = DEFAULT_PRESET, overrides: Sequence[str] = (),
         settings = ExperimentSettings.model_validate(composed)
     except ValidationError as error:
         errors += [_readable(e) for e in error.errors()]
+    errors += _unknown_architectures(composed)
     if errors or settings is None:
         count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
         raise ConfigurationError(f"{count} in the configuration (preset {preset}):\n" + "\n".join(
             f"  - {e}" for e in dict.fromkeys(errors)))
     return settings
+
+
+def _unknown_architectures(composed: dict[str, Any]) -> list[str]:
+    models = composed.get("models")
+    named = {f"models.{key}.architecture": m.get("architecture") for key, m in models.items()
+             if isinstance(m, dict)} if isinstance(models, dict) else {}
+    found = []
+    for where, name in named.items():
+        if isinstance(name, str) and name != "lenet5":
+            from impactx.models.backbones import UnknownArchitecture, check_architecture
+
+            try:
+                check_architecture(name)
+            except UnknownArchitecture as error:
+                found.append(f"{where} = {name!r}: {error}")
+    return found
 
 
 def _compose(folder: Path, preset: str, chosen: list[str]) -> dict[str, Any]:

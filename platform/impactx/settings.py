@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 SQLITE_DEFAULT = "mlflow.db"
 
@@ -53,6 +53,7 @@ def axis(item: Any) -> Any:
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 LearningRate = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
 BatchSize = Annotated[int, Field(ge=1, le=65536)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Lambda = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -97,7 +98,13 @@ class ModelSettings(Settings):
     input_size: int | None = Field(None, ge=8, le=1024, description=(
         "side to which the model itself resizes its input; None: the data set's native size"))
     mean: tuple[float, float, float] | None = Field(None, description="None: timm's value, 0.5 for LeNet-5")
-    std: tuple[float, float, float] | None = None
+    std: tuple[Positive, Positive, Positive] | None = None
+
+    @model_validator(mode="after")
+    def _lenet_has_no_hub(self) -> ModelSettings:
+        if self.architecture == "lenet5" and self.weights == "hub":
+            raise ValueError("weights 'hub' with architecture 'lenet5': nobody publishes them; use random or a file")
+        return self
 
 
 class TrainingSettings(Settings):

@@ -2,9 +2,9 @@
 
 Images stay uint8 (N, H, W, 3) on the device and become float (B, 3, H, W) in [0, 1] a batch at a
 time; their maps lie beside them and are moved as the image is.  A data set above a memory budget stays
-where it is (a memory-mapped file) and is gathered a batch at a time; the batches are the same.  Order and augmentation of an
-epoch are drawn from (seed, epoch) for all images at once, so they depend neither on the number of
-workers nor on where a training was interrupted.
+where it is (a memory-mapped file) and is gathered a batch at a time; the batches are the same.
+Order and augmentation of an epoch are drawn from (seed, epoch) for all images at once, so they depend
+neither on the number of workers nor on where a training was interrupted.
 """
 
 from __future__ import annotations

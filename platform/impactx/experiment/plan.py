@@ -125,6 +125,7 @@ class Cell:
     def maps(self, a: Unit, a_result: Mapping[str, Any], repeat: int) -> Unit:
         """The maps of every training image, of the A that unit `a` trained."""
         recipe = {"weights": a_result["weights"], "data": self.facts.fingerprint,
+                  "model": {"architecture": self.model.architecture, "input_size": self.model.input_size},
                   "attribution": self.settings.attribution.model_dump(mode="json")}
         return Unit("maps", f"maps repeat {repeat}", recipe,
                     {"dataset": self._inputs["dataset"], "checkpoint": a.folder,

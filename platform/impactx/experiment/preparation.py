@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
+from impactx.configuration import ConfigurationError
 from impactx.datasets import DataError, load_dataset, locate, make_split
 from impactx.experiment.plan import Cell, Configuration, DataFacts, select
 from impactx.experiment.units import Artifacts, Unit
 from impactx.experiment.work import Workplace
-from impactx.explain.masking import parse_masker
-from impactx.models import build_classifier
+from impactx.explain.masking import MaskerError, parse_masker
+from impactx.models import UnknownArchitecture, build_classifier, check_architecture
 from impactx.settings import DatasetSettings, ExperimentSettings, ModelSettings
 from impactx.storage import Storage
 
@@ -42,6 +43,11 @@ def _absolute(settings: ExperimentSettings) -> list[DatasetSettings]:
             for d in settings.datasets.values()]
 
 
+def _absolute_models(settings: ExperimentSettings) -> list[ModelSettings]:
+    return [m if m.weights in ("random", "hub") else m.model_copy(
+        update={"weights": str(Path(m.weights).expanduser().absolute())}) for m in settings.models.values()]
+
+
 def _weights_file(model: ModelSettings) -> str | None:
     if model.weights in ("random", "hub"):
         return None
@@ -52,9 +58,34 @@ def _weights_file(model: ModelSettings) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def _check_names(settings: ExperimentSettings) -> dict[str, str | None]:
+    """What can be checked without data, all errors at once; returns each model's weights file's fingerprint."""
+    errors, files = [], {}
+    for model in settings.models.values():
+        try:
+            check_architecture(model.architecture)
+        except UnknownArchitecture as error:
+            errors.append(f"models.{model.name}.architecture = {model.architecture!r}: {error}")
+        try:
+            files[model.name] = _weights_file(model)
+        except DataError as error:
+            errors.append(str(error))
+    try:
+        parse_masker(settings.attribution.masker)
+    except MaskerError as error:
+        errors.append(f"attribution.masker = {settings.attribution.masker!r}: {error}")
+    if errors:
+        raise ConfigurationError("the experiment cannot run:\n" + "\n".join(f"  - {e}" for e in errors))
+    return files
+
+
 def prepare(settings: ExperimentSettings) -> Prepared:
-    """Decode the data, check splits, masks, models and storage; raises DataError, StorageError or ValueError."""
+    """Check names, storage, data, splits, masks and models; decode the data.
+
+    Raises ConfigurationError, DataError or StorageError before anything is computed.
+    """
     place = workplace(settings)
+    weights_files = _check_names(settings)
     place.artifacts.storage.check()
     cells = []
     for dataset in _absolute(settings):
@@ -68,11 +99,16 @@ def prepare(settings: ExperimentSettings) -> Prepared:
                  *data.image_size, data.num_classes, locate(dataset, place.data_root))
         facts = DataFacts(data.fingerprint, len(data.train.labels), data.num_classes, data.image_size,
                           data.class_names)
-        parse_masker(settings.attribution.masker).background(torch.zeros(1, data.channels, *data.image_size))
+        try:
+            parse_masker(settings.attribution.masker).background(torch.zeros(1, data.channels, *data.image_size))
+        except MaskerError as error:
+            raise ConfigurationError(f"attribution.masker, for {dataset.name}: {error}") from error
         for model in settings.models.values():
-            weights = _weights_file(model)
-            build_classifier(model, data.num_classes, data.image_size, seed=settings.seed)
-            cells.append(Cell(settings, dataset, model, facts, weights))
+            try:
+                build_classifier(model, data.num_classes, data.image_size, seed=settings.seed)
+            except ValueError as error:
+                raise ConfigurationError(f"models.{model.name}, for {dataset.name}: {error}") from error
+            cells.append(Cell(settings, dataset, model, facts, weights_files[model.name]))
     return Prepared(cells, place)
 
 
@@ -98,8 +134,9 @@ def dry_run(settings: ExperimentSettings) -> str:
         facts, where = _facts_if_here(dataset, place)
         images = facts.train_images if facts else dataset.train_images
         lines.append(f"{dataset.name}: {where}" + (f"; {images} training images" if images else ""))
-        for model in settings.models.values():
-            cell = Cell(settings, dataset, model, facts or DataFacts("unknown", images or 0, 0, (0, 0), ()))
+        for model in _absolute_models(settings):
+            cell = Cell(settings, dataset, model, facts or DataFacts("unknown", images or 0, 0, (0, 0), ()),
+                        _weights_file(model))
             lines += _dry_cell(cell, artifacts, images, bool(facts), totals)
     trials, trainings, evaluations, shards = totals
     head = [f"{settings.name}: {len(settings.datasets) * len(settings.models)} cells, output {artifacts.storage.root}",

@@ -75,7 +75,7 @@ def _probabilities(score: Score) -> Score:
 
 
 def _on_device(images: np.ndarray, device: torch.device | str) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(images)).to(device)
+    return torch.from_numpy(np.array(images)).to(device)  # a copy: the images may be a read-only file
 
 
 def build_attribution(settings: AttributionSettings) -> Attribution:

@@ -97,14 +97,18 @@ class Forward:
         self.forward_batch = forward_batch
         self.n_scores: int | None = None
 
-    def __call__(self, compose: Callable[..., Tensor], image: Tensor, *mask: Tensor, first_image: int) -> Tensor:
+    def __call__(
+        self, compose: Callable[..., Tensor], image: Tensor, *mask: Tensor, first_image: int, after_head: bool = False
+    ) -> Tensor:
         """Selected scores (B, n outputs) of B masks.
 
         Args:
             compose: (which, *mask) -> inputs of ``score``.
             image: int64 (B,), index in the group; ``first_image`` is the group's first.
             mask: further tensors (B,) that ``compose`` takes.
+            after_head: ``compose`` gives what comes out of a ``FastScore``'s head.
         """
+        score = self.score.rest if after_head else self.score  # type: ignore[attr-defined]
         total, done = len(image), 0
         results = []
         while done < total:
@@ -112,7 +116,7 @@ class Forward:
             size = math.ceil(remaining / math.ceil(remaining / self.forward_batch))
             part = slice(done, done + size)
             try:
-                scores = self.score(compose(image[part], *(m[part] for m in mask)))
+                scores = score(compose(image[part], *(m[part] for m in mask)))
             except torch.OutOfMemoryError:
                 if size <= 1:
                     raise

@@ -21,8 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from impactx.explain.compose import Composer
+from impactx.explain.fast import FastScore
 from impactx.explain.forward import Forward, Outputs, PartitionError, Score
 from impactx.explain.frontier import Frontier
+from impactx.explain.head import HeadComposer
 from impactx.explain.masking import Masker, MaskerSpec, parse_masker
 from impactx.explain.tree import TreeOnDevice, build_tree
 
@@ -216,7 +218,12 @@ class _Group:
         self.n = len(images)
         self.device = images.device
         backgrounds = masker.background(images)
-        self.composer = Composer(tree, images, backgrounds)
+        # a box's share of the first layer pays where boxes occur again and again: not with a fixed context
+        score = forward.score
+        self.ahead = None
+        if isinstance(score, FastScore) and score.head is not None and room.fixed_context is None:
+            self.ahead = HeadComposer(tree, score.head, images, backgrounds, room.forward_batch)
+        self.compose = Composer(tree, images, backgrounds).compose if self.ahead is None else self.ahead.compose
         everyone = torch.arange(self.n, device=self.device)
         base = forward(lambda which: backgrounds[which], everyone, first_image=first)
         full = forward(lambda which: images[which], everyone, first_image=first)
@@ -248,9 +255,11 @@ class _Group:
         left, right = tree.left[node], tree.right[node]
         with_left = context | (1 << tree.depth[node])  # as the right child's context; the left's "with right"
         nodes = torch.stack([right, left], dim=1).flatten()
+        if self.ahead is not None:
+            self.ahead.prepare(image.repeat_interleave(2), nodes)
         scores = self.forward(
-            self.composer.compose, image.repeat_interleave(2), nodes, with_left.repeat_interleave(2),
-            first_image=self.first,
+            self.compose, image.repeat_interleave(2), nodes, with_left.repeat_interleave(2),
+            first_image=self.first, after_head=self.ahead is not None,
         )
         f10 = self.spent[image] + 2 * popped.rank + 2
         f01 = f10 + 1

@@ -15,6 +15,8 @@ import hashlib
 import io
 import json
 import math
+import os
+import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from impactx.storage import Storage
 
 FORMAT = 1
 HEAD = "store.json"
+COLUMNS = ("index", "label", "map", "score", "base_value")
 
 
 class StoreError(RuntimeError):
@@ -57,7 +60,7 @@ class StoreSpec:
 def _checksum(table: pa.Table) -> str:
     """sha256 over the columns' values, independent of how Parquet encodes them."""
     digest = hashlib.sha256()
-    for name in ("index", "label", "map", "score", "base_value"):
+    for name in COLUMNS:
         column = table[name].combine_chunks()
         values = column.flatten() if pa.types.is_fixed_size_list(column.type) else column
         digest.update(np.ascontiguousarray(values.to_numpy(zero_copy_only=False)).tobytes())
@@ -93,11 +96,14 @@ class MapStore:
             head = storage.read_json(f"{folder}/{HEAD}")
         except FileNotFoundError:
             raise StoreError(f"{storage.uri(folder)} is no store of maps: it has no {HEAD}") from None
-        if head.pop("format", None) != FORMAT:
+        if not isinstance(head, dict) or head.pop("format", None) != FORMAT:
             raise StoreError(f"{storage.uri(folder)}/{HEAD} has another format than {FORMAT}: "
                              "made by another version of impactx; compute the maps anew in another folder")
-        head["shape"] = tuple(head["shape"])
-        return cls(storage, folder, StoreSpec(**head))
+        try:
+            return cls(storage, folder, StoreSpec(**head | {"shape": tuple(head["shape"])}))
+        except (KeyError, TypeError) as error:
+            raise StoreError(f"{storage.uri(folder)}/{HEAD} is damaged ({error}): delete it, it is made anew "
+                             "when the maps are computed again") from error
 
     def shard_name(self, shard: int) -> str:
         """The file name of a shard, 0 <= shard < spec.shards."""
@@ -148,13 +154,18 @@ class MapStore:
             table = pq.read_table(io.BytesIO(self.storage.read(path)))
         except FileNotFoundError:
             raise StoreError(f"{where} is missing: compute the maps again, finished shards are kept") from None
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise StoreError(f"{where} is torn or no Parquet file ({error}): {remedy}") from error
-        meta = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()
-                if k.startswith(b"impactx.")}
+        meta = {k.decode(errors="replace"): v.decode(errors="replace")
+                for k, v in (table.schema.metadata or {}).items() if k.startswith(b"impactx.")}
         if meta.get("impactx.fingerprint") != self.spec.fingerprint:
             raise StoreError(f"{where} is foreign: its fingerprint is {meta.get('impactx.fingerprint')}, "
                              f"the store's {self.spec.fingerprint}: {remedy}")
+        size, layout = int(np.prod(self.spec.shape)), meta.get("impactx.shape")
+        if not set(COLUMNS) <= set(table.column_names) or layout != json.dumps(self.spec.shape) \
+                or table.schema.field("map").type != pa.list_(pa.float32(), size):
+            raise StoreError(f"{where} has other columns or maps of another shape ({layout}) than "
+                             f"{json.dumps(self.spec.shape)}: {remedy}")
         if table["index"].to_pylist() != self.shard_indices(shard).tolist():
             raise StoreError(f"{where} holds other images than its name says: {remedy}")
         if meta.get("impactx.checksum") != _checksum(table):
@@ -174,19 +185,20 @@ class MapStore:
     def unpack(self, cache: str | Path) -> np.ndarray:
         """All maps as one memory-mapped, read-only float32 array (images, C, H, W), aligned by index.
 
-        The file is made once in the folder `cache`, from checked shards. Raises StoreError like `read_shard`.
+        The file is made once in the folder `cache`, from checked shards. Raises StoreError like `read_shard`, and
+        where the folder has no space for it.
         """
         target = Path(cache, f"maps-{self.spec.fingerprint}.npy")
         expected = (self.spec.images, *self.spec.shape)
         if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            import tempfile
-
             # A name of its own for each process: several may unpack at once, the last rename wins.
-            with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".partial-", delete=False) as handle:
-                partial = Path(handle.name)
+            partial = target.with_name(f".partial-{uuid.uuid4().hex}")
             try:
+                target.parent.mkdir(parents=True, exist_ok=True)
                 whole = np.lib.format.open_memmap(partial, "w+", np.float32, expected)
+                with open(partial, "r+b") as handle:
+                    # Space is taken now: a page that finds none later kills the process without a word.
+                    os.posix_fallocate(handle.fileno(), 0, os.fstat(handle.fileno()).st_size)
                 for shard in range(self.spec.shards):
                     table = self.read_shard(shard)
                     rows = table["map"].combine_chunks().flatten().to_numpy()
@@ -194,11 +206,18 @@ class MapStore:
                 whole.flush()
                 del whole
                 partial.replace(target)
+            except OSError as error:
+                raise StoreError(f"the maps cannot be unpacked to {target} "
+                                 f"({math.prod(expected) * 4 / 2**20:.1f} MiB): {error.strerror or error}; free some "
+                                 "space, or set `cache` to another folder") from error
             finally:
                 partial.unlink(missing_ok=True)
-        maps = np.load(target, mmap_mode="r")
-        if maps.shape != expected:
-            raise StoreError(f"{target} has shape {maps.shape}, the store {expected}: delete it")
+        try:
+            maps = np.load(target, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise StoreError(f"{target} is damaged ({error}): delete it, it is made anew from the shards") from error
+        if maps.shape != expected or maps.dtype != np.float32:
+            raise StoreError(f"{target} holds {maps.dtype} {maps.shape}, the store float32 {expected}: delete it")
         return maps
 
 

@@ -1,0 +1,173 @@
+"""The method in a few calls, in one process, without Ray and MLflow; docs/example.py shows all of it.
+
+`impactx` re-exports these names: impactx.train_classifier, impactx.explain_dataset, impactx.train_impactx.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from impactx.datasets import Dataset, make_split
+from impactx.datasets.batches import DeviceData
+from impactx.explain.attribution import build_attribution
+from impactx.explain.store import map_scale
+from impactx.models import Impactx, load_checkpoint, save_checkpoint
+from impactx.settings import (
+    AttributionSettings,
+    AugmentationSettings,
+    ImpactxSettings,
+    ModelSettings,
+    PartitionSettings,
+    TrainingSettings,
+)
+from impactx.timing import Progress
+from impactx.training import FitResult, train_stage1, train_stage2
+from impactx.training.loop import Metrics
+
+log = logging.getLogger("impactx")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What an experiment searches or takes from its data set; stage 2 uses A's unless it is told otherwise."""
+
+    learning_rate: float = 0.001
+    batch_size: int = 32
+    validation_fraction: float = 0.1
+    augmentation: AugmentationSettings = AugmentationSettings()
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """labels: int64 (N,); probabilities: float32 (N, K); maps: float32 (N, C, H, W), None from a bare classifier.
+
+    Maps are in the units of the attribution (scaled ones where each training map had a scale of its own).
+    """
+
+    labels: np.ndarray
+    probabilities: np.ndarray
+    maps: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A classifier A, or IMPACTX around one: on the CPU, in eval mode, with its best epoch's weights.
+
+    map_unit: by which the network's maps are multiplied to be in the attribution's units; history: one dict
+    an epoch; best: the one whose weights these are.
+    """
+
+    model: nn.Module
+    model_settings: ModelSettings
+    class_names: tuple[str, ...]
+    approach_settings: ImpactxSettings | None = None
+    map_unit: float | None = None
+    schedule: Schedule = Schedule()
+    history: list[Metrics] = field(default_factory=list)
+    best: Metrics = field(default_factory=dict)
+
+    @torch.no_grad()
+    def predict(self, images: np.ndarray, *, device: str = "cpu", batch_size: int = 500) -> Prediction:
+        """Labels, probabilities and, of IMPACTX, maps, by one forward pass.
+
+        images: uint8 (N, H, W, 3) of the training images' size.
+        """
+        if images.ndim != 4 or images.dtype != np.uint8:
+            raise ValueError(f"images must be uint8 (N, H, W, 3), got {images.dtype} {images.shape}")
+        model, probabilities, maps = self.model.to(device), [], []
+        held = DeviceData(images, np.zeros(len(images), np.int64), np.arange(len(images)), device=device,
+                          memory_bytes=2**30)
+        for batch in held.evaluation(batch_size=batch_size):
+            logits = model(batch.images)
+            if isinstance(model, Impactx):
+                logits, found = logits
+                maps.append((found * (self.map_unit or 1.0)).float().cpu().numpy())
+            probabilities.append(logits.softmax(1).float().cpu().numpy())
+        model.to("cpu")
+        whole = np.concatenate(probabilities)
+        return Prediction(whole.argmax(1), whole, np.concatenate(maps) if maps else None)
+
+    def save(self, path: str | Path) -> None:
+        """Write a checkpoint that `load_model` reads."""
+        Path(path).write_bytes(save_checkpoint(
+            self.model, model_settings=self.model_settings, approach_settings=self.approach_settings,
+            class_names=list(self.class_names), map_scale=self.map_unit))
+
+
+def load_model(source: str | Path | bytes) -> TrainedModel:
+    """A model from a checkpoint: of `TrainedModel.save`, or models/<key>/checkpoint.pt of an experiment.
+
+    Raises CheckpointError where it is none.
+    """
+    loaded = load_checkpoint(source)
+    approach = loaded.approach_settings if isinstance(loaded.approach_settings, ImpactxSettings) else None
+    return TrainedModel(loaded.model, loaded.model_settings, tuple(loaded.class_names), approach, loaded.map_scale)
+
+
+def train_classifier(data: Dataset, model: ModelSettings, training: TrainingSettings = TrainingSettings(),  # noqa: B008
+                     schedule: Schedule = Schedule(), *, device: str = "cpu") -> TrainedModel:  # noqa: B008
+    """Stage 1: train the classifier A on a data set. Raises ValueError where it diverges at once."""
+    split = make_split(data.train.labels, schedule.validation_fraction, seed=schedule.seed,
+                       common_fraction=schedule.validation_fraction, class_names=data.class_names)
+    progress = Progress("stage 1", "epochs", training.epochs)
+    a, result = train_stage1(data, split, model, training, device=device, seed=schedule.seed,
+                             learning_rate=schedule.learning_rate, batch_size=schedule.batch_size,
+                             augmentation=schedule.augmentation, on_epoch=_say(progress))
+    return _trained(a, result, model, data, schedule)
+
+
+def explain_dataset(a: TrainedModel, data: Dataset, attribution: AttributionSettings = PartitionSettings(), *,  # noqa: B008
+                    device: str = "cpu", block: int = 200) -> np.ndarray:
+    """One map for each training image, of A's score of its true class: float32 (N, C, H, W).
+
+    block: images a step, for the progress lines.
+    """
+    maker, model = build_attribution(attribution), a.model.to(device)
+    count, parts = len(data.train), []
+    progress = Progress("maps", "maps", count, every=10)
+    for start in range(0, count, block):
+        rows = slice(start, min(start + block, count))
+        parts.append(maker.explain(model, data.train.images[rows], data.train.labels[rows], device=device).maps)
+        progress.at(rows.stop)
+    model.to("cpu")
+    return np.concatenate(parts)
+
+
+def train_impactx(a: TrainedModel, data: Dataset, maps: np.ndarray,
+                  training: TrainingSettings = TrainingSettings(), *, weight: float = 0.8,  # noqa: B008
+                  approach: ImpactxSettings = ImpactxSettings(), scale: str = "std",  # noqa: B008
+                  schedule: Schedule | None = None, device: str = "cpu") -> TrainedModel:
+    """Stage 2: train IMPACTX around A on the same split, by equation (1) with lambda = weight.
+
+    maps: as `explain_dataset` made them; scale: std, max_abs or raw (setting maps.scale); schedule: A's by
+    default. Raises ValueError where it diverges at once.
+    """
+    if isinstance(a.model, Impactx):
+        raise ValueError("stage 2 starts from a classifier of stage 1, and this is IMPACTX already")
+    s = schedule or a.schedule
+    split = make_split(data.train.labels, s.validation_fraction, seed=s.seed, common_fraction=s.validation_fraction,
+                       class_names=data.class_names)
+    factor = map_scale(maps, split.train, scale)
+    progress = Progress("stage 2", "epochs", training.epochs)
+    net, result = train_stage2(data, split, a.model_settings, training, classifier=a.model, approach=approach,
+                               weight=weight, maps=maps, scale=factor, device=device, seed=s.seed,
+                               learning_rate=s.learning_rate, batch_size=s.batch_size,
+                               augmentation=s.augmentation, on_epoch=_say(progress))
+    return _trained(net, result, a.model_settings, data, s, approach, 1 / factor if isinstance(factor, float) else None)
+
+
+def _say(progress: Progress):  # noqa: ANN202
+    return lambda row: progress.step(f"validation accuracy {row['val_accuracy']:.4f}")
+
+
+def _trained(model: nn.Module, result: FitResult, settings: ModelSettings, data: Dataset, schedule: Schedule,
+             approach: ImpactxSettings | None = None, map_unit: float | None = None) -> TrainedModel:
+    return TrainedModel(model.cpu().eval(), settings, data.class_names, approach, map_unit, schedule, result.history,
+                        result.best)
