@@ -15,9 +15,10 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from impactx.settings import ExperimentSettings
+from impactx.settings import ExperimentSettings, Settings, tagged
 
 DEFAULT_PRESET = "full_grid"
+Root = typing.TypeVar("Root", bound=Settings)
 
 
 class ConfigurationError(ValueError):
@@ -51,10 +52,16 @@ def _similar(name: str, allowed: Sequence[str]) -> str:
     return f"did you mean {close[0]!r}? " if close else ""
 
 
-def load_settings(preset: str = DEFAULT_PRESET, overrides: Sequence[str] = (),
-                  folder: str | Path | None = None) -> ExperimentSettings:
+@typing.overload
+def load_settings(preset: str = ..., overrides: Sequence[str] = ..., folder: str | Path | None = ...
+                  ) -> ExperimentSettings: ...
+@typing.overload
+def load_settings(preset: str, overrides: Sequence[str], folder: str | Path | None, root: type[Root]) -> Root: ...
+def load_settings(preset: str = DEFAULT_PRESET, overrides: Sequence[str] = (), folder: str | Path | None = None,
+                  root: type[Settings] = ExperimentSettings) -> Settings:
     """Settings of a preset with overrides: group=choice, group=[choice,choice] or a.b.c=value (YAML values).
 
+    root: what is wanted; of a preset, a job that needs less than an experiment takes what it knows.
     Raises ConfigurationError with all errors at once.
     """
     folder = Path(folder) if folder else configs_folder()
@@ -70,7 +77,7 @@ def load_settings(preset: str = DEFAULT_PRESET, overrides: Sequence[str] = (),
         key = key.strip().lstrip("+")
         if not equals or not key:
             errors.append(f"{override!r}: write it as setting=value")
-        elif key in known:
+        elif (key := "attribution" if key == "attribution.method" else key) in known:
             wanted = [c.strip() for c in value.strip().strip("[]").split(",") if c.strip()]
             bad = [c for c in wanted if c not in known[key]]
             errors += [f"{key} = {c!r}: no such choice; {_similar(c, known[key])}"
@@ -82,21 +89,32 @@ def load_settings(preset: str = DEFAULT_PRESET, overrides: Sequence[str] = (),
         else:
             values.append((key, value))
     composed = _compose(folder, preset, chosen)
+    if (method := next((c.partition("=")[2] for c in chosen if c.startswith("attribution=")), None)) is not None:
+        _forget_other_attribution(composed, method, folder, preset)
     for key, choice in left_out:  # a preset may set values of a choice that the command line left out
         entries = composed.get({"dataset": "datasets", "model": "models", "approach": "approaches"}.get(key, ""), {})
         entries.pop(choice, None)
+    composed = {name: value for name, value in composed.items()
+                if name in root.model_fields or name not in ExperimentSettings.model_fields}
     errors += _lay_over(composed, values)
     settings = None
     try:
-        settings = ExperimentSettings.model_validate(composed)
+        settings = root.model_validate(composed)
     except ValidationError as error:
-        errors += [_readable(e) for e in error.errors()]
+        errors += [_readable(e, root) for e in error.errors()]
     errors += _unknown_architectures(composed)
     if errors or settings is None:
         count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
         raise ConfigurationError(f"{count} in the configuration (preset {preset}):\n" + "\n".join(
             f"  - {e}" for e in dict.fromkeys(errors)))
     return settings
+
+
+def _forget_other_attribution(composed: dict[str, Any], method: str, folder: Path, preset: str) -> None:
+    """What a preset sets for its own attribution is not meant for the one that the command line chose."""
+    own = _compose(folder, preset, []).get("attribution")
+    if not isinstance(own, dict) or own.get("method") != method:
+        composed["attribution"] = _compose(folder, f"attribution/{method}", []).get("attribution")
 
 
 def _unknown_architectures(composed: dict[str, Any]) -> list[str]:
@@ -156,28 +174,48 @@ def _lay_over(composed: dict[str, Any], values: list[tuple[str, str]]) -> list[s
     return errors
 
 
-def _fields_at(location: Sequence[Any]) -> list[str]:
-    """Names of the settings that may stand where an unknown one was found."""
-    model: Any = ExperimentSettings
+def _place(location: Sequence[Any], root: type[Settings]) -> tuple[list[Any], Any]:
+    """Where an error is, as one would write it (without pydantic's own words), and the type of what is there."""
+    model: Any = root
+    written: list[Any] = []
     for part in location:
-        annotation: Any = None
+        if str(part).startswith(("function-", "list[")):
+            continue
+        if part in (kinds := tagged(model)):
+            model = kinds[part]
+            continue
+        written.append(part)
+        if typing.get_origin(model) is typing.Annotated:
+            model = typing.get_args(model)[0]
         if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
             annotation = model.model_fields[part].annotation
         elif typing.get_origin(model) is dict:
             annotation = typing.get_args(model)[1]
-        if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        else:
+            annotation = None
+        if typing.get_origin(annotation) in (typing.Union, types.UnionType) and not tagged(annotation):
             annotation = next((a for a in typing.get_args(annotation) if a is not type(None)), None)
         model = annotation
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+    return written, model
 
 
-def _readable(error: Any) -> str:
-    location = [part for part in error["loc"] if not str(part).startswith(("function-", "list["))]
+def _readable(error: Any, root: type[Settings]) -> str:
+    location, model = _place(error["loc"], root)
     where = ".".join(map(str, location)) or "the whole"
     if error["type"] == "extra_forbidden":
-        allowed = _fields_at(location[:-1])
-        return (f"{where} = {error['input']!r}: no such setting; {_similar(str(location[-1]), allowed)}"
+        _, parent = _place(error["loc"][:-1], root)
+        allowed = list(parent.model_fields) if isinstance(parent, type) and issubclass(parent, BaseModel) else []
+        chosen = next((f" with {name} {fields[name].default}" for fields in [getattr(parent, "model_fields", {})]
+                       for name in ("method", "kind") if name in fields), "")
+        return (f"{where} = {error['input']!r}: no such setting{chosen}; {_similar(str(location[-1]), allowed)}"
                 f"allowed here: {', '.join(allowed) or 'nothing'}")
+    if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        tag = error["ctx"]["discriminator"].strip("'")
+        names = list(tagged(model))
+        if error["type"] == "union_tag_not_found":
+            return f"{where}.{tag} is missing; there are {', '.join(names)}"
+        value = error["ctx"]["tag"]
+        return f"{where}.{tag} = {value!r}: no such choice; {_similar(value, names)}there are {', '.join(names)}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "missing":
         return f"{where} is missing"

@@ -9,9 +9,12 @@ choice where the paper is silent (the reasons stand in docs/METHOD.md).
 from __future__ import annotations
 
 import math
+import types
+import typing
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, field_validator, model_validator
 
 SQLITE_DEFAULT = "mlflow.db"
 
@@ -50,6 +53,29 @@ def axis(item: Any) -> Any:
         lambda v: _unique(v) if isinstance(v, list) and all(isinstance(i, (int, float)) for i in v) else v)]
 
 
+def _colour_as_text(value: Any) -> Any:
+    """0.5 and [0.5, 0.4, 0.3] may be written for '0.5' and '0.5,0.4,0.3'."""
+    if isinstance(value, (list, tuple)) and value:
+        parts = [_colour_as_text(item) for item in value]
+        return ",".join(parts) if all(isinstance(p, str) for p in parts) else value
+    return f"{value:g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
+def tagged(annotation: Any) -> dict[str, type[Settings]]:
+    """The classes of a union of settings by their tag (the only value of their `method` or `kind`); else empty."""
+    if typing.get_origin(annotation) is Annotated:
+        annotation = typing.get_args(annotation)[0]
+    if typing.get_origin(annotation) not in (typing.Union, types.UnionType):
+        return {}
+    found = {}
+    for member in typing.get_args(annotation):
+        fields = member.model_fields if isinstance(member, type) and issubclass(member, Settings) else {}
+        for name in {"method", "kind"} & set(fields):
+            found[fields[name].default] = member
+    return found
+
+
+MaskerName = Annotated[str, BeforeValidator(_colour_as_text)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 LearningRate = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
 BatchSize = Annotated[int, Field(ge=1, le=65536)]
@@ -135,18 +161,128 @@ class GridSettings(Settings):
         "own: each on its own part, as the paper seems to do"))
 
 
-class PartitionSettings(Settings):
-    """SHAP's partition explainer (paper 4.2: 2000 evaluations; the rest ours), computed in batches."""
+class _AttributionBase(Settings):
+    """What all attributions answer; none of it is a setting."""
 
-    method: Literal["partition"] = "partition"
+    @property
+    def hidden_by(self) -> tuple[str, ...]:
+        """What stands in for a hidden pixel: the maskers (`explain.masking`) that it uses."""
+        return (self.masker,) if hasattr(self, "masker") else ()
+
+    def evaluations(self, size: tuple[int, int] | None = None) -> int | None:
+        """Cost of one map of an image of `size` (height, width), in forward passes of one image.
+
+        A gradient counts as three of them. None where it depends on the size and that is not known.
+        """
+        raise NotImplementedError
+
+
+class _PartitionBase(_AttributionBase):
     explain: Literal["logit", "probability"] = Field("logit", description="which score of the true class")
     max_evals: int = Field(2000, ge=4)
     batch_size: int = Field(50, ge=1, description="shap's batch_size: it changes the values (docs/METHOD.md)")
-    masker: str = Field("blur(16,16)", description="blur(k,k), or one colour for all channels in [0,1]")
+    masker: MaskerName = Field("blur(16,16)", description="blur(k,k), or one colour for all channels in [0,1]")
     fixed_context: Literal[0, 1] | None = None
 
+    def evaluations(self, size: tuple[int, int] | None = None) -> int | None:
+        """The budget; an image with fewer splits takes less."""
+        return self.max_evals
 
-AttributionSettings = PartitionSettings
+
+class PartitionSettings(_PartitionBase):
+    """SHAP's partition explainer (paper 4.2: 2000 evaluations; the rest ours), computed in batches."""
+
+    method: Literal["partition"] = "partition"
+
+
+class ShapPartitionSettings(_PartitionBase):
+    """The same by the shap package itself, one image at a time: the reference. CPU or GPU, 4 and more times slower."""
+
+    method: Literal["shap_partition"] = "shap_partition"
+
+
+class IntegratedGradientsSettings(_AttributionBase):
+    """Integrated gradients (Sundararajan et al. 2017), by captum; sums to f(image) - f(baseline) approximately."""
+
+    method: Literal["integrated_gradients"] = "integrated_gradients"
+    explain: Literal["logit", "probability"] = Field("logit", description="which score of the true class")
+    masker: MaskerName = Field("0", description="the baseline: a colour in [0,1] (0: black, their choice) or blur(k,k)")
+    steps: int = Field(50, ge=1, le=10_000, description="points of the Gauss-Legendre rule, captum's default")
+    tolerance: Positive | None = Field(None, description=(
+        "a map whose sum misses f(image) - f(baseline) by more than this share of its absolute values' sum is an "
+        "error; None: the gap is reported only"))
+
+    def evaluations(self, size: tuple[int, int] | None = None) -> int | None:
+        """A gradient a step, and both ends."""
+        return 3 * self.steps + 2
+
+
+class GradientShapSettings(_AttributionBase):
+    """Gradient SHAP (expected gradients; Lundberg and Lee 2017), by captum; additive in expectation only."""
+
+    method: Literal["gradient_shap"] = "gradient_shap"
+    explain: Literal["logit", "probability"] = Field("logit", description="which score of the true class")
+    maskers: list[MaskerName] = Field(["0", "1"], min_length=1, description=(
+        "the baselines that are drawn from, each a colour in [0,1] or blur(k,k)"))
+    samples: int = Field(50, ge=1, le=100_000, description="random points an image")
+    noise: float = Field(0.0, ge=0, allow_inf_nan=False, description=(
+        "standard deviation of the noise added to each sample's image, in units of [0,1]; captum's default"))
+    seed: int = Field(0, ge=0, lt=2**31, description="of the draws; each image has its own, whoever explains it")
+
+    @property
+    def hidden_by(self) -> tuple[str, ...]:
+        """The baselines."""
+        return tuple(self.maskers)
+
+    def evaluations(self, size: tuple[int, int] | None = None) -> int | None:
+        """A gradient a sample, the image and its baselines."""
+        return 3 * self.samples + 1 + len(self.maskers)
+
+
+class OcclusionSettings(_AttributionBase):
+    """Occlusion (Zeiler and Fergus 2014), by captum: what hiding a square costs, averaged over the squares."""
+
+    method: Literal["occlusion"] = "occlusion"
+    explain: Literal["logit", "probability"] = Field("logit", description="which score of the true class")
+    masker: MaskerName = Field("0.5", description="what stands in the square: grey, as theirs, another colour, or blur(k,k)")
+    window: int = Field(8, ge=1, description="side of the square in pixels, all channels hidden together")
+    stride: int = Field(4, ge=1, description="pixels between two squares; at most window")
+
+    @model_validator(mode="after")
+    def _no_gaps(self) -> OcclusionSettings:
+        if self.stride > self.window:
+            raise ValueError(f"stride {self.stride} is above window {self.window}: pixels between the squares would "
+                             "never be hidden")
+        return self
+
+    def evaluations(self, size: tuple[int, int] | None = None) -> int | None:
+        """One a square, and the image itself."""
+        if size is None:
+            return None
+        return math.prod(1 + math.ceil(max(side - self.window, 0) / self.stride) for side in size) + 2
+
+
+class GradCamSettings(_AttributionBase):
+    """Grad-CAM (Selvaraju et al. 2017), by captum, upsampled to the image; only for models with convolutions."""
+
+    method: Literal["grad_cam"] = "grad_cam"
+    explain: Literal["logit", "probability"] = Field("logit", description="which score of the true class")
+    layer: str | None = Field(None, description="name of a convolutional layer; None: the last that the model uses")
+    relu: bool = Field(True, description="only what speaks for the class, as theirs; false: signed maps")
+
+    def evaluations(self, size: tuple[int, int] | None = None) -> int | None:
+        """One gradient, and the image itself."""
+        return 4
+
+
+AttributionSettings = Annotated[
+    PartitionSettings | ShapPartitionSettings | IntegratedGradientsSettings | GradientShapSettings
+    | OcclusionSettings | GradCamSettings, Field(discriminator="method")]
+
+
+def parse_attribution(described: Mapping[str, Any]) -> AttributionSettings:
+    """Settings from plain data, as a unit's inputs hold them. Raises pydantic's ValidationError."""
+    return TypeAdapter(AttributionSettings).validate_python(dict(described))
 
 
 class MapSettings(Settings):

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from impactx.settings import ExperimentSettings
+from impactx.settings import ExperimentSettings, tagged
 
 HEAD = """\
 # Settings
@@ -50,21 +50,22 @@ def _tables(prefix: str, model: type[BaseModel]) -> Iterator[tuple[str, type[Bas
     plain, inner = [], []
     for name, info in model.model_fields.items():
         found, path = _nested(info.annotation)
-        if found is None:
+        if not found:
             plain.append((prefix + name, info))
-        else:
-            inner.append((f"{prefix}{name}{path}", found))
+        inner += [(f"{prefix}{name}{path}", tag, one) for tag, one in found.items()]
     yield prefix.rstrip("."), model, plain
-    for name, found in inner:
-        yield from _tables(f"{name}.", found)
+    for name, tag, one in inner:
+        for title, inside, fields in _tables(f"{name}.", one):
+            yield f"{title}: {tag}" if tag and inside is one else title, inside, fields
 
 
-def _nested(annotation: Any) -> tuple[type[BaseModel] | None, str]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation, ""
+def _nested(annotation: Any) -> tuple[dict[str, type[BaseModel]], str]:
+    """The classes of settings inside a field by their tags ("" where there is only one), and what leads to them."""
     if typing.get_origin(annotation) is dict:
-        return typing.get_args(annotation)[1], ".<name>"
-    return None, ""
+        return _nested(typing.get_args(annotation)[1])[0], ".<name>"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return {"": annotation}, ""
+    return dict(tagged(annotation)), ""
 
 
 _PLAIN = {int: "whole number", float: "number", str: "text", bool: "true, false", type(None): "null"}

@@ -106,9 +106,7 @@ class MlflowTracker:
                 client = _client(self._uri, create=True)
                 found = client.get_experiment_by_name(self._experiment)
                 if found is None:
-                    # The kind makes the pages open on trainings instead of on language models.
-                    client.create_experiment(self._experiment, artifact_location=self._artifacts,
-                                             tags={"mlflow.experimentKind": "custom_model_development"})
+                    client.create_experiment(self._experiment, artifact_location=self._artifacts)
                 elif found.lifecycle_stage != "active":
                     raise TrackingError(
                         f"the experiment {self._experiment!r} was deleted; restore it with `mlflow "
@@ -174,15 +172,17 @@ class MlflowTracker:
             lines = [f"MLflow:     mlflow ui --backend-store-uri {shown} --port 5000"]
         base = base.rstrip("/")
         try:
-            runs = f"{base}/#/experiments/{self._writer.experiment_id(_client(self._uri))}/runs"
+            experiment = self._writer.experiment_id(_client(self._uri))
+            # Without the type of work, MLflow 3 shows an empty overview of language models' traces.
+            runs = f"{base}/#/experiments/{experiment}/runs?workflowType=machine_learning"
         except Exception:  # an absent server was warned of; its address is still of use
             return [*lines, f"runs:       {base}"]
         if self._root is None:
             return [*lines, f"runs:       {runs}"]
         view, search = _view_key(self._root), quote(f"tags.`{ROOT}` = '{self._root}'")
-        return [*lines, f"all runs:   {runs}?searchFilter={search}",
-                f"trials:     {runs}?viewStateShareKey={view}",
-                f"comparison: {runs}?viewStateShareKey={view}&compareRunsMode=CHART"]
+        return [*lines, f"all runs:   {runs}&searchFilter={search}",
+                f"trials:     {runs}&viewStateShareKey={view}",
+                f"comparison: {runs}&viewStateShareKey={view}&compareRunsMode=CHART"]
 
 
 class MlflowRun(ContextRun):

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from impactx.explain.fast import FastScore, fast_score
 from impactx.explain.masking import parse_masker
 from impactx.explain.partition import partition_shap
 from impactx.explain.tree import build_tree
@@ -134,19 +135,27 @@ class Case:
     fixed_context: int | None = None
     masker: object = "blur(16,16)"
     images: int = 4
+    fast: bool = False
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.shape))
         masker = str(self.masker).replace(" ", "")
         return (f"{self.network}-{shape}-{self.outputs}-{self.max_evals}ev-batch{self.batch_size}-"
-                f"context{self.fixed_context}-{masker}-{self.images}img")
+                f"context{self.fixed_context}-{masker}-{self.images}img{'-fast' if self.fast else ''}")
 
 
 def chosen_outputs(case: Case, label: int) -> list[int]:
     return list(range(10)) if case.outputs == "all" else [int(label)]
 
 
-def engine_maps(network: nn.Module, images: torch.Tensor, labels: torch.Tensor, case: Case) -> np.ndarray:
+def fast(network: nn.Module, case: Case) -> FastScore:
+    """The network frozen and with its first layer split off, as the experiments run it on a CPU."""
+    score = fast_score(network, case.shape)
+    assert (score.head is not None) == (case.network == "lenet")
+    return score
+
+
+def engine_maps(network: nn.Module | FastScore, images: torch.Tensor, labels: torch.Tensor, case: Case) -> np.ndarray:
     """(N, n_outputs, C, H, W) by the engine."""
     return partition_shap(
         network, images, "all" if case.outputs == "all" else labels, masker=case.masker, max_evals=case.max_evals,
@@ -195,7 +204,7 @@ def compare(case: Case) -> np.ndarray:
     """Assert that the engine agrees with shap on every image of the case; returns the engine's maps."""
     network = trained(case.network, case.shape)
     images, labels = picked(case)
-    ours = engine_maps(network, images, labels, case)
+    ours = engine_maps(fast(network, case) if case.fast else network, images, labels, case)
     near_ties = 0
     for i in range(case.images):
         outputs = chosen_outputs(case, labels[i])
@@ -231,6 +240,9 @@ def confirm_near_tie(network, image, label, outputs, case, ours, theirs, apart) 
 SMALL, TINY = (3, 8, 8), (1, 8, 8)
 SAMPLE = [
     Case(images=6),
+    Case(images=6, fast=True),
+    Case(max_evals=500, outputs="all", masker=0.5, fast=True),
+    Case("timm", max_evals=100, images=2, fast=True),
     Case(max_evals=500, batch_size=10),
     Case(batch_size=2000),
     Case(max_evals=100, batch_size=10, images=8),
@@ -249,7 +261,12 @@ SAMPLE = [
     Case("timm", (3, 32, 32), max_evals=500, images=2),
 ]
 
-CROSS = [Case(images=200), Case("timm", images=20)]
+CROSS = [Case(images=200), Case(images=200, fast=True), Case("timm", images=20)]
+CROSS += [
+    Case("lenet", (3, 32, 32), outputs, max_evals, batch_size, None, masker, fast=True)
+    for outputs in ("one", "all") for max_evals in (100, 500, 2000) for batch_size in (10, 50, 2000)
+    for masker in ("blur(16,16)", 0.5)
+]
 CROSS += [
     Case(network, shape, outputs, max_evals, batch_size, fixed_context, masker)
     for network, shape in [("lenet", (3, 32, 32)), ("small", SMALL), ("small", (1, 28, 28)), ("small", (3, 20, 33))]

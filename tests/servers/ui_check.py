@@ -80,11 +80,10 @@ def main(uri: str, out: str, experiment: str = "impactx") -> None:
         page.goto(base)
         page.get_by_label("Close").first.click()  # the assistant's panel
         runs = f"{base}/#/experiments/{identity}/runs"
-        shoot(page, f"{base}/#/experiments/{identity}", folder / "experiment.png", newest.info.run_name)
-        shoot(page, runs, folder / "default.png", newest.info.run_name)
-        shoot(page, f"{runs}?searchFilter={search}", folder / "all-runs.png", newest.info.run_name)
+        listed = f"{runs}?workflowType=machine_learning"
+        shoot(page, f"{listed}&searchFilter={search}", folder / "all-runs.png", newest.info.run_name)
         for key, _ in views:
-            view = f"{runs}?viewStateShareKey={key.removeprefix('mlflow.sharedViewState.')}"
+            view = f"{listed}&viewStateShareKey={key.removeprefix('mlflow.sharedViewState.')}"
             shoot(page, view, folder / "trials.png", trial.info.run_name)
             shoot(page, f"{view}&compareRunsMode=CHART", folder / "comparison.png", "val_accuracy")
         shoot(page, f"{runs}/{trial.info.run_id}", folder / "trial.png", "Parameters")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import impactx
 from impactx.settings import ClusterSettings
@@ -29,15 +32,17 @@ def connected(settings: ClusterSettings) -> Iterator[dict[str, float]]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    # Ctrl-C ends the job; Tune would only end the search, and the best of what is there would be selected.
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     import ray
 
     # Trials report to the output and to MLflow; Tune's own files, which this warns of, are not written.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     address = settings.address or os.environ.get("RAY_ADDRESS")
     # Threads are torch's and ours to set: Ray would otherwise set OMP_NUM_THREADS by the CPUs of a task.
     variables = {"OMP_NUM_THREADS": str(settings.threads), "RAY_TRAIN_V2_ENABLED": "1"}
     package = Path(impactx.__file__).resolve().parent
+    handler = signal.getsignal(signal.SIGTERM)  # Ray sets its own, which ends the cluster before the job
     try:
         if address:
             # The package travels with the job, so every worker runs the driver's code, installed or not.
@@ -53,6 +58,8 @@ def connected(settings: ClusterSettings) -> Iterator[dict[str, float]]:
                      object_store_memory=256 * 2**20)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(f"no Ray cluster at {address or 'this machine'}: {error}") from error
+    finally:
+        _restore(handler)
     try:
         resources = ray.cluster_resources()
         _check(settings, resources)
@@ -61,6 +68,11 @@ def connected(settings: ClusterSettings) -> Iterator[dict[str, float]]:
         yield resources
     finally:
         ray.shutdown()
+
+
+def _restore(handler: Any) -> None:
+    if threading.current_thread() is threading.main_thread() and handler is not None:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _check(settings: ClusterSettings, resources: dict[str, float]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
+import shutil
 import tempfile
 import threading
 import time
@@ -13,7 +15,8 @@ from typing import Any
 
 import ray
 
-from impactx.cluster.pool import explain_on_pool
+from impactx.cluster.errors import is_final, portable
+from impactx.cluster.pool import explain_on_pools, pools_of
 from impactx.experiment.executor import (
     OnEpoch,
     OnResult,
@@ -24,6 +27,7 @@ from impactx.experiment.executor import (
     tracked_training,
 )
 from impactx.experiment.tracker import Tracker
+from impactx.experiment.units import WorkError
 from impactx.experiment.work import Workplace, finish_maps, open_store
 from impactx.settings import ClusterSettings
 
@@ -42,50 +46,49 @@ def _train_worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     rank, world = context.get_world_rank(), context.get_world_size()
-
-    def report(row: dict[str, float]) -> None:
-        config["progress"].epoch.remote(row)
-
-    tracked_training(config["task"], config["place"], config["tracker"], device=device, rank=rank,
-                     world_size=world, report=report)
+    monitor = config["monitor"]
+    if ray.get(monitor.since.remote(0))[1] is not None:
+        return  # started again after an error that stays
+    try:
+        tracked_training(config["task"], config["place"], config["tracker"], device=device, rank=rank,
+                         world_size=world, report=lambda row: monitor.epoch.remote(row))
+    except Exception as error:
+        if is_final(error):
+            ray.get(monitor.fail.remote(portable(error)))
+            if world == 1:
+                return
+        raise  # Ray Train ends the others, who wait for this one, and starts all again
 
 
 @ray.remote(num_cpus=0)
 class Monitor:
-    """Collects the epochs that a training's workers report, for the driver's progress lines."""
+    """Collects what a training's workers report: their epochs, and an error that ends it."""
 
     def __init__(self) -> None:
-        self.rows: list[dict[str, float]] = []
+        self._rows: list[dict[str, float]] = []
+        self._error: Exception | None = None
 
     def epoch(self, row: dict[str, float]) -> None:
         """A training's epoch is done."""
-        self.rows.append(row)
+        self._rows.append(row)
 
-    def since(self, count: int) -> list[dict[str, float]]:
-        """The epochs after the first `count`."""
-        return self.rows[count:]
+    def fail(self, error: Exception) -> None:
+        """A worker gave up. The first error counts."""
+        self._error = self._error or error
+
+    def since(self, count: int) -> tuple[list[dict[str, float]], Exception | None]:
+        """The epochs after the first `count`, and the error."""
+        return self._rows[count:], self._error
 
 
 @contextlib.contextmanager
-def _watched(monitor: Any, on_row: Callable[[dict[str, float]], None]) -> Iterator[None]:
-    """Call on_row for what the monitor collects, while the block waits for the training."""
-    over = threading.Event()
-
-    def watch() -> None:
-        seen = 0
-        while not over.wait(2):
-            with contextlib.suppress(ray.exceptions.RayError):  # progress is no reason to fail
-                for row in ray.get(monitor.since.remote(seen)):
-                    seen += 1
-                    on_row(row)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
+def _interruptible() -> Iterator[None]:
+    """An interrupt of the driver ends the work under way before anything else: nothing is logged behind its back."""
     try:
         yield
-    finally:
-        over.set()
-        thread.join()
+    except (KeyboardInterrupt, SystemExit):
+        ray.shutdown()
+        raise
 
 
 @dataclass(frozen=True)
@@ -109,16 +112,35 @@ def _train_on_workers(task: Task, place: Workplace, tracker: Tracker, workers: W
     monitor = Monitor.remote()  # type: ignore[attr-defined]
     trainer = TorchTrainer(
         _train_worker,
-        train_loop_config={"task": task, "place": place, "tracker": tracker, "progress": monitor},
+        train_loop_config={"task": task, "place": place, "tracker": tracker, "monitor": monitor},
         scaling_config=ScalingConfig(num_workers=workers.count, use_gpu=bool(workers.gpus),
                                      resources_per_worker=resources),
         run_config=RunConfig(name=f"train-{task.unit.key}-{time.time_ns()}", storage_path=workers.scratch,
                              failure_config=FailureConfig(max_failures=workers.max_failures)))
-    with _watched(monitor, on_row):
-        trainer.fit()
+    errors: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:  # noqa: BLE001 - for the thread that waits
+            errors.append(error)
+
+    # In the main thread, Ray Train would take Ctrl-C for itself, for ever, and end the job as if all were well.
+    thread = threading.Thread(target=fit, daemon=True)
+    thread.start()
+    seen, over = 0, False
+    while not over:
+        thread.join(timeout=1)
+        over = not thread.is_alive()
+        rows, failure = ray.get(monitor.since.remote(seen))
+        seen += len(rows)
+        for row in rows:
+            on_row(row)
+    if failure or errors:
+        raise failure or errors[0]
     result = place.artifacts.result(task.unit)
     if result is None:
-        raise RuntimeError(f"{task.unit.name}: the training ended without a result")
+        raise WorkError(f"{task.unit.name}: the training ended without a result")
     return result
 
 
@@ -128,6 +150,7 @@ class RayExecutor:
     def __init__(self, settings: ClusterSettings, place: Workplace, tracker: Tracker) -> None:
         self.settings, self.place, self.tracker = settings, place, tracker
         self._scratch = tempfile.mkdtemp(prefix="impactx-ray-")
+        atexit.register(shutil.rmtree, self._scratch, ignore_errors=True)
 
     def _workers(self, count: int, cpus: float, gpus: float) -> Workers:
         return Workers(count, cpus, gpus, self.settings.max_failures, self._scratch)
@@ -146,11 +169,17 @@ class RayExecutor:
 
         def trial(config: dict[str, Any]) -> None:
             task = ray.get(shared)[config["unit"]]
-            if workers.count > 1:
-                _train_on_workers(task, place, tracker, workers, lambda row: None)
+            try:
+                if workers.count > 1:
+                    _train_on_workers(task, place, tracker, workers, lambda row: None)
+                else:
+                    tracked_training(task, place, tracker, device=_device(s.trial_gpus), report=report)
+            except Exception as error:
+                if not is_final(error):
+                    raise  # Tune tries again
+                tune.report({"error": f"{type(error).__name__}: {error}"})
             else:
-                tracked_training(task, place, tracker, device=_device(s.trial_gpus), report=report)
-            tune.report({"finished": 1})  # a trial whose result was there already reports nothing else
+                tune.report({"finished": 1})  # a trial whose result was there already reports nothing else
 
         class OnTrials(tune.Callback):
             def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
@@ -159,7 +188,7 @@ class RayExecutor:
 
             def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
                 unit = by_key[trial.config["unit"]].unit
-                on_result(unit, place.artifacts.result(unit), None)
+                on_result(unit, place.artifacts.result(unit), trial.last_result.get("error"))
 
             def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
                 unit = by_key[trial.config["unit"]].unit
@@ -167,13 +196,15 @@ class RayExecutor:
 
         # A trial over several workers only waits for them: its own process needs next to nothing.
         held = {"CPU": s.trial_cpus, "GPU": s.trial_gpus} if workers.count == 1 else {"CPU": 0.01}
-        tune.Tuner(
+        tuner = tune.Tuner(
             tune.with_resources(trial, held),
             param_space={"unit": tune.grid_search(list(by_key))},
             tune_config=tune.TuneConfig(max_concurrent_trials=self._at_once(workers), reuse_actors=True),
             run_config=tune.RunConfig(
                 name=f"search-{time.time_ns()}", storage_path=self._scratch, verbose=0, callbacks=[OnTrials()],
-                failure_config=tune.FailureConfig(max_failures=s.max_failures))).fit()
+                failure_config=tune.FailureConfig(max_failures=s.max_failures)))
+        with _interruptible():
+            tuner.fit()
 
     def _at_once(self, workers: Workers) -> int | None:
         if workers.count == 1:
@@ -187,17 +218,19 @@ class RayExecutor:
     def train(self, task: Task, on_epoch: OnEpoch) -> dict[str, Any]:
         """A model by Ray Train on train_workers workers."""
         s = self.settings
-        return _train_on_workers(task, self.place, self.tracker,
-                                 self._workers(s.train_workers, s.train_cpus, float(s.use_gpu)),
-                                 lambda row: on_epoch(task.unit, row))
+        with _interruptible():
+            return _train_on_workers(task, self.place, self.tracker,
+                                     self._workers(s.train_workers, s.train_cpus, float(s.use_gpu)),
+                                     lambda row: on_epoch(task.unit, row))
 
     def explain(self, task: Task, on_shards: OnShards) -> dict[str, Any]:
-        """Maps by a Ray Data actor pool."""
-        with task.open_run(self.tracker) as run:
+        """Maps by Ray Data actor pools."""
+        with task.open_run(self.tracker) as run, _interruptible():
             started = time.perf_counter()
             store = open_store(task.unit, self.place)
             if store.missing():
-                explain_on_pool(task.unit, self.place, self.settings, on_shards)
+                explain_on_pools(task.unit, self.place, pools_of(self.settings, ray.cluster_resources()),
+                                 self.settings.max_failures, on_shards)
             result = finish_maps(task.unit, self.place, time.perf_counter() - started)
             log_maps(run, result)
             return result
@@ -211,7 +244,8 @@ class RayExecutor:
         def work() -> dict[str, Any]:
             return tracked_evaluation(task, place, tracker, device=_device(gpus))
 
-        return ray.get(work.remote())
+        with _interruptible():
+            return ray.get(work.remote())
 
 
 def _last_line(path: str | None) -> str:

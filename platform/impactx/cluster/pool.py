@@ -1,57 +1,89 @@
-"""The Ray Data actor pool that makes maps, on CPU and GPU workers at once.
+"""The Ray Data actor pools that make maps, on CPU and GPU workers at once.
 
-Each pool maps over tickets, not over shards: with a ticket an actor takes the next shard of a common queue,
-so fast and slow workers share the work by their own pace.  A ticket that Ray hands to another actor, because
-the first died, gets the same shard again.  When no shard is left that nobody works on, free actors take over
-shards whose worker is late: contents are the same and the last writer wins.  Actors write their shards
-themselves, under deterministic names, whole or not at all.
+A pool is a dataset of tickets, one for each actor, mapped over by that many actors.  With its ticket an actor
+takes shard after shard from a common queue, so fast and slow workers share the work by their own pace.  A ticket
+that Ray hands to another process, because the first died, begins with the shard that was lost.  When no shard is
+left that nobody works on, free actors take over shards whose worker is late: contents are the same and the last
+writer wins; whoever is still at work on a shard that is there is stopped.  Actors write their shards themselves,
+under deterministic names, whole or not at all.
 """
 
 from __future__ import annotations
 
-import logging
-import threading
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 
+from impactx.cluster.errors import portable
 from impactx.experiment.executor import OnShards
-from impactx.experiment.units import Unit
+from impactx.experiment.units import Unit, WorkError
 from impactx.experiment.work import ShardWorker, Workplace, open_store
 from impactx.settings import ClusterSettings
 
-log = logging.getLogger("impactx")
+WAIT = -1
+POLL_SECONDS = 0.5  # of free actors that wait for others to be late, and of the driver's progress
 
 
-@ray.remote(num_cpus=0)
+@dataclass(frozen=True)
+class Pool:
+    """Actors of one kind: how many, on which device, and what each holds (num_cpus, num_gpus)."""
+
+    name: str
+    device: str
+    actors: int
+    resources: dict[str, float]
+
+
+def pools_of(settings: ClusterSettings, have: dict[str, float]) -> list[Pool]:
+    """The pools that the settings ask for on a cluster with these resources."""
+    cpus = settings.explain_cpu_actors if settings.explain_cpu_actors is not None else int(have.get("CPU", 1))
+    gpus = settings.explain_gpu_actors if settings.explain_gpu_actors is not None else int(have.get("GPU", 0))
+    if cpus + gpus == 0:
+        raise WorkError("cluster.explain_cpu_actors and explain_gpu_actors are both 0: nobody would make maps")
+    # Ray Data's own tasks need CPUs as well: actors ask for a little less than a CPU, or the pool starves.
+    share = 0.75 * min(have.get("CPU", 1) / max(cpus, 1), 1)
+    pools = [Pool("cpu", "cpu", cpus, {"num_cpus": share}),
+             Pool("gpu", "cuda", gpus, {"num_cpus": 0.1, "num_gpus": 1})]
+    return [pool for pool in pools if pool.actors]
+
+
 class ShardQueue:
-    """Which shard is whose. Lives in the cluster as long as the pool does."""
+    """Which shard is whose. Lives in the cluster, as an actor, as long as the pools do."""
 
-    def __init__(self, shards: list[int], max_failures: int) -> None:
+    def __init__(self, shards: Sequence[int], max_failures: int) -> None:
         self._waiting = list(reversed(shards))
         self._max_failures = max_failures
         self._of_ticket: dict[str, int] = {}
-        self._tries: dict[str, int] = {}
-        self._taken: dict[int, tuple[float, int]] = {}  # shard -> (when it was last taken, how often)
+        self._taken: dict[int, tuple[float, int]] = {}  # shard -> (when it was last taken, by how many)
+        self._deaths: dict[int, int] = {}
         self._seconds: list[float] = []
-        self.maps = 0
+        self._maps = 0
+        self._error: Exception | None = None
 
     def take(self, ticket: str) -> int | None:
-        """The shard of this ticket; None where nothing is left to do for it.
+        """The next shard of this ticket; WAIT: ask again; None: nothing is left to do.
 
-        Ray restarts dead actors without end: a shard that kills its worker each time is given up here, by name.
+        A ticket that did not bring its last shard back lost its process: it gets the same one again. Ray restarts
+        dead actors without end, so a shard that kills its worker each time is given up here, by name.
         """
-        if ticket in self._of_ticket and self._of_ticket[ticket] in self._taken:
-            self._tries[ticket] = self._tries.get(ticket, 0) + 1
-            if self._tries[ticket] > self._max_failures:
-                raise RuntimeError(f"shard {self._of_ticket[ticket]}: its worker died {self._tries[ticket]} times "
-                                   "(out of memory? cluster.explain_memory_mb bounds an actor's batches)")
-            return self._of_ticket[ticket]
+        if self._error is not None:
+            return None
+        held = self._of_ticket.get(ticket)
+        if held in self._taken:
+            self._deaths[held] = self._deaths.get(held, 0) + 1
+            if self._deaths[held] > self._max_failures:
+                self.fail(WorkError(f"shard {held}: its worker died {self._deaths[held]} times (out of memory? "
+                                    "cluster.explain_memory_mb bounds an actor's batches)"))
+                return None
+            return held
         shard = self._waiting.pop() if self._waiting else self._late()
-        if shard is not None:
-            self._of_ticket[ticket] = shard
-            self._taken[shard] = (time.monotonic(), self._taken.get(shard, (0, 0))[1] + 1)
+        if shard is None:
+            return WAIT if self._taken else None
+        self._of_ticket[ticket] = shard
+        self._taken[shard] = (time.monotonic(), self._taken.get(shard, (0, 0))[1] + 1)
         return shard
 
     def _late(self) -> int | None:
@@ -60,86 +92,89 @@ class ShardQueue:
             return None
         usual = sorted(self._seconds)[len(self._seconds) // 4]
         now = time.monotonic()
-        late = [(when, shard) for shard, (when, tries) in self._taken.items()
-                if tries < 3 and now - when > 1.5 * usual]
+        late = [(when, shard) for shard, (when, holders) in self._taken.items()
+                if holders < 3 and now - when > 1.5 * usual]
         return min(late)[1] if late else None
 
-    def done(self, shard: int, maps: int, seconds: float) -> None:
+    def done(self, ticket: str, shard: int, maps: int, seconds: float) -> None:
         """A shard was written."""
+        self._of_ticket.pop(ticket, None)
         if self._taken.pop(shard, None) is not None:
-            self.maps += maps
+            self._maps += maps
             self._seconds.append(seconds)
 
-    def finished(self) -> int:
-        """How many maps were made."""
-        return self.maps
+    def fail(self, error: Exception) -> None:
+        """Stop: nothing more is handed out. The first error counts."""
+        self._error = self._error or error
+
+    def state(self) -> tuple[int, bool, Exception | None]:
+        """Maps made; whether every shard is there; what went wrong."""
+        return self._maps, not self._waiting and not self._taken, self._error
 
 
 class Explainer:
-    """The actor of the pool: opens model and images once, then makes one shard a ticket."""
+    """The actor of a pool: opens model and images once, then makes shards until none is left."""
 
     def __init__(self, unit: Unit, place: Workplace, queue: Any, device: str) -> None:
-        self.queue = queue
-        self.worker = ShardWorker(unit, place, device)
+        self._what, self._queue = (unit, place, device), queue
+        self._worker: ShardWorker | None = None  # opened at work: what an actor's constructor raises, Ray repeats
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """batch: one ticket. Returns the shard that was made, -1 for none."""
-        shard = ray.get(self.queue.take.remote(str(batch["ticket"][0])))
-        if shard is None:
-            return {"shard": [-1]}
-        made = self.worker.make(shard)
-        ray.get(self.queue.done.remote(shard, int(made["maps"]), made["seconds"]))
-        return {"shard": [shard]}
+        """batch: one ticket. Returns how many shards were made with it."""
+        ticket, made = str(batch["ticket"][0]), 0
+        try:
+            while (shard := ray.get(self._queue.take.remote(ticket))) is not None:
+                if shard == WAIT:
+                    time.sleep(POLL_SECONDS)
+                    continue
+                self._worker = self._worker or ShardWorker(*self._what)
+                about = self._worker.make(shard)
+                ray.get(self._queue.done.remote(ticket, shard, int(about["maps"]), about["seconds"]))
+                made += 1
+        except ray.exceptions.RayError:
+            raise  # the queue is gone, and with it the job
+        except Exception as error:
+            ray.get(self._queue.fail.remote(portable(error)))
+        return {"made": [made]}
 
 
-def explain_on_pool(unit: Unit, place: Workplace, settings: ClusterSettings, on_shards: OnShards) -> None:
-    """Make the missing shards of a maps unit. Raises what an actor raised, once retries are used up."""
+def explain_on_pools(unit: Unit, place: Workplace, pools: Sequence[Pool], max_failures: int,
+                     on_shards: OnShards) -> None:
+    """Make the missing shards of a maps unit; returns when they are there. Raises what an actor raised."""
     store = open_store(unit, place)
     missing = store.missing()
     before = store.spec.images - sum(len(store.shard_indices(k)) for k in missing)
-    resources = ray.cluster_resources()
-    cpus = settings.explain_cpu_actors if settings.explain_cpu_actors is not None else int(resources.get("CPU", 1))
-    gpus = settings.explain_gpu_actors if settings.explain_gpu_actors is not None else int(resources.get("GPU", 0))
-    if cpus + gpus == 0:
-        raise ValueError("cluster.explain_cpu_actors and explain_gpu_actors are both 0: nobody would make maps")
-    queue = ShardQueue.remote(missing, settings.max_failures)  # type: ignore[attr-defined]
-    errors: list[BaseException] = []
-
-    def pool(kind: str, actors: int, resource: dict[str, float]) -> None:
-        try:
-            _pool(unit, place, queue, kind, min(actors, len(missing)), len(missing), resource)
-        except BaseException as error:  # noqa: BLE001 - handed to the caller's thread
-            errors.append(error)
-
-    # Ray Data's own tasks need CPUs as well: actors ask for a little less than a CPU, or the pool starves.
-    share = resources.get("CPU", 1) / max(cpus, 1)
-    threads = [threading.Thread(target=pool, args=args, daemon=True) for args in (
-        ("cpu", cpus, {"num_cpus": min(0.75 * share, 0.75)}), ("cuda", gpus, {"num_cpus": 0.1, "num_gpus": 1}))
-        if args[1]]
-    for thread in threads:
-        thread.start()
-    shown = 0
-    while any(t.is_alive() for t in threads) and not errors:
-        for thread in threads:
-            thread.join(timeout=0.5)
-        done = ray.get(queue.finished.remote())
-        if done > shown:
-            shown = done
-            on_shards(done, before, store.spec.images)
-    if errors:
-        raise errors[0]
+    queue = ray.remote(num_cpus=0)(ShardQueue).remote(missing, max_failures)
+    # Each pool has a process of its own, which owns its actors: to end it ends them, whatever they are at.
+    run = ray.remote(num_cpus=0, max_retries=max_failures)(_run_pool)
+    running = [run.remote(unit, place, queue, pool, min(pool.actors, len(missing))) for pool in pools]
+    shown, waiting = 0, list(running)
+    try:
+        while True:
+            ready, waiting = ray.wait(waiting, timeout=POLL_SECONDS) if waiting else ([], [])
+            made, complete, error = ray.get(queue.state.remote())
+            if error is not None:
+                raise error
+            if made > shown:
+                shown = made
+                on_shards(made, before, store.spec.images)
+            if complete:
+                return
+            ray.get(ready)  # raises what went wrong in Ray itself
+            if not waiting:
+                raise WorkError(f"{unit.name}: the pool ended, and {len(store.missing())} shards are missing")
+    finally:
+        for ref in running:
+            ray.cancel(ref, force=True)
+        ray.kill(queue)
 
 
-def _pool(unit: Unit, place: Workplace, queue: Any, device: str, actors: int, tickets: int,
-          resource: dict[str, float]) -> None:
+def _run_pool(unit: Unit, place: Workplace, queue: Any, pool: Pool, actors: int) -> None:
     from ray.data import ActorPoolStrategy, DataContext
     from ray.data import from_items as dataset_from_items
 
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    # Two rounds of tickets: the second is for shards that late workers hold.
-    rows = [{"ticket": f"{device}-{k}"} for k in range(tickets + actors)]
+    DataContext.get_current().enable_progress_bars = False
+    rows = [{"ticket": f"{pool.name}-{k}"} for k in range(actors)]
     dataset_from_items(rows, override_num_blocks=len(rows)).map_batches(
-        Explainer, fn_constructor_args=(unit, place, queue, device), batch_size=1,
-        compute=ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1), **resource).materialize()
+        Explainer, fn_constructor_args=(unit, place, queue, pool.device), batch_size=1,
+        compute=ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1), **pool.resources).materialize()

@@ -103,9 +103,10 @@ class DeviceData:
         if self._host_maps is None:
             return images, None
         maps = torch.from_numpy(np.ascontiguousarray(self._host_maps[chosen].transpose(0, 2, 3, 1)))
-        factor = torch.as_tensor(self._scale if np.ndim(self._scale) == 0 else np.asarray(self._scale)[chosen])
+        factor = torch.as_tensor(self._scale if np.ndim(self._scale) == 0 else np.asarray(self._scale)[chosen],
+                                 dtype=self.dtype)
         factor = factor.reshape(-1, *[1] * (3 if factor.ndim else 0))
-        return images, (maps.to(self.dtype) * factor.to(self.dtype)).to(self.device)
+        return images, (maps.to(self.dtype) * factor).to(self.device)
 
     def _rows(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.images is None:

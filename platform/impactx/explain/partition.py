@@ -142,7 +142,9 @@ def partition_shap(
         check_additivity(part[0], part[1], part[2], first_image=first)
         parts.append(part)
         first += len(batch)
-        in_flight = room.images_in_flight(selected.count(forward.n_scores or 1), images_in_flight)
+        in_flight = room.images_in_flight(
+            selected.count(forward.n_scores or 1), images_in_flight, 0 if group.ahead is None else group.ahead.bytes_an_image
+        )
         if progress is not None:
             progress(first)
     if not parts:
@@ -183,8 +185,8 @@ class _Room:
             forward_batch, memory, tree,
         )
 
-    def images_in_flight(self, n_outputs: int, wanted: int | None) -> int:
-        """How many images fit into the memory, at most ``wanted``."""
+    def images_in_flight(self, n_outputs: int, wanted: int | None, head_bytes: int) -> int:
+        """How many images fit into the memory, at most ``wanted``; ``head_bytes`` is what an image's head takes."""
         host = self.tree.tree
         pixels = math.prod(host.shape)
         credit = 8 * (self.capacity + 2 * host.n_nodes + 2 * pixels)  # one output of one image at a time at worst
@@ -193,6 +195,7 @@ class _Room:
             + Frontier.bytes_an_image(self.capacity)
             + self.evaluations * n_outputs * self.dtype.itemsize
             + pixels * n_outputs * 4
+            + head_bytes
         )
         if wanted is None:
             wanted = 32 if self.tree.device.type == "cpu" else 2048

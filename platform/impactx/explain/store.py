@@ -4,7 +4,7 @@
 the split, so names and contents are the same whoever computes them, and two writers of one shard do no
 harm.  Reading needs neither Ray nor this package:
 
-    table = pyarrow.parquet.read_table(folder)
+    table = pyarrow.dataset.dataset(folder, format="parquet", exclude_invalid_files=True).to_table()
     shape = json.loads(table.schema.metadata[b"impactx.shape"])
     maps = np.stack(table["map"].to_numpy()).reshape(-1, *shape)      # row i belongs to table["index"][i]
 """

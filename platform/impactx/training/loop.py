@@ -165,8 +165,9 @@ def fit(model: nn.Module, loss: Loss, data: TrainingData, training: TrainingSett
             optimizer.load_state_dict(state["optimizer"])
             result = FitResult(state["history"], state["best_epoch"], state["best_state"], state["diverged"])
         except Exception as error:  # torch has no one class for what is torn or of another model
-            raise ResumeError(f"the state of the interrupted training is damaged or of another model "
-                              f"({str(error).strip().splitlines()[0]})") from error
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ResumeError("the state of the interrupted training is damaged or of another model "
+                              f"({reason})") from error
     step_model = model
     if world_size > 1:
         if device.type == "cuda":

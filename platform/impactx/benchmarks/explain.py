@@ -1,0 +1,170 @@
+"""How fast maps are made, as ratios in one run: against the raw forward, and against shap itself.
+
+The raw forward is the limit of an engine that runs the model on each mask: the same model in its fastest form
+(as it is, channels-last, frozen) at its fastest batch size, on inputs that are already there. shap explains the same
+images with the same settings, at its own best: the model in that same fastest form, one masker for all images.
+All of them take turns, and medians over the rounds are compared.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from impactx.benchmarks.train import random_images
+from impactx.explain.fast import fast_score
+from impactx.explain.partition import partition_shap
+from impactx.models import build_classifier
+from impactx.settings import ModelSettings
+
+FORWARD_BATCHES = {"cpu": (25, 50, 100, 200), "cuda": (512, 2048, 8192)}
+HEAD = (f"{'model':24} {'maps/s':>8} {'evals/s':>9} {'limit':>9} {'of limit':>9} {'unsplit':>8} {'shap maps/s':>12} "
+        f"{'x shap':>7} {'2 proc/1':>9} {'peak MiB':>9}")
+
+
+def _model(architecture: str, size: int, device: str) -> nn.Module:
+    settings = ModelSettings(name="measured", architecture=architecture)
+    return build_classifier(settings, 10, (size, size), seed=0, load_weights=False).to(device).eval()
+
+
+def _seconds(work: Callable[[], object], device: str) -> float:
+    if device != "cpu":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    work()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def _forms(model: nn.Module, shape: tuple[int, int, int], device: str) -> dict[str, Callable[[], Any]]:
+    """Each form and batch size of the raw forward: a call gives evaluations a second."""
+    frozen = fast_score(model, shape, split=False)
+    measured: dict[str, Callable[[], Any]] = {}
+    for batch in FORWARD_BATCHES["cpu" if device == "cpu" else "cuda"]:
+        inputs = torch.rand((batch, *shape), device=device)
+        last = inputs.to(memory_format=torch.channels_last)
+        for name, form, x in (("as it is", model, inputs), ("channels-last", model, last), ("frozen", frozen, inputs)):
+            def rate(form: Callable[[Tensor], Tensor] = form, x: Tensor = x) -> float:
+                calls = max(1, 400 // len(x)) if device == "cpu" else 20
+                with torch.inference_mode():
+                    form(x)
+                    return len(x) * calls / _seconds(lambda: [form(x) for _ in range(calls)], device)
+
+            measured[f"{name}, {batch}"] = rate
+    return measured
+
+
+def _shap_maps(score: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, settings: dict, device: str,
+               masker: Any) -> None:
+    import shap
+
+    def numbers(batch: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return score(torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous().to(device)).cpu().numpy()
+
+    explainer = shap.PartitionExplainer(numbers, masker)
+    for image, label in zip(images, labels, strict=True):
+        masker.last_xid = None  # shap's cache of the blur goes by id(), which a new image may have again
+        explainer(image.permute(1, 2, 0).contiguous().numpy()[None], outputs=[int(label)], silent=True,
+                  max_evals=settings["max_evals"], batch_size=settings["batch_size"])
+
+
+def _worker(architecture: str, size: int, count: int, settings: dict, barrier: Any, queue: Any) -> None:
+    torch.set_num_threads(1)
+    model, (pixels, labels) = _model(architecture, size, "cpu"), random_images(count, size)
+    score = fast_score(model, (3, size, size))
+    partition_shap(score, pixels[:4], labels[:4], **settings)
+    barrier.wait()
+    queue.put(_seconds(lambda: partition_shap(score, pixels, labels, **settings), "cpu"))
+
+
+def processes_rate(architecture: str, processes: int, *, size: int, count: int, settings: dict) -> float:
+    """Maps a second of ``processes`` single-threaded processes that explain ``count`` images each, at once."""
+    context = multiprocessing.get_context("spawn")
+    barrier, queue = context.Barrier(processes), context.Queue()
+    arguments = (architecture, size, count, settings, barrier, queue)
+    running = [context.Process(target=_worker, args=arguments) for _ in range(processes)]
+    for process in running:
+        process.start()
+    seconds = [queue.get(timeout=600) for _ in running]
+    for process in running:
+        process.join()
+    return processes * count / max(seconds)
+
+
+def measure(architecture: str, *, images: int, size: int, shap_images: int, rounds: int, device: str, max_evals: int,
+            batch_size: int, processes: bool) -> dict[str, Any]:
+    """Time all ways for one model, in turn. architecture: lenet5 or a timm name; images of ``size`` x ``size``."""
+    import shap
+
+    model, shape = _model(architecture, size, device), (3, size, size)
+    pixels, classes = random_images(images, size)
+    stack = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    labels = torch.from_numpy(classes)
+    settings = {"max_evals": max_evals, "batch_size": batch_size}
+    forms, score, unsplit = _forms(model, shape, device), fast_score(model, shape), fast_score(model, shape, split=False)
+    masker = shap.maskers.Image("blur(16,16)", (size, size, 3))
+    on_device = stack.to(device)
+    rates: dict[str, list[float]] = {}
+    for turn in range(rounds + 1):  # the first warms up
+        found = {name: rate() for name, rate in forms.items()}
+        found["shap"] = shap_images / _seconds(
+            lambda: _shap_maps(unsplit, stack[:shap_images], labels[:shap_images], settings, device, masker), device)
+        for name, way in (("ours", score), ("unsplit", unsplit)):
+            found[name] = images / _seconds(lambda way=way: partition_shap(way, on_device, labels, **settings), device)
+        if turn:
+            for name, value in found.items():
+                rates.setdefault(name, []).append(value)
+    middle = {name: statistics.median(values) for name, values in rates.items()}
+    fastest = max(forms, key=lambda name: middle[name])
+    result: dict[str, Any] = {
+        "model": architecture, "maps_per_s": middle["ours"], "evals_per_s": middle["ours"] * max_evals,
+        "limit_evals_per_s": middle[fastest], "limit_form": fastest, "head_split": score.head is not None,
+        "of_limit": middle["ours"] * max_evals / middle[fastest],
+        "unsplit_of_limit": middle["unsplit"] * max_evals / middle[fastest],
+        "shap_maps_per_s": middle["shap"], "times_shap": middle["ours"] / middle["shap"],
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+    if processes and device == "cpu":
+        one, two = (processes_rate(architecture, n, size=size, count=images, settings=settings) for n in (1, 2))
+        result |= {"one_process_maps_per_s": one, "two_processes_maps_per_s": two, "two_over_one": two / one}
+    return result
+
+
+def _line(found: dict[str, Any]) -> str:
+    two = f"{found['two_over_one']:9.2f}" if "two_over_one" in found else f"{'-':>9}"
+    return (f"{found['model']:24} {found['maps_per_s']:8.2f} {found['evals_per_s']:9.0f} "
+            f"{found['limit_evals_per_s']:9.0f} {found['of_limit']:9.2f} {found['unsplit_of_limit']:8.2f} "
+            f"{found['shap_maps_per_s']:12.3f} {found['times_shap']:7.1f} {two} {found['peak_mib']:9.0f}"
+            f"   ({found['limit_form']}; {'first layer split off' if found['head_split'] else 'not split'})")
+
+
+def run(*, device: str = "cpu", models: Sequence[str] = ("lenet5", "mobilenetv1_100"), images: int | None = None,
+        size: int = 32, shap_images: int = 2, rounds: int = 3, max_evals: int = 2000, batch_size: int = 50,
+        processes: bool = True) -> dict[str, dict[str, Any]]:
+    """Measure each model and print a line for each; returns the numbers by model.
+
+    images: how many are explained a round; by default 64 for lenet5 and 4 for others on a CPU, 512 on a GPU.
+    processes: also compare two single-threaded processes with one (CPU only).
+    """
+    torch.set_num_threads(1)
+    name = torch.cuda.get_device_name() if device != "cpu" else "CPU, one thread"
+    print(f"maps on {name}: {size}x{size} images, {max_evals} evaluations, explainer batch {batch_size}, medians of "
+          f"{rounds} rounds in turn\nof limit: evals/s against the raw forward's; unsplit: the same with the first layer "
+          f"run on each mask\n{HEAD}")
+    results = {}
+    for model in models:
+        count = images or (512 if device != "cpu" else 64 if model == "lenet5" else 4)
+        results[model] = measure(model, images=count, size=size, shap_images=shap_images, rounds=rounds, device=device,
+                                 max_evals=max_evals, batch_size=batch_size, processes=processes)
+        print(_line(results[model]), flush=True)
+    return results

@@ -1,0 +1,90 @@
+"""The fast forms of a model: the same scores, the same maps, and a cut only where it is right."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from impactx.explain.fast import fast_score
+from impactx.explain.partition import partition_shap
+
+SHAPE = (3, 13, 16)
+
+
+class Net(nn.Module):
+    """Convolution, then what the test says, then a small rest that looks at the batch's size."""
+
+    def __init__(self, between: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.between = between
+        self.first = nn.Conv2d(3, 5, (3, 4), padding=1)
+        self.norm = nn.BatchNorm2d(5)
+        self.norm.running_mean.uniform_(-1, 1)
+        self.norm.running_var.uniform_(0.5, 2)
+        self.last = nn.LazyLinear(4)
+        self.forward(torch.rand(2, *SHAPE))
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        image = x
+        x = self.first((x - 0.4) / 0.3)
+        if self.between == "norm, relu, pool":
+            x = F.max_pool2d(F.relu(self.norm(x)), 2)
+        elif self.between == "pool, relu":
+            x = F.relu(F.max_pool2d(x, (3, 2)))
+        elif self.between == "pool":
+            x = F.max_pool2d(x, 2)
+        elif self.between == "overlapping pool":
+            x = F.max_pool2d(F.relu(x), 3, 2)
+        elif self.between == "tanh":
+            x = F.max_pool2d(torch.tanh(x), 2)
+        elif self.between == "clamp":
+            x = F.max_pool2d(F.relu(self.first(image.clamp(0, 1))), 2)
+        elif self.between == "skip":
+            x = F.max_pool2d(F.relu(x), 2) + image.mean()
+        return self.last(x.reshape(x.shape[0], -1))
+
+
+@pytest.mark.parametrize("between", ["norm, relu, pool", "pool, relu", "pool"])
+def test_a_split_model_gives_the_same_maps(between: str) -> None:
+    torch.set_num_threads(1)
+    model, images = Net(between), torch.rand(3, *SHAPE, generator=torch.Generator().manual_seed(1))
+    score = fast_score(model, SHAPE)
+    assert score.head is not None and score.head.relu == ("relu" in between)
+    for settings in ({}, {"masker": 0.5, "batch_size": 10}, {"masker": "blur(3,3)", "fixed_context": 0}):
+        settings = {"max_evals": 200} | settings
+        plain = partition_shap(model, images, "all", **settings)
+        fast = partition_shap(score, images, "all", **settings)
+        size = np.abs(plain.values).max((2, 3, 4), keepdims=True)
+        assert size.min() > 1e-4
+        assert (np.abs(fast.values - plain.values) / size).max() < 1e-5
+
+
+@pytest.mark.parametrize("between", ["overlapping pool", "tanh", "clamp", "skip", "none"])
+def test_what_cannot_be_split_is_left_whole(between: str) -> None:
+    model, images = Net(between), torch.rand(7, *SHAPE)
+    score = fast_score(model, SHAPE)
+    assert score.head is None
+    with torch.no_grad():
+        torch.testing.assert_close(score(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+def test_a_split_model_in_float64_is_exact() -> None:
+    model = Net("norm, relu, pool").double()
+    images = torch.rand(2, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    score = fast_score(model, SHAPE, dtype=torch.float64)
+    settings = {"max_evals": 150, "dtype": torch.float64, "masker": 0.5}
+    assert score.head is not None
+    np.testing.assert_allclose(
+        partition_shap(score, images, "all", **settings).values,
+        partition_shap(model, images, "all", **settings).values, rtol=1e-5, atol=1e-10,
+    )
+
+
+def test_training_mode_is_refused() -> None:
+    with pytest.raises(ValueError, match="training mode"):
+        fast_score(Net("pool").train(), SHAPE)
