@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from impactx.configuration import DEFAULT_PRESET, configs_folder, groups, load_settings, presets
 from impactx.settings import ExperimentSettings
@@ -64,18 +66,25 @@ All of them, with defaults and meaning: docs/SETTINGS.md.""")
 def main(job: Callable[[], None]) -> None:
     """Run a job's function as a program: progress on stderr, a user's mistake as one message and exit status 2.
 
-    Anything else that goes wrong is a traceback and exit status 1; an interrupt gives 130.
+    Anything else that goes wrong is a traceback and exit status 1; Ctrl-C gives 130, SIGTERM 143.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     log.addHandler(handler)
     log.setLevel(os.environ.get("IMPACTX_LOG", "INFO"))
     log.propagate = False
+    received = [signal.SIGINT]  # Ray hands on that there was an interrupt, but not which
+
+    def terminated(number: int, frame: Any) -> None:
+        received.append(signal.Signals(number))
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, terminated)
     try:
         job()
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + received[-1])
     except Exception as error:
         if not isinstance(error, _users_errors()):
             raise
@@ -84,15 +93,20 @@ def main(job: Callable[[], None]) -> None:
 
 def _users_errors() -> tuple[type[Exception], ...]:
     """Errors whose message is all that a user needs. Imported once there is one: some bring torch with them."""
+    from impactx.cluster.connection import ClusterError
     from impactx.configuration import ConfigurationError
     from impactx.datasets.errors import DataError
     from impactx.experiment.plan import SelectionError
     from impactx.experiment.tracker import TrackingError
     from impactx.experiment.units import WorkError
+    from impactx.explain.attribution import AttributionError
+    from impactx.explain.forward import PartitionError
+    from impactx.explain.partition import AdditivityError
     from impactx.explain.store import StoreError
     from impactx.storage import StorageError
 
-    return ConfigurationError, DataError, SelectionError, StoreError, StorageError, TrackingError, WorkError
+    return (AdditivityError, AttributionError, ClusterError, ConfigurationError, DataError, PartitionError,
+            SelectionError, StoreError, StorageError, TrackingError, WorkError)
 
 
 def _failed(error: Exception) -> int:

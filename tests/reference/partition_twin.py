@@ -53,16 +53,17 @@ def grow(box: Box) -> Box:
 
     shap cuts at side // 2, counted from the far end (its leaves are numbered backwards), and calls that end left.
     """
-    height, width, depth = (stop - start for start, stop in (box.rows, box.columns, box.channels))
+    rows, columns, channels = box.rows, box.columns, box.channels
+    height, width, depth = (stop - start for start, stop in (rows, columns, channels))
     if height >= width and height > 1:
-        cut = box.rows[1] - height // 2
-        far, near = Box((cut, box.rows[1]), box.columns, box.channels), Box((box.rows[0], cut), box.columns, box.channels)
+        cut = rows[1] - height // 2
+        far, near = Box((cut, rows[1]), columns, channels), Box((rows[0], cut), columns, channels)
     elif width > 1:
-        cut = box.columns[1] - width // 2
-        far, near = Box(box.rows, (cut, box.columns[1]), box.channels), Box(box.rows, (box.columns[0], cut), box.channels)
+        cut = columns[1] - width // 2
+        far, near = Box(rows, (cut, columns[1]), channels), Box(rows, (columns[0], cut), channels)
     elif depth > 1:
-        cut = box.channels[1] - depth // 2
-        far, near = Box(box.rows, box.columns, (cut, box.channels[1])), Box(box.rows, box.columns, (box.channels[0], cut))
+        cut = channels[1] - depth // 2
+        far, near = Box(rows, columns, (cut, channels[1])), Box(rows, columns, (channels[0], cut))
     else:
         return box
     box.left, box.right = grow(far), grow(near)

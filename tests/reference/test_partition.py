@@ -58,7 +58,8 @@ def pictures() -> tuple[torch.Tensor, torch.Tensor]:
     chosen = np.sort(np.random.default_rng(0).choice(len(table), 3000, replace=False))
     table = table.take(chosen)
     pixels = [np.array(Image.open(io.BytesIO(row["bytes"])).convert("RGB")) for row in table["img"].to_pylist()]
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255, torch.tensor(table["label"].to_pylist())
+    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
+    return images, torch.tensor(table["label"].to_pylist())
 
 
 def at_shape(images: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
@@ -96,7 +97,9 @@ def timm_cnn() -> nn.Module:
     return timm.create_model("test_efficientnet", num_classes=10)
 
 
-NETWORKS = {"lenet": lambda shape: LeNet(), "small": lambda shape: small_cnn(shape[0]), "timm": lambda shape: timm_cnn()}
+NETWORKS = {
+    "lenet": lambda shape: LeNet(), "small": lambda shape: small_cnn(shape[0]), "timm": lambda shape: timm_cnn(),
+}
 
 
 @cache
@@ -284,7 +287,9 @@ CROSS += [
     Case("timm", (3, 32, 32), outputs, 500, batch_size, images=2) for outputs in ("one", "all")
     for batch_size in (10, 2000)
 ]
-CROSS += [Case("small", shape, "one", 10**6, 50, fixed_context) for shape in (SMALL, TINY) for fixed_context in (None, 0, 1)]
+CROSS += [
+    Case("small", shape, "one", 10**6, 50, fixed_context) for shape in (SMALL, TINY) for fixed_context in (None, 0, 1)
+]
 
 
 @pytest.mark.parametrize("case", SAMPLE, ids=str)
@@ -401,5 +406,5 @@ def test_near_ties_were_rare() -> None:
     """Over all cases of this run (this test stands last)."""
     if SHOWN["maps"] < 20:
         pytest.skip("the comparisons were not run")
-    print(f"\n{SHOWN['maps']} maps compared with shap, {SHOWN['near_ties']} near-ties, worst other {SHOWN['worst']:.1e}")
+    print(f"\n{SHOWN['maps']} maps against shap: {SHOWN['near_ties']} near-ties, worst other {SHOWN['worst']:.1e}")
     assert SHOWN["near_ties"] <= max(1, SHOWN["maps"] / 100)

@@ -43,7 +43,7 @@ def test_blur_is_a_mean_and_stays_in_the_type() -> None:
     ("spec", "name"),
     [
         ("blur(16,16)", "blur(16,16)"), (" blur( 3 , 5 ) ", "blur(3,5)"), (0.5, "constant(0.5)"), (0, "constant(0)"),
-        ("0.25", "constant(0.25)"), ("0.1,0.2,0.3", "constant(0.1,0.2,0.3)"), ((0.1, 0.2, 0.3), "constant(0.1,0.2,0.3)"),
+        ("0.25", "constant(0.25)"), ("0.1,0.2", "constant(0.1,0.2)"), ((0.1, 0.2, 0.3), "constant(0.1,0.2,0.3)"),
         ("constant(0.5, 1)", "constant(0.5,1)"), (np.array([0.5, 0.25]), "constant(0.5,0.25)"),
     ],
 )

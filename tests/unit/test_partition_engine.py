@@ -1,4 +1,7 @@
-"""The partition engine by itself: properties that hold for any network, and the errors. See tests/reference for shap."""
+"""The partition engine by itself: properties that hold for any network, and the errors.
+
+For the comparison with shap see tests/reference/test_partition.py.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,7 @@ def test_maps_sum_to_what_the_image_adds(shape: tuple[int, int, int], fixed_cont
 
 
 def test_a_linear_score_gives_each_pixel_its_own_share() -> None:
-    """For f = sum of weight x pixel the answer is known: weight x (pixel - background), once single pixels are reached."""
+    """For f = sum of weight x pixel the answer is weight x (pixel - background), once single pixels are reached."""
     weight, images = pictures(3, 3, 4, seed=1) - 0.5, pictures(2, 3, 3, 4)
     found = partition_shap(
         lambda x: (x * weight).sum((1, 2, 3), keepdim=True)[:, :, 0, 0], images, "all", masker=0.25, max_evals=10**6

@@ -56,16 +56,16 @@ def test_where_and_by_what_it_is_done_changes_no_key(override):
 
 
 TRAININGS = {"trials", "a", "search", "stage2"}
+MAPS = {"maps", "search", "stage2"}
 
 
 @pytest.mark.parametrize("override, steps", [
     ("seed=1", TRAININGS), ("training.epochs=21", TRAININGS), ("training.patience=7", TRAININGS),
     ("training.optimizer=sgd", TRAININGS), ("training.precision=float64", TRAININGS),
-    ("datasets.digits.augmentation.shift=1", TRAININGS), ("models.lenet5.input_size=40", TRAININGS),
+    ("datasets.digits.augmentation.shift=1", TRAININGS), ("models.lenet5.input_size=40", TRAININGS | {"maps"}),
     ("grid.learning_rate=[0.002]", TRAININGS), ("grid.batch_size=[16]", TRAININGS),
     ("grid.validation_fraction=[0.1]", {"trials"}), ("grid.validation_fraction=[0.05,0.1]", TRAININGS),
-    ("attribution.max_evals=100", {"maps", "search", "stage2"}), ("attribution.batch_size=7", {"maps", "search", "stage2"}),
-    ("attribution.explain=probability", {"maps", "search", "stage2"}),
+    ("attribution.max_evals=100", MAPS), ("attribution.batch_size=7", MAPS), ("attribution.explain=probability", MAPS),
     ("maps.scale=raw", {"search", "stage2"}), ("approaches.impactx.lambdas=[0.2,0.4]", {"search", "stage2"}),
     ("approaches.impactx.latent=64", {"search", "stage2"}), ("approaches.impactx.m=penultimate", {"search", "stage2"}),
     ("approaches.impactx.learning_rate=0.003", {"search", "stage2"}),

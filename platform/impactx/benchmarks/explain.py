@@ -111,7 +111,8 @@ def measure(architecture: str, *, images: int, size: int, shap_images: int, roun
     stack = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     labels = torch.from_numpy(classes)
     settings = {"max_evals": max_evals, "batch_size": batch_size}
-    forms, score, unsplit = _forms(model, shape, device), fast_score(model, shape), fast_score(model, shape, split=False)
+    forms = _forms(model, shape, device)
+    score, unsplit = fast_score(model, shape), fast_score(model, shape, split=False)
     masker = shap.maskers.Image("blur(16,16)", (size, size, 3))
     on_device = stack.to(device)
     rates: dict[str, list[float]] = {}
@@ -159,8 +160,8 @@ def run(*, device: str = "cpu", models: Sequence[str] = ("lenet5", "mobilenetv1_
     torch.set_num_threads(1)
     name = torch.cuda.get_device_name() if device != "cpu" else "CPU, one thread"
     print(f"maps on {name}: {size}x{size} images, {max_evals} evaluations, explainer batch {batch_size}, medians of "
-          f"{rounds} rounds in turn\nof limit: evals/s against the raw forward's; unsplit: the same with the first layer "
-          f"run on each mask\n{HEAD}")
+          f"{rounds} rounds in turn\nof limit: evals/s against the raw forward's; unsplit: the same with the first "
+          f"layer run on each mask\n{HEAD}")
     results = {}
     for model in models:
         count = images or (512 if device != "cpu" else 64 if model == "lenet5" else 4)

@@ -6,7 +6,6 @@ A new attribution is a settings class in `impactx.settings`, a class here or in 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,14 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from impactx.explain.partition import partition_shap
+from impactx.explain.partition import AdditivityError, PartitionError, partition_shap
+from impactx.explain.scores import AttributionError, Score
 from impactx.settings import AttributionSettings, PartitionSettings
 
-Score = Callable[[Tensor], Tensor]
-
-
-class AttributionError(ValueError):
-    """A map cannot be made of this model and image; the message names the image and the reason."""
+__all__ = ["Attribution", "AttributionError", "Explanations", "PartitionAttribution", "Score", "build_attribution"]
 
 
 @dataclass(frozen=True)
@@ -40,11 +36,14 @@ class Attribution(Protocol):
     additive: bool
 
     def explain(self, score: Score, images: np.ndarray, labels: np.ndarray, *, device: torch.device | str = "cpu",
-                memory_bytes: int = 2**29) -> Explanations:
+                memory_bytes: int = 2**29, indices: np.ndarray | None = None) -> Explanations:
         """Explain the score of each image's class.
 
-        score: (B, C, H, W) float32 in [0, 1] -> logits (B, K); images: uint8 (N, H, W, C);
-        labels: int64 (N,) in [0, K). Raises AttributionError or ValueError for what cannot be explained.
+        score: (B, C, H, W) float32 in [0, 1] -> logits (B, K), a module in eval mode or a function; images: uint8
+        (N, H, W, C); labels: int64 (N,) in [0, K); indices: int64 (N,), the images' places in the data set, by which
+        messages name them and random numbers are drawn (default: 0 ... N-1). A map depends on its image and index,
+        not on the images beside it (but for rounding). memory_bytes: working memory, which changes only speed.
+        Raises AttributionError for what cannot be explained, MaskerError for a masker that does not fit the images.
         """
         ...
 
@@ -58,8 +57,17 @@ class PartitionAttribution:
         self.settings = settings
 
     def explain(self, score: Score, images: np.ndarray, labels: np.ndarray, *, device: torch.device | str = "cpu",
-                memory_bytes: int = 2**29) -> Explanations:
+                memory_bytes: int = 2**29, indices: np.ndarray | None = None) -> Explanations:
         """See `Attribution.explain`."""
+        try:
+            return self._explain(score, images, labels, device, memory_bytes)
+        except (PartitionError, AdditivityError) as error:
+            first = 0 if indices is None or not len(indices) else int(indices[0])
+            counted = f" (images counted from image {first} of the data set)" if first else ""
+            raise AttributionError(f"{error}{counted}") from error
+
+    def _explain(self, score: Score, images: np.ndarray, labels: np.ndarray, device: torch.device | str,
+                 memory_bytes: int) -> Explanations:
         s = self.settings
         explained = score if s.explain == "logit" else _probabilities(score)
         found = partition_shap(explained, _on_device(images, device), torch.from_numpy(labels), masker=s.masker,
@@ -79,5 +87,23 @@ def _on_device(images: np.ndarray, device: torch.device | str) -> Tensor:
 
 
 def build_attribution(settings: AttributionSettings) -> Attribution:
-    """The attribution that the settings name."""
-    return PartitionAttribution(settings)
+    """The attribution that the settings name. Raises MissingPackage where it needs one that is not installed."""
+    if isinstance(settings, PartitionSettings):
+        return PartitionAttribution(settings)
+    # Each in a module of its own, imported when it is asked for: shap and captum take seconds.
+    if settings.method == "shap_partition":
+        from impactx.explain.stock_shap import ShapPartitionAttribution
+
+        return ShapPartitionAttribution(settings)
+    if settings.method in ("integrated_gradients", "gradient_shap"):
+        from impactx.explain.gradients import GradientShapAttribution, IntegratedGradientsAttribution
+
+        return (IntegratedGradientsAttribution(settings) if settings.method == "integrated_gradients"
+                else GradientShapAttribution(settings))
+    if settings.method == "occlusion":
+        from impactx.explain.occlusion import OcclusionAttribution
+
+        return OcclusionAttribution(settings)
+    from impactx.explain.grad_cam import GradCamAttribution
+
+    return GradCamAttribution(settings)

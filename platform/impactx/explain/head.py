@@ -6,10 +6,10 @@ contribution for each box that the mask shows,
     affine(masked) = affine(background) + sum over shown boxes b of [affine(b x (image - background)) - affine(0)].
 
 A contribution is zero outside its box, widened by the kernel. It is computed once for an image and box, when
-the box is first shown: a child's mask differs from its parent's in one box, so those are the two halves of the node that
-is split. About a tenth as many boxes as masks occur, so the layer is hardly ever run; a mask costs some additions on small
-patches, then ReLU and max-pool. A sum over at most ``max_depth`` patches in fixed order keeps float rounding where
-a convolution has it.
+the box is first shown: a child's mask differs from its parent's in one box, so those are the two halves of the
+node that is split. About a tenth as many boxes as masks occur, so the layer is hardly ever run; a mask costs some
+additions on small patches, then ReLU and max-pool. A sum over at most ``max_depth`` patches in fixed order keeps
+float rounding where a convolution has it.
 
 Patches lie in one flat buffer, as (phase, row, column, channel) with the rows and columns of the pooled map; phase is
 the position within a pooling window, so pooling is a maximum over phases of contiguous runs.

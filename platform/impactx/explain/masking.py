@@ -25,7 +25,10 @@ MaskerSpec = "str | float | Sequence[float] | np.ndarray | Masker"
 
 _BLUR = re.compile(r"^\s*blur\s*\(\s*(-?\d+)\s*,\s*(-?\d+)\s*\)\s*$")
 _CONSTANT = re.compile(r"^\s*(?:constant\s*\((?P<inner>[^()]*)\)|(?P<bare>[^()]*))\s*$")
-_ALLOWED = "'blur(kw,kh)' with whole numbers of at least 1, or a colour in [0, 1] such as 0.5 or 'constant(0.5,0.4,0.3)'"
+_ALLOWED = (
+    "'blur(kw,kh)' with whole numbers of at least 1, or a colour in [0, 1] such as 0.5 or "
+    "'constant(0.5,0.4,0.3)'"
+)
 
 
 class MaskerError(ValueError):
@@ -53,7 +56,7 @@ class Blur:
     def __post_init__(self) -> None:
         for side in (self.width, self.height):
             if side < 1:
-                raise MaskerError(f"masker blur({self.width},{self.height}): a kernel side of {side}; allowed: 1 or more")
+                raise MaskerError(f"masker {self.name}: a kernel side of {side}; allowed: 1 or more")
 
     @property
     def name(self) -> str:

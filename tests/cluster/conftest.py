@@ -1,0 +1,40 @@
+"""One small Ray cluster for all tests of a session that need one."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # the tests' own lab.py
+
+@pytest.fixture(scope="session")
+def cluster():
+    """The resources of a running cluster that is connected to: 2 CPUs, one GPU that only the scheduler knows."""
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    from ray.cluster_utils import Cluster
+
+    from impactx.cluster.connection import connected
+    from impactx.settings import ClusterSettings
+
+    node = Cluster(initialize_head=True, head_node_args={
+        "num_cpus": 2, "num_gpus": 1, "include_dashboard": False, "object_store_memory": 128 * 2**20})
+    with connected(ClusterSettings(address=node.address)) as resources:
+        yield resources
+    node.shutdown()
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> Path:
+    """The folder of decoded images."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def lab(tmp_path, cache):
+    """Makes labs in folders of their own."""
+    from lab import Lab
+
+    return lambda name="output", **changes: Lab(tmp_path / name, cache, **changes)

@@ -1,0 +1,113 @@
+"""What the tests of this folder share: small experiments, waiting for conditions, and killing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from impactx.datasets import load_dataset
+from impactx.experiment.executor import LocalExecutor, Task
+from impactx.experiment.plan import Cell, Configuration, DataFacts
+from impactx.experiment.tracker import NoTracker
+from impactx.experiment.units import Unit
+from impactx.experiment.work import Workplace
+from impactx.settings import ClusterSettings, ExperimentSettings
+
+IMAGES = 101  # a prime: batches and shares never come out even
+
+
+def experiment(**changes: Any) -> ExperimentSettings:
+    """A small experiment on the digits."""
+    return ExperimentSettings.model_validate({
+        "datasets": {"digits": {"name": "digits", "source": "digits", "subset": IMAGES, "augmentation": {
+            "flip": False, "shift": 2}}},
+        "models": {"lenet5": {"name": "lenet5", "architecture": "lenet5"}},
+        "grid": {"learning_rate": [0.002, 0.004], "batch_size": [32], "validation_fraction": [0.2]},
+        "training": {"epochs": 3, "patience": 3, "memory_mb": 64},
+        "attribution": {"max_evals": 24, "batch_size": 10}, "maps": {"shard_size": 10},
+        "approaches": {"impactx": {"lambdas": [0.8]}}} | changes)
+
+
+class Lab:
+    """An output folder and the plan of an experiment in it."""
+
+    def __init__(self, folder: Path, cache: Path, **changes: Any) -> None:
+        self.settings = experiment(**changes)
+        self.place = Workplace(str(folder), str(folder / "no-data"), str(cache))
+        self.dataset = self.settings.datasets["digits"]
+        data = load_dataset(self.dataset, self.place.data_root, self.place.cache)
+        self.cell = Cell(self.settings, self.dataset, self.settings.models["lenet5"], DataFacts(
+            data.fingerprint, len(data.train.labels), data.num_classes, data.image_size, data.class_names))
+
+    @property
+    def local(self) -> LocalExecutor:
+        """The executor that everything is compared with."""
+        return LocalExecutor(self.place, NoTracker())
+
+    def ray(self, **cluster: Any):
+        """The executor under test."""
+        from impactx.cluster.executor import RayExecutor
+
+        return RayExecutor(ClusterSettings(**cluster), self.place, NoTracker())
+
+    def a(self, fraction: float = 0.2, rate: float = 0.004) -> Unit:
+        """The unit of the classifier A."""
+        return self.cell.stage1_model(Configuration(rate, 32, fraction), 0)
+
+    def maps(self, a: Unit) -> Unit:
+        """The unit of A's maps; A must be trained."""
+        return self.cell.maps(a, self.place.artifacts.result(a), 0)
+
+    def stage2(self, a: Unit, maps: Unit) -> Unit:
+        """The unit of IMPACTX; A and its maps must be there."""
+        return self.cell.stage2_model("impactx", self.settings.approaches["impactx"], Configuration(0.004, 32, 0.2),
+                                      0.8, 0, a, maps)
+
+
+def task(unit: Unit) -> Task:
+    """A unit as executors get it."""
+    return Task(unit, f"job/{unit.key}", "job", {})
+
+
+def ignore(*args: Any) -> None:
+    """A callback that does nothing."""
+
+
+def until(condition: Callable[[], Any], what: str, seconds: float = 120) -> Any:
+    """Wait until the condition holds; its value."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, f"{what}: not within {seconds} s"
+        time.sleep(0.05)
+    return value
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """The processes below one: pid -> command line. Never those of another cluster on this machine."""
+    parents, names = {}, {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+                names[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ").strip()
+            except OSError:  # it ended meanwhile
+                continue
+            if state != "Z":
+                parents[int(entry.name)] = int(parent)
+    found, new = set(), {pid}
+    while new:
+        new = {child for child, parent in parents.items() if parent in new} - found
+        found |= new
+    return {child: names[child] for child in found}
+
+
+def kill(name: str, pid: int | None = None, number: int = signal.SIGKILL) -> list[int]:
+    """Send a signal to the Ray processes of this name below a process (this one); their pids."""
+    pids = [child for child, line in descendants(pid or os.getpid()).items() if line.startswith(f"ray::{name}")]
+    for child in pids:
+        os.kill(child, number)
+    return pids

@@ -1,0 +1,486 @@
+"""A whole experiment in this process: real digits, real trainings and maps, no Ray and no MLflow."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import impactx
+from impactx.command import main
+from impactx.configuration import ConfigurationError, load_settings
+from impactx.datasets import DataError, make_split
+from impactx.experiment.executor import LocalExecutor
+from impactx.experiment.plan import SelectionError
+from impactx.experiment.preparation import dry_run, prepare
+from impactx.experiment.results import table
+from impactx.experiment.run import Job
+from impactx.experiment.tracker import NoRun, NoTracker
+from impactx.experiment.units import WorkError
+from impactx.experiment.work import finish_maps, train_unit
+from impactx.explain.store import MapStore
+from impactx.models import load_checkpoint
+from impactx.settings import ModelSettings, TrainingSettings
+from impactx.storage import StorageError
+from impactx.training import train_stage1, train_stage2
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ("datasets.digits.subset=100", "grid.learning_rate=[0.002,0.004]", "grid.batch_size=[16]",
+        "grid.validation_fraction=[0.2]", "training.epochs=2", "attribution.max_evals=50", "maps.shard_size=30",
+        "approaches.impactx.lambdas=[0.4,0.8]", "repeats=1")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Recorder(LocalExecutor):
+    """Does the work, and writes down which."""
+
+    def __init__(self, *args, stop_at: str = "") -> None:
+        super().__init__(*args)
+        self.done: list[str] = []
+        self.stop_at = stop_at
+
+    def train(self, task, on_epoch):
+        self.done.append(task.unit.name)
+
+        def watched(unit, row):
+            on_epoch(unit, row)
+            if unit.name == self.stop_at and row["epoch"] == 1:
+                raise KeyboardInterrupt
+
+        return super().train(task, watched)
+
+    def explain(self, task, on_shards):
+        def watched(done, before, total):
+            self.done.append(f"{task.unit.name}: {before + done} of {total}")
+            on_shards(done, before, total)
+            if task.unit.name == self.stop_at:
+                raise KeyboardInterrupt
+
+        return super().explain(task, watched)
+
+    def evaluate(self, task):
+        self.done.append(task.unit.name)
+        return super().evaluate(task)
+
+
+class Done:
+    """An experiment that ran."""
+
+    def __init__(self, output: Path, shared: Path, *overrides: str, tracker=None, stop_at: str = "") -> None:
+        settings = load_settings("demo", [*TINY, f"output={output}", f"cache={shared}", f"data_root={shared}", *overrides],
+                                 ROOT / "configs")
+        self.prepared = prepare(settings)
+        self.cell, self.place = self.prepared.cells[0], self.prepared.place
+        tracker = tracker or NoTracker()
+        self.executor = Recorder(self.place, tracker, stop_at=stop_at)
+        self.job = Job(settings, self.prepared.cells, self.place, self.executor, tracker)
+
+    def run(self) -> Done:
+        self.rows = self.job.run()
+        return self
+
+    @property
+    def work(self) -> list[str]:
+        return self.executor.done
+
+    def numbers(self):
+        return [replace(r, train_seconds=0, checkpoint=Path(r.checkpoint).name) for r in self.rows]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """Decoded images and unpacked maps."""
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory, shared) -> Done:
+    """An undisturbed run, which other tests copy."""
+    torch.set_num_threads(1)
+    return Done(tmp_path_factory.mktemp("first"), shared).run()
+
+
+@pytest.fixture
+def output(first, tmp_path) -> Path:
+    """A copy of its output, to be damaged."""
+    shutil.copytree(first.place.output, tmp_path / "output")
+    return tmp_path / "output"
+
+
+def folder_of(output: Path, role: str, name: str) -> Path:
+    found = [p.parent for p in (output / role).glob("*/result.json") if json.loads(p.read_text())["name"] == name]
+    assert len(found) == 1, (role, name, found)
+    return found[0]
+
+
+def times(output: Path) -> dict[str, int]:
+    return {str(p.relative_to(output)): p.stat().st_mtime_ns for p in output.rglob("*")
+            if p.is_file() and "jobs" not in p.parts}
+
+
+def chosen_lambda(done: Done) -> float:
+    return next(r.weight for r in done.rows if r.approach == "impactx")
+
+
+def test_the_whole_experiment_in_its_order(first):
+    weight = chosen_lambda(first)
+    assert first.work == [
+        "A lr=0.002 bs=16 vf=0.2", "A lr=0.004 bs=16 vf=0.2", "A repeat 0",
+        "maps repeat 0: 30 of 100", "maps repeat 0: 60 of 100", "maps repeat 0: 90 of 100", "maps repeat 0: 100 of 100",
+        "impactx lambda=0.4", "impactx lambda=0.8", f"impactx lambda={weight:g} repeat 0", "lambda0 lambda=0 repeat 0",
+        "test of A repeat 0", f"test of impactx lambda={weight:g} repeat 0", "test of lambda0 lambda=0 repeat 0"]
+    assert [(r.approach, r.weight) for r in first.rows] == [("baseline", None), ("impactx", weight), ("lambda0", 0.0)]
+    assert all(0 <= r.test_accuracy <= 1 and r.test_images == len(first.place.dataset(
+        first.cell.dataset.model_dump()).load_test()) for r in first.rows)
+    kept = json.loads(Path(first.place.output, "jobs", first.job.key, "results.json").read_text())
+    assert kept == [r.as_dict() for r in first.rows] and "lambda0" in table(first.rows)
+
+
+def test_the_selection_is_the_best_trial(first):
+    output = Path(first.place.output)
+    found = [json.loads(p.read_text()) for p in (output / "trials").glob("*/result.json")]
+    stage1 = [r for r in found if r["recipe"]["stage"] == 1]
+    best = max(r["best"]["common_accuracy"] for r in stage1)
+    chosen = [r["recipe"]["learning_rate"] for r in stage1 if r["best"]["common_accuracy"] == best]
+    assert len(found) == 4 and first.rows[0].learning_rate in chosen
+    assert not list((output / "trials").glob("*/checkpoint.pt")) and len(list(output.glob("models/*/checkpoint.pt"))) == 3
+    assert not list(output.rglob("running.pt"))
+
+
+def test_the_test_results_are_those_of_the_kept_weights(first):
+    for row in first.rows:
+        model = impactx.load_model(Path(row.checkpoint, "checkpoint.pt"))
+        test = first.place.dataset(first.cell.dataset.model_dump()).load_test()
+        assert (model.predict(test.images).labels == test.labels).mean() == row.test_accuracy
+
+
+def test_a_second_run_computes_nothing(first, output, shared, caplog):
+    before = times(output)
+    with caplog.at_level(logging.INFO, "impactx"):
+        again = Done(output, shared).run()
+    assert again.work == [] and again.numbers() == first.numbers() and times(output) == before
+    assert "stage 1: 2 of 2 trials reused" in caplog.text and "maps repeat 0: reused" in caplog.text
+    assert "test of A repeat 0: reused" in caplog.text and "starts" not in caplog.text
+
+
+def test_execution_settings_reuse_everything(output, shared):
+    again = Done(output, shared, "training.eval_batch_size=3", "training.memory_mb=64", "name=renamed",
+                 "cluster.explain_memory_mb=64", "tracking.enabled=false").run()
+    assert again.work == []
+
+
+def test_only_what_was_deleted_is_made_anew(first, output, shared):
+    shutil.rmtree(folder_of(output, "models", "lambda0 lambda=0 repeat 0"))
+    before = times(output)
+    again = Done(output, shared).run()
+    assert again.work == ["lambda0 lambda=0 repeat 0"] and again.numbers() == first.numbers()
+    assert {k: v for k, v in times(output).items() if k in before} == before
+
+
+def test_a_deleted_shard_is_made_anew_although_the_maps_were_finished(first, output, shared, tmp_path):
+    store = folder_of(output, "maps", "maps repeat 0")
+    shard = next(store.glob("shard-00001*"))
+    content = shard.read_bytes()
+    shard.unlink()
+    again = Done(output, shared).run()
+    assert again.work == ["maps repeat 0: 100 of 100"] and shard.read_bytes() == content
+    assert again.numbers() == first.numbers()
+
+
+@pytest.mark.parametrize("override, work", [
+    ("approaches.impactx.lambdas=[0.4,0.6]", ["impactx lambda=0.6"]),
+    ("training.patience=3", None), ("seed=1", None),
+    ("attribution.max_evals=60", ["maps repeat 0: 30 of 100"])])
+def test_a_changed_setting_recomputes_what_depends_on_it(first, output, shared, override, work):
+    again = Done(output, shared, override).run()
+    if work is None:
+        assert len(again.work) == len(first.work) and again.job.key != first.job.key
+    elif "lambdas" in override:
+        rest = set(again.work) - {"impactx lambda=0.6", "impactx lambda=0.6 repeat 0",
+                                  "test of impactx lambda=0.6 repeat 0", "impactx lambda=0.4 repeat 0",
+                                  "test of impactx lambda=0.4 repeat 0"}
+        assert work[0] in again.work and not rest
+    else:
+        assert again.work[0] == work[0] and "A repeat 0" not in again.work
+        assert not any(name.startswith("test of A") for name in again.work)
+
+
+@pytest.mark.parametrize("stop_at", ["A lr=0.004 bs=16 vf=0.2", "A repeat 0", "maps repeat 0", "impactx lambda=0.8",
+                                     "lambda0 lambda=0 repeat 0"])
+def test_an_interrupted_job_goes_on_and_ends_with_the_same_numbers(first, shared, tmp_path, stop_at):
+    with pytest.raises(KeyboardInterrupt):
+        Done(tmp_path, shared, stop_at=stop_at).run()
+    left = times(tmp_path)
+    again = Done(tmp_path, shared).run()
+    assert again.numbers() == first.numbers()
+    assert {k: v for k, v in times(tmp_path).items() if k in left and "running.pt" not in k} == {
+        k: v for k, v in left.items() if "running.pt" not in k}
+    if stop_at.startswith("maps"):
+        assert again.work[0] == "maps repeat 0: 60 of 100"  # 30 lay there
+    else:
+        assert again.work[0] == stop_at
+        results = [json.loads(p.read_text()) for p in tmp_path.rglob("result.json")]
+        resumed = [r for r in results if r["name"] == stop_at]
+        assert [len(r["history"]) for r in resumed] == [2]
+
+
+def test_a_diverging_trial_does_not_stop_the_grid(shared, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "impactx"):
+        done = Done(tmp_path, shared, "approach=[]", "training.optimizer=sgd", "grid.learning_rate=[10,0.002]").run()
+    assert "A lr=10 bs=16 vf=0.2 diverged" in caplog.text and [r.learning_rate for r in done.rows] == [0.002]
+
+
+def test_a_trial_that_raises_does_not_stop_the_grid(shared, tmp_path, caplog):
+    done = Done(tmp_path, shared, "approach=[]")
+    bad = done.cell.stage1_trials()[0]
+    (tmp_path / "trials").mkdir()
+    (tmp_path / bad.folder).write_text("a file where a folder must be")
+    with caplog.at_level(logging.INFO, "impactx"):
+        done.run()
+    assert f"{bad.name} failed: StorageError: could not" in caplog.text and "1 of 2 trials failed" in caplog.text
+    assert [r.learning_rate for r in done.rows] == [0.004]
+
+
+def test_a_torn_state_of_a_trial_is_named(shared, tmp_path, caplog):
+    done = Done(tmp_path, shared, "approach=[]")
+    bad = done.cell.stage1_trials()[0]
+    done.place.artifacts.storage.write(f"{bad.folder}/running.pt", b"torn")
+    with caplog.at_level(logging.INFO, "impactx"):
+        done.run()
+    assert f"{tmp_path}/{bad.folder}/running.pt: the state of the interrupted training is damaged" in caplog.text
+
+
+def test_when_all_trials_fail_the_reasons_are_told(shared, tmp_path):
+    done = Done(tmp_path, shared, "approach=[]", "training.optimizer=sgd", "grid.learning_rate=[10,0.004]")
+    bad = done.cell.stage1_trials()[1]
+    (tmp_path / "trials").mkdir()
+    (tmp_path / bad.folder).write_text("")
+    with pytest.raises(SelectionError) as caught:
+        done.run()
+    assert "none of 2 trials" in str(caught.value) and "A lr=10 bs=16 vf=0.2: diverged" in str(caught.value)
+    assert f"{bad.name}: StorageError: could not" in str(caught.value) and bad.folder in str(caught.value)
+
+
+@pytest.mark.parametrize("damage, said", [
+    ("another", "is of another model: its weights are"), ("missing", "is missing"), ("torn", "cannot be used")])
+@pytest.mark.parametrize("work", ["stage 2", "maps", "test"])
+def test_a_wrong_checkpoint_is_refused_by_name(output, shared, damage, said, work):
+    file = folder_of(output, "models", "A repeat 0") / "checkpoint.pt"
+    if damage == "another":
+        shutil.copy(folder_of(output, "models", "lambda0 lambda=0 repeat 0") / "checkpoint.pt", file)
+    elif damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:1000])
+    role, name = {"stage 2": ("models", "lambda0 lambda=0 repeat 0"), "maps": ("maps", "maps repeat 0"),
+                  "test": ("tests", "test of A repeat 0")}[work]
+    shutil.rmtree(folder_of(output, role, name))
+    with pytest.raises(WorkError) as caught:
+        Done(output, shared).run()
+    assert str(file) in str(caught.value) and said in str(caught.value) and "delete the folder" in str(caught.value)
+
+
+def test_other_data_on_a_node_are_refused(first, tmp_path):
+    """A plan for one data set, worked on where another lies."""
+    unit = first.cell.stage1_trials()[0]
+    other = replace(unit, recipe=unit.recipe | {"data": unit.recipe["data"] | {"fingerprint": "0" * 64}})
+    with pytest.raises(WorkError, match="give every node the same files"):
+        train_unit(other, replace(first.place, output=str(tmp_path)))
+
+
+def test_incomplete_maps_are_not_finished(first, output):
+    place = replace(first.place, output=str(output))
+    c = first.cell.configurations()[0]
+    c = replace(c, learning_rate=first.rows[0].learning_rate)
+    a = first.cell.stage1_model(c, 0)
+    maps = first.cell.maps(a, place.artifacts.result(a), 0)
+    next((output / maps.folder).glob("shard-00002*")).unlink()
+    with pytest.raises(WorkError, match="1 of 4 shards are missing"):
+        finish_maps(maps, place, 1.0)
+
+
+def test_an_output_that_cannot_be_written_is_told_before_anything_is_decoded(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=f"could not write {tmp_path}/file/out"):
+        Done(tmp_path / "file" / "out", tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("override, said", [
+    ("models.lenet5.architecture=resnet999", "resnet999"), ("attribution.masker=blurr(3)", "blurr"),
+    ("models.lenet5.weights=/no/such/file.pth", "/no/such/file.pth"), ("models.lenet5.input_size=8", "input_size")])
+def test_what_can_be_known_before_is_told_before(tmp_path, shared, override, said):
+    with pytest.raises((ConfigurationError, DataError), match=said.replace("(", r"\(")):
+        Done(tmp_path, shared, override)
+    assert not any((tmp_path / role).exists() for role in ("trials", "models", "maps"))
+
+
+def test_a_dry_run_lists_and_writes_nothing(first, output, shared, tmp_path):
+    def text(*overrides):
+        return dry_run(load_settings("demo", [*TINY, f"cache={shared}", f"data_root={shared}", *overrides],
+                                     ROOT / "configs"))
+
+    empty = tmp_path / "empty"
+    fresh, finished = text(f"output={empty}"), text(f"output={output}")
+    assert not empty.exists() and "4 trials and 3 final trainings of at most 2 epochs" in fresh
+    assert "5,000 explainer evaluations in 4 shards" in fresh and "0 finished" in fresh
+    assert "2 finished" in finished and "A repeat 0, maps repeat 0" in finished
+
+
+def test_float64_works_from_end_to_end(shared, tmp_path):
+    done = Done(tmp_path, shared, "training.precision=float64", "approach=[impactx]",
+                "approaches.impactx.lambdas=[0.8]", "grid.learning_rate=[0.004]").run()
+    assert [r.approach for r in done.rows] == ["baseline", "impactx"]
+    net = load_checkpoint(Path(done.rows[1].checkpoint, "checkpoint.pt")).model
+    assert {p.dtype for p in net.parameters()} == {torch.float64}
+
+
+def test_predicted_maps_come_back_in_the_attributions_units(first):
+    row = next(r for r in first.rows if r.approach == "impactx")
+    found = load_checkpoint(Path(row.checkpoint, "checkpoint.pt"))
+    data = first.place.dataset(first.cell.dataset.model_dump())
+    store = MapStore.open(first.place.artifacts.storage, str(folder_of(
+        Path(first.place.output), "maps", "maps repeat 0").relative_to(first.place.output)))
+    split = make_split(data.train.labels, 0.2, common_fraction=0.2, seed=0)
+    maps = first.place.map_array(store, data)
+    assert found.map_scale == pytest.approx(float(np.asarray(maps[split.train], np.float64).std()), rel=1e-6)
+    images = data.train.images[:5]
+    with torch.no_grad():
+        raw = found.model(torch.from_numpy(images.copy()).permute(0, 3, 1, 2) / 255)[1].numpy()
+    np.testing.assert_allclose(impactx.load_model(Path(row.checkpoint, "checkpoint.pt")).predict(images).maps,
+                               raw * found.map_scale, rtol=1e-4, atol=1e-7)
+
+
+def test_a_data_set_above_the_memory_budget_trains_to_the_same_numbers(first):
+    data = first.place.dataset(first.cell.dataset.model_dump())
+    split = make_split(data.train.labels, 0.2, common_fraction=0.2, seed=0)
+    maps = np.random.default_rng(0).normal(size=(100, 3, 32, 32)).astype(np.float32)
+    lenet = ModelSettings(name="lenet5", architecture="lenet5")
+    how = {"seed": 0, "learning_rate": 0.002, "batch_size": 16, "augmentation": impactx.AugmentationSettings()}
+    histories = []
+    for megabytes in (4096, 0):
+        training = TrainingSettings(epochs=2).model_copy(update={"memory_mb": megabytes})
+        a, one = train_stage1(data, split, lenet, training, **how)
+        _, two = train_stage2(data, split, lenet, training, classifier=a, approach=impactx.ImpactxSettings(),
+                              weight=0.8, maps=maps, scale=2.0, **how)
+        histories.append([{k: v for k, v in row.items() if k != "seconds"} for row in one.history + two.history])
+    assert histories[0] == histories[1]
+
+
+# ---- what is tracked
+
+class FolderRun(NoRun):
+    """Keeps texts and files in a folder; like MLflow's run it reads files only when it ends."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.files, self.tags = folder, [], {}
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def set_tags(self, tags):
+        self.tags |= tags
+
+    def log_text(self, text, path):
+        (self.folder / path).write_text(text)
+
+    def log_file(self, local_path, folder=""):
+        self.files.append(Path(local_path))
+
+    def finish(self, status="FINISHED", error=None):
+        for file in self.files:
+            shutil.copy(file, self.folder)
+
+
+class FolderTracker(NoTracker):
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def run(self, key, *, name, parent=None, params=None, tags=None):
+        return FolderRun(self.folder / name.replace("/", "_"))
+
+
+def test_runs_hold_the_resolved_unit_the_split_and_the_checkpoint(shared, tmp_path):
+    done = Done(tmp_path / "out", shared, "approach=[impactx]", "approaches.impactx.lambdas=[0.8]",
+                tracker=FolderTracker(tmp_path / "runs")).run()
+    trial, model, two = (tmp_path / "runs" / name for name in (
+        "A lr=0.002 bs=16 vf=0.2", "A repeat 0", "impactx lambda=0.8 repeat 0"))
+    assert sorted(os.listdir(trial)) == ["unit.json"]
+    assert sorted(os.listdir(model)) == sorted(os.listdir(two)) == ["checkpoint.pt", "split.npz", "unit.json"]
+    a = done.cell.stage1_model(replace(done.cell.configurations()[0], learning_rate=done.rows[0].learning_rate), 0)
+    assert json.loads((model / "unit.json").read_text()) == json.loads(json.dumps(
+        {"recipe": a.recipe, "inputs": a.inputs}))
+    data = done.place.dataset(done.cell.dataset.model_dump())
+    split, kept = make_split(data.train.labels, 0.2, common_fraction=0.2, seed=0), np.load(model / "split.npz")
+    for part in ("train", "validation", "common"):
+        np.testing.assert_array_equal(kept[part], getattr(split, part))
+    for folder, row in zip((model, two), done.rows, strict=True):
+        assert (folder / "checkpoint.pt").read_bytes() == Path(row.checkpoint, "checkpoint.pt").read_bytes()
+
+
+# ---- front doors
+
+@pytest.mark.parametrize("error", [SelectionError("none"), WorkError("of another model"), StorageError("full"),
+                                   ConfigurationError("wrong")])
+def test_a_users_error_is_one_message_and_status_2(error, capsys):
+    log = logging.getLogger("impactx")
+    handlers, propagate, level = log.handlers[:], log.propagate, log.level
+
+    def job():
+        raise error
+
+    try:
+        with pytest.raises(SystemExit) as caught:
+            main(job)
+        with pytest.raises(ZeroDivisionError):
+            main(lambda: 1 / 0)
+    finally:
+        log.handlers[:], log.propagate = handlers, propagate
+        log.setLevel(level)
+    assert caught.value.code == 2 and capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_the_example_runs_as_it_stands(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "docs" / "example.py")], cwd=tmp_path, capture_output=True,
+                          text=True, env=os.environ | {"PYTHONPATH": str(ROOT / "platform"), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    accuracy = float(done.stdout.split()[1])
+    assert accuracy > 0.8 and "maps (359, 3, 32, 32)" in done.stdout and done.stderr == ""
+    lines = [line for line in (ROOT / "docs" / "example.py").read_text().split('"""')[2].splitlines() if line.strip()]
+    assert len(lines) <= 15
+
+
+def test_the_front_door_refuses_what_cannot_be(first):
+    row = next(r for r in first.rows if r.approach == "impactx")
+    net = impactx.load_model(Path(row.checkpoint, "checkpoint.pt"))
+    data = first.place.dataset(first.cell.dataset.model_dump())
+    with pytest.raises(ValueError, match="starts from a classifier of stage 1"):
+        impactx.train_impactx(net, data, np.zeros((100, 3, 32, 32), np.float32))
+    with pytest.raises(ValueError, match="must be uint8"):
+        net.predict(np.zeros((2, 32, 32, 3), np.float32))
+
+
+def test_the_front_door_and_the_experiment_train_the_same_model(first):
+    """One code for both: the same seed, split and settings give the very same accuracies."""
+    row = first.rows[0]
+    data = first.place.dataset(first.cell.dataset.model_dump())
+    schedule = impactx.Schedule(learning_rate=row.learning_rate, batch_size=16, validation_fraction=0.2,
+                                augmentation=first.cell.dataset.augmentation)
+    a = impactx.train_classifier(data, first.cell.model, first.cell.settings.training, schedule)
+    kept = impactx.load_model(Path(row.checkpoint, "checkpoint.pt"))
+    assert a.best["val_accuracy"] == row.val_accuracy and a.class_names == kept.class_names
+    assert all(torch.equal(t, kept.model.state_dict()[n]) for n, t in a.model.state_dict().items())
