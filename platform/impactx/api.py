@@ -133,9 +133,10 @@ def explain_dataset(a: TrainedModel, data: Dataset, attribution: AttributionSett
     count, parts = len(data.train), []
     progress = Progress("maps", "maps", count, every=10)
     for start in range(0, count, block):
-        rows = slice(start, min(start + block, count))
-        parts.append(maker.explain(model, data.train.images[rows], data.train.labels[rows], device=device).maps)
-        progress.at(rows.stop)
+        rows = np.arange(start, min(start + block, count))  # indexed by an array, the images are copied from their file
+        parts.append(maker.explain(model, data.train.images[rows], data.train.labels[rows], device=device,
+                                   indices=rows).maps)
+        progress.at(start + len(rows))
     model.to("cpu")
     return np.concatenate(parts)
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from impactx.configuration import DEFAULT_PRESET, configs_folder, groups, load_settings, presets
-from impactx.settings import ExperimentSettings
+from impactx.configuration import DEFAULT_PRESET, ConfigurationError, configs_folder, groups, load_settings, presets
+from impactx.settings import ExperimentSettings, ExplainSettings, ModelSettings
 
 log = logging.getLogger("impactx")
 
@@ -63,6 +63,89 @@ All of them, with defaults and meaning: docs/SETTINGS.md.""")
     return parser
 
 
+class ExplainOptions(argparse.Namespace):
+    """Parsed options of a job that explains a model of the user's."""
+
+    overrides: list[str]
+    preset: str
+    model: str | None
+    timm: str | None
+    weights: str | None
+    weights_match: str
+    input_size: int | None
+    mean: list[float] | None
+    std: list[float] | None
+    import_path: str | None
+    verify: str | None
+    sheet: Path | None
+    sheet_images: int
+    dry_run: bool
+    configs: Path
+
+    def settings(self) -> ExplainSettings:
+        """The settings they name. Raises ConfigurationError."""
+        return load_settings(self.preset, self.overrides, self.configs, ExplainSettings)
+
+    def choice(self) -> Any:
+        """The model that they name, as explain_job.ModelChoice. Raises ConfigurationError."""
+        from pydantic import ValidationError
+
+        from impactx.experiment.explain_job import ModelChoice
+
+        if self.timm is None:
+            return ModelChoice(checkpoint=self.model, path=self.import_path)
+        try:
+            return ModelChoice(timm=ModelSettings(
+                name="explained", architecture=self.timm, weights=self.weights, weights_match=self.weights_match,
+                input_size=self.input_size, mean=self.mean, std=self.std))
+        except ValidationError as error:
+            raise ConfigurationError("\n".join(
+                f"--{str(e['loc'][0]).replace('_', '-') if e['loc'] else 'timm'}: {e['msg']}, got {e['input']!r}"
+                for e in error.errors())) from error
+
+
+def explain_options(description: str, job_file: str, arguments: list[str] | None = None) -> ExplainOptions:
+    """Parse the command line of jobs/explain.py; exits with status 2 and a message where it is wrong."""
+    folder = configs_folder(job_file)
+    listed = "\n".join(f"  {group}: {', '.join(groups(folder).get(group, []))}" for group in ("dataset", "attribution"))
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter, description=description, epilog=f"""\
+groups (dataset=digits attribution=occlusion); the files in configs/<group>/ say what they set:
+{listed}
+
+settings: output (folder or s3:// address), data_root, cache, attribution.*, maps.shard_size, cluster.*
+All of them, with defaults and meaning: docs/SETTINGS.md.""")
+    parser.add_argument("overrides", nargs="*", metavar="setting=value",
+                        help="change a setting, or choose from a group")
+    parser.add_argument("--preset", default=DEFAULT_PRESET, help="whose settings are the defaults (%(default)s)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--model", metavar="FILE", help="a checkpoint of impactx (path or s3:// address)")
+    which.add_argument("--timm", metavar="NAME", help="a timm model with as many classes as the images have")
+    which.add_argument("--import", metavar="MODULE:FUNCTION", dest="import_path",
+                       help="a function that returns a torch module")
+    which.add_argument("--verify", metavar="STORE", help="check every shard of a store (its folder or s3:// address)")
+    timm = parser.add_argument_group("with --timm")
+    timm.add_argument("--weights", metavar="FILE|hub|random", help="a .pth or .safetensors file with all its tensors")
+    timm.add_argument("--weights-match", choices=("names", "order"), default="names", help="(%(default)s)")
+    timm.add_argument("--input-size", type=int, metavar="PIXELS", help="side to which the model enlarges its input")
+    timm.add_argument("--mean", type=float, nargs=3, metavar="X", help="of the normalisation; default: timm's own")
+    timm.add_argument("--std", type=float, nargs=3, metavar="X")
+    parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="draw examples: image, map, overlay")
+    parser.add_argument("--sheet-images", type=int, default=8, metavar="N", help="how many (%(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be made and what is there; make nothing")
+    parser.set_defaults(configs=folder)
+    options = parser.parse_intermixed_args(arguments, ExplainOptions())
+    if not any((options.model, options.timm, options.import_path, options.verify)):
+        parser.error("which model? give --model, --timm or --import (or --verify a store)")
+    if options.timm and not options.weights:
+        parser.error("--timm needs --weights: a file, hub or random")
+    if options.weights and not options.timm:
+        parser.error("--weights goes with --timm")
+    if options.sheet_images < 1:
+        parser.error("--sheet-images: at least 1")
+    return options
+
+
 def main(job: Callable[[], None]) -> None:
     """Run a job's function as a program: progress on stderr, a user's mistake as one message and exit status 2.
 
@@ -101,12 +184,14 @@ def _users_errors() -> tuple[type[Exception], ...]:
     from impactx.experiment.units import WorkError
     from impactx.explain.attribution import AttributionError
     from impactx.explain.forward import PartitionError
+    from impactx.explain.masking import MaskerError
     from impactx.explain.partition import AdditivityError
+    from impactx.explain.sheet import SheetError
     from impactx.explain.store import StoreError
     from impactx.storage import StorageError
 
-    return (AdditivityError, AttributionError, ClusterError, ConfigurationError, DataError, PartitionError,
-            SelectionError, StoreError, StorageError, TrackingError, WorkError)
+    return (AdditivityError, AttributionError, ClusterError, ConfigurationError, DataError, MaskerError,
+            PartitionError, SelectionError, SheetError, StoreError, StorageError, TrackingError, WorkError)
 
 
 def _failed(error: Exception) -> int:

@@ -82,7 +82,11 @@ def load_settings(preset: str = DEFAULT_PRESET, overrides: Sequence[str] = (), f
             bad = [c for c in wanted if c not in known[key]]
             errors += [f"{key} = {c!r}: no such choice; {_similar(c, known[key])}"
                        f"there are {', '.join(known[key])} (files in {folder / key})" for c in bad]
-            if not bad:
+            field = {"dataset": "datasets", "model": "models", "approach": "approaches"}.get(key, key)
+            if field not in root.model_fields:
+                errors.append(f"{key} = {value}: this job has no such setting; allowed here: "
+                              f"{', '.join(root.model_fields)}")
+            elif not bad:
                 single = key == "attribution"
                 chosen.append(f"{key}={wanted[0]}" if single and wanted else f"{key}=[{','.join(wanted)}]")
                 left_out += [(key, c) for c in known[key] if c not in wanted]

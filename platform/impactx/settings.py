@@ -14,7 +14,16 @@ import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    field_validator,
+    model_validator,
+)
 
 SQLITE_DEFAULT = "mlflow.db"
 
@@ -244,7 +253,8 @@ class OcclusionSettings(_AttributionBase):
 
     method: Literal["occlusion"] = "occlusion"
     explain: Literal["logit", "probability"] = Field("logit", description="which score of the true class")
-    masker: MaskerName = Field("0.5", description="what stands in the square: grey, as theirs, another colour, or blur(k,k)")
+    masker: MaskerName = Field("0.5", description=(
+        "what stands in the square: grey, as theirs, another colour, or blur(k,k)"))
     window: int = Field(8, ge=1, description="side of the square in pixels, all channels hidden together")
     stride: int = Field(4, ge=1, description="pixels between two squares; at most window")
 
@@ -339,6 +349,38 @@ class TrackingSettings(Settings):
     experiment: str = Field("impactx", min_length=1)
 
 
+def _names_agree(group: dict[str, Any]) -> dict[str, Any]:
+    for key, value in group.items():
+        if key != value.name:
+            raise ValueError(f"the entry {key!r} has the name {value.name!r}: they must be equal")
+    return group
+
+
+class ExplainSettings(Settings):
+    """One job that explains a model of the user's: on which images, how, and where the maps go."""
+
+    output: str = Field("results", min_length=1, description="local folder or s3:// address of the store of maps")
+    data_root: str = Field("data", min_length=1, description="folder of the data sets")
+    cache: str | None = Field(None, description="local folder of decoded images and unpacked maps, on every node")
+    datasets: Annotated[dict[str, DatasetSettings], AfterValidator(_names_agree)]
+    attribution: AttributionSettings = PartitionSettings()
+    maps: MapSettings = MapSettings()
+    cluster: ClusterSettings = ClusterSettings()
+
+    @field_validator("datasets")
+    @classmethod
+    def _one_data_set(cls, datasets: dict[str, DatasetSettings]) -> dict[str, DatasetSettings]:
+        if len(datasets) != 1:
+            raise ValueError(f"{len(datasets)} data sets ({', '.join(datasets)}): choose the one whose training images "
+                             "are explained, dataset=<name>")
+        return datasets
+
+    @property
+    def dataset(self) -> DatasetSettings:
+        """The data set."""
+        return next(iter(self.datasets.values()))
+
+
 class ExperimentSettings(Settings):
     """One job: cells (data set x model), each with stage 1, maps, stage 2 and the final test."""
 
@@ -350,8 +392,8 @@ class ExperimentSettings(Settings):
     cache: str | None = Field(None, description=(
         "local folder of decoded images and unpacked maps, on every node; None: data_root/.cache, or the user's "
         "cache folder where that cannot be written"))
-    datasets: dict[str, DatasetSettings] = Field(min_length=1)
-    models: dict[str, ModelSettings] = Field(min_length=1)
+    datasets: Annotated[dict[str, DatasetSettings], AfterValidator(_names_agree)] = Field(min_length=1)
+    models: Annotated[dict[str, ModelSettings], AfterValidator(_names_agree)] = Field(min_length=1)
     grid: GridSettings = GridSettings()
     training: TrainingSettings = TrainingSettings()
     attribution: AttributionSettings = PartitionSettings()
@@ -359,14 +401,6 @@ class ExperimentSettings(Settings):
     approaches: dict[str, ApproachSettings] = Field(default_factory=dict)
     cluster: ClusterSettings = ClusterSettings()
     tracking: TrackingSettings = TrackingSettings()
-
-    @field_validator("datasets", "models")
-    @classmethod
-    def _names_agree(cls, group: dict[str, Any]) -> dict[str, Any]:
-        for key, value in group.items():
-            if key != value.name:
-                raise ValueError(f"the entry {key!r} has the name {value.name!r}: they must be equal")
-        return group
 
     @field_validator("approaches")
     @classmethod

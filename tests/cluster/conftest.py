@@ -10,6 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tests' own lab.py
 
+
 @pytest.fixture(scope="session")
 def cluster():
     """The resources of a running cluster that is connected to: 2 CPUs, one GPU that only the scheduler knows."""
@@ -19,8 +20,14 @@ def cluster():
     from impactx.cluster.connection import connected
     from impactx.settings import ClusterSettings
 
-    node = Cluster(initialize_head=True, head_node_args={
-        "num_cpus": 2, "num_gpus": 1, "include_dashboard": False, "object_store_memory": 128 * 2**20})
+    how = {"num_cpus": 2, "num_gpus": 1, "include_dashboard": False, "object_store_memory": 128 * 2**20}
+    for last in (False, False, True):  # Ray gives a node 30 s to start, which a busy machine may exceed
+        try:
+            node = Cluster(initialize_head=True, head_node_args=how)
+            break
+        except Exception as error:
+            if last or "timed out during startup" not in str(error):
+                raise
     with connected(ClusterSettings(address=node.address)) as resources:
         yield resources
     node.shutdown()

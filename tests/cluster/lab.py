@@ -28,8 +28,8 @@ def experiment(**changes: Any) -> ExperimentSettings:
         "models": {"lenet5": {"name": "lenet5", "architecture": "lenet5"}},
         "grid": {"learning_rate": [0.002, 0.004], "batch_size": [32], "validation_fraction": [0.2]},
         "training": {"epochs": 3, "patience": 3, "memory_mb": 64},
-        "attribution": {"max_evals": 24, "batch_size": 10}, "maps": {"shard_size": 10},
-        "approaches": {"impactx": {"lambdas": [0.8]}}} | changes)
+        "attribution": {"method": "partition", "max_evals": 24, "batch_size": 10}, "maps": {"shard_size": 10},
+        "approaches": {"impactx": {"kind": "impactx", "lambdas": [0.8]}}} | changes)
 
 
 class Lab:

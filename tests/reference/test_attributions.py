@@ -87,22 +87,22 @@ def test_integrated_gradients_are_captums(masker, explain):
     images, labels, x, y = some()
     baselines = parse_masker(masker).background(x)
     score = network() if explain == "logit" else lambda batch: network()(batch).softmax(1)
-    theirs = captum_attr.IntegratedGradients(score).attribute(x, baselines, target=y, n_steps=40)
-    found = made(network(), images, labels, method="integrated_gradients", masker=masker, explain=explain, steps=40)
+    theirs = captum_attr.IntegratedGradients(score).attribute(x, baselines, target=y, n_steps=16)
+    found = made(network(), images, labels, method="integrated_gradients", masker=masker, explain=explain, steps=16)
     agree(found.maps, theirs.numpy())
     np.testing.assert_allclose(found.scores, score(x).gather(1, y[:, None])[:, 0], rtol=1e-5)
     np.testing.assert_allclose(found.base_values, score(baselines).gather(1, y[:, None])[:, 0], rtol=1e-5)
 
 
 def test_integrated_gradients_add_up_better_with_more_steps():
-    from impactx.explain.gradients import completeness_gaps
+    from impactx.explain.scores import completeness_gaps
 
-    images, labels, _, _ = some(12)
+    images, labels, _, _ = some(4)
     gaps = []
-    for steps in (4, 400):
+    for steps in (4, 200):
         found = made(network(), images, labels, method="integrated_gradients", steps=steps)
         gaps.append(completeness_gaps(found.maps, found.scores, found.base_values))
-    print("completeness gaps, 4 and 400 steps:", gaps[0].max(), gaps[1].max())
+    print("completeness gaps, 4 and 200 steps:", gaps[0].max(), gaps[1].max())
     assert gaps[1].max() < 2e-3 and gaps[1].max() < gaps[0].max() / 5
 
 
@@ -120,16 +120,16 @@ def test_gradient_shap_is_captums_with_the_same_numbers():
 
 
 def test_gradient_shap_with_noise_estimates_what_captum_estimates():
-    images, labels, x, y = some(2)
-    ours = made(network(), images, labels, method="gradient_shap", samples=4000, noise=0.1).maps
+    images, labels, x, y = some(1)
+    ours = made(network(), images, labels, method="gradient_shap", samples=1500, noise=0.1).maps
     torch.manual_seed(0)
     np.random.seed(0)
-    for i in range(2):
+    for i in range(1):
         baselines = torch.cat([torch.zeros_like(x[:1]), torch.ones_like(x[:1])])
-        theirs = captum_attr.GradientShap(network()).attribute(x[i:i + 1], baselines, n_samples=4000, stdevs=0.1,
+        theirs = captum_attr.GradientShap(network()).attribute(x[i:i + 1], baselines, n_samples=1500, stdevs=0.1,
                                                                target=y[i]).numpy()[0]
         correlation = np.corrcoef(ours[i].ravel(), theirs.ravel())[0, 1]
-        print(f"two estimates of 4000 samples correlate by {correlation:.4f}")
+        print(f"two estimates of 1500 samples correlate by {correlation:.4f}")
         assert correlation > 0.99
 
 
@@ -156,7 +156,7 @@ def test_grad_cam_is_captums(layer, relu):
     found = made(network(), images, labels, method="grad_cam", layer=layer, relu=relu)
     assert found.maps.shape == (40, 3, SIZE, SIZE)
     np.testing.assert_array_equal(found.maps[:, 0], found.maps[:, 1])
-    kept = np.abs(theirs).reshape(40, -1).max(1) > 1e-3  # ReLU may leave nothing of a map
+    kept = np.abs(theirs).reshape(40, -1).sum(1) > 0.1  # ReLU may leave nothing of a map
     assert kept.sum() > 20
     agree(found.maps.sum(1)[kept], theirs[kept])
     np.testing.assert_allclose(found.maps.sum(1), theirs, atol=1e-4)

@@ -7,12 +7,16 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import impactx
 from impactx.settings import ClusterSettings
+
+if TYPE_CHECKING:
+    from impactx.cluster.executor import RayExecutor
+    from impactx.experiment.work import Workplace
 
 log = logging.getLogger("impactx")
 
@@ -56,7 +60,7 @@ def connected(settings: ClusterSettings) -> Iterator[dict[str, float]]:
             ray.init(num_cpus=settings.num_cpus, include_dashboard=False, log_to_driver=False, address="local",
                      runtime_env={"env_vars": variables}, logging_level=logging.WARNING,
                      object_store_memory=256 * 2**20)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises whatever comes, bare Exception included
         raise ClusterError(f"no Ray cluster at {address or 'this machine'}: {error}") from error
     finally:
         _restore(handler)
@@ -73,6 +77,20 @@ def connected(settings: ClusterSettings) -> Iterator[dict[str, float]]:
 def _restore(handler: Any) -> None:
     if threading.current_thread() is threading.main_thread() and handler is not None:
         signal.signal(signal.SIGTERM, handler)
+
+
+@contextlib.contextmanager
+def executor_when_needed(settings: ClusterSettings, place: Workplace) -> Iterator[Callable[[], RayExecutor]]:
+    """Yields a function that connects and gives an executor: a job that finds all its work done starts no cluster."""
+    with contextlib.ExitStack() as stack:
+        def executor() -> RayExecutor:
+            stack.enter_context(connected(settings))
+            from impactx.cluster.executor import RayExecutor
+            from impactx.experiment.tracker import NoTracker
+
+            return RayExecutor(settings, place, NoTracker())
+
+        yield executor
 
 
 def _check(settings: ClusterSettings, resources: dict[str, float]) -> None:

@@ -144,6 +144,15 @@ def _train_on_workers(task: Task, place: Workplace, tracker: Tracker, workers: W
     return result
 
 
+def _room(workers: Workers) -> int:
+    """How many trainings with such workers the cluster can hold at once, at least 1."""
+    have = ray.cluster_resources()
+    fits = int(have.get("CPU", 0) // (workers.count * workers.cpus))
+    if workers.gpus:
+        fits = min(fits, int(have.get("GPU", 0) // (workers.count * workers.gpus)))
+    return max(1, fits)
+
+
 class RayExecutor:
     """See experiment.executor.Executor. Connect to a cluster first (`connection.connected`)."""
 
@@ -207,13 +216,15 @@ class RayExecutor:
             tuner.fit()
 
     def _at_once(self, workers: Workers) -> int | None:
+        limit = self.settings.max_concurrent_trials
         if workers.count == 1:
-            return self.settings.max_concurrent_trials
-        have = ray.cluster_resources()
-        fits = int(have.get("CPU", 0) // (workers.count * workers.cpus))
-        if workers.gpus:
-            fits = min(fits, int(have.get("GPU", 0) // (workers.count * workers.gpus)))
-        return max(1, min(fits, self.settings.max_concurrent_trials or fits))
+            return limit  # Tune itself starts no more than there is room for
+        return min(_room(workers), limit or _room(workers))
+
+    def trainings_at_once(self) -> int:
+        """As many as the cluster has room for now."""
+        s = self.settings
+        return _room(self._workers(s.train_workers, s.train_cpus, float(s.use_gpu)))
 
     def train(self, task: Task, on_epoch: OnEpoch) -> dict[str, Any]:
         """A model by Ray Train on train_workers workers."""

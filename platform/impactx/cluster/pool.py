@@ -11,7 +11,7 @@ under deterministic names, whole or not at all.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,9 @@ def pools_of(settings: ClusterSettings, have: dict[str, float]) -> list[Pool]:
 class ShardQueue:
     """Which shard is whose. Lives in the cluster, as an actor, as long as the pools do."""
 
-    def __init__(self, shards: Sequence[int], max_failures: int) -> None:
+    def __init__(self, shards: Sequence[int], max_failures: int,
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._waiting = list(reversed(shards))
         self._max_failures = max_failures
         self._of_ticket: dict[str, int] = {}
@@ -83,7 +85,7 @@ class ShardQueue:
         if shard is None:
             return WAIT if self._taken else None
         self._of_ticket[ticket] = shard
-        self._taken[shard] = (time.monotonic(), self._taken.get(shard, (0, 0))[1] + 1)
+        self._taken[shard] = (self._clock(), self._taken.get(shard, (0, 0))[1] + 1)
         return shard
 
     def _late(self) -> int | None:
@@ -91,7 +93,7 @@ class ShardQueue:
         if not self._seconds:
             return None
         usual = sorted(self._seconds)[len(self._seconds) // 4]
-        now = time.monotonic()
+        now = self._clock()
         late = [(when, shard) for shard, (when, holders) in self._taken.items()
                 if holders < 3 and now - when > 1.5 * usual]
         return min(late)[1] if late else None

@@ -56,6 +56,9 @@ class Executor(Protocol):
     def train(self, task: Task, on_epoch: OnEpoch) -> dict[str, Any]:
         """Train one model; raises what made it fail."""
 
+    def trainings_at_once(self) -> int:
+        """How many calls of `train`, each in a thread of its own, there is room for."""
+
     def explain(self, task: Task, on_shards: OnShards) -> dict[str, Any]:
         """Make the maps of a store that are missing."""
 
@@ -148,6 +151,10 @@ class LocalExecutor:
         """See Executor.train."""
         return tracked_training(task, self.place, self.tracker, device=self.device,
                                 report=lambda row: on_epoch(task.unit, row))
+
+    def trainings_at_once(self) -> int:
+        """One: there is one process."""
+        return 1
 
     def explain(self, task: Task, on_shards: OnShards) -> dict[str, Any]:
         """See Executor.explain."""

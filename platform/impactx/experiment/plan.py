@@ -128,7 +128,7 @@ class Cell:
                   "model": {"architecture": self.model.architecture, "input_size": self.model.input_size},
                   "attribution": self.settings.attribution.model_dump(mode="json")}
         return Unit("maps", f"maps repeat {repeat}", recipe,
-                    {"dataset": self._inputs["dataset"], "checkpoint": a.folder,
+                    {"dataset": self._inputs["dataset"], "source": {"kind": "unit", "folder": a.folder},
                      "attribution": recipe["attribution"], "shard_size": self.settings.maps.shard_size},
                     self._params | {"repeat": repeat, "attribution": recipe["attribution"],
                                     "explained_weights": a_result["weights"]})

@@ -10,13 +10,15 @@ from pathlib import Path
 import torch
 
 from impactx.configuration import ConfigurationError
-from impactx.datasets import DataError, load_dataset, locate, make_split
+from impactx.datasets import DataError, Dataset, load_dataset, locate, make_split
 from impactx.experiment.plan import Cell, Configuration, DataFacts, select
 from impactx.experiment.units import Artifacts, Unit
 from impactx.experiment.work import Workplace
+from impactx.explain.attribution import build_attribution
 from impactx.explain.masking import MaskerError, parse_masker
+from impactx.explain.scores import MissingPackage
 from impactx.models import UnknownArchitecture, build_classifier, check_architecture
-from impactx.settings import DatasetSettings, ExperimentSettings, ModelSettings
+from impactx.settings import AttributionSettings, DatasetSettings, ExperimentSettings, ModelSettings
 from impactx.storage import Storage
 
 log = logging.getLogger("impactx")
@@ -71,12 +73,31 @@ def _check_names(settings: ExperimentSettings) -> dict[str, str | None]:
         except DataError as error:
             errors.append(str(error))
     try:
-        parse_masker(settings.attribution.masker)
-    except MaskerError as error:
-        errors.append(f"attribution.masker = {settings.attribution.masker!r}: {error}")
+        check_attribution(settings.attribution)
+    except ConfigurationError as error:
+        errors.append(str(error))
     if errors:
         raise ConfigurationError("the experiment cannot run:\n" + "\n".join(f"  - {e}" for e in errors))
     return files
+
+
+def check_attribution(attribution: AttributionSettings, data: Dataset | None = None) -> None:
+    """Raise ConfigurationError where maskers do not exist, do not fit the data's images, or a package is missing."""
+    for name in attribution.hidden_by:
+        try:
+            masker = parse_masker(name)
+            if data is not None:
+                masker.background(torch.zeros(1, data.channels, *data.image_size))
+        except MaskerError as error:
+            raise ConfigurationError(f"attribution: {error}" + (f", for {data.name}" if data else "")) from error
+    try:
+        build_attribution(attribution)
+    except MissingPackage as error:
+        raise ConfigurationError(str(error)) from error
+    window = getattr(attribution, "window", 0)
+    if data is not None and window > min(data.image_size):
+        raise ConfigurationError(f"attribution.window = {window} is larger than the images of {data.name} "
+                                 f"({data.image_size[0]}x{data.image_size[1]})")
 
 
 def prepare(settings: ExperimentSettings) -> Prepared:
@@ -99,10 +120,7 @@ def prepare(settings: ExperimentSettings) -> Prepared:
                  *data.image_size, data.num_classes, locate(dataset, place.data_root))
         facts = DataFacts(data.fingerprint, len(data.train.labels), data.num_classes, data.image_size,
                           data.class_names)
-        try:
-            parse_masker(settings.attribution.masker).background(torch.zeros(1, data.channels, *data.image_size))
-        except MaskerError as error:
-            raise ConfigurationError(f"attribution.masker, for {dataset.name}: {error}") from error
+        check_attribution(settings.attribution, data)
         for model in settings.models.values():
             try:
                 build_classifier(model, data.num_classes, data.image_size, seed=settings.seed)
@@ -154,7 +172,9 @@ def _dry_cell(cell: Cell, artifacts: Artifacts, images: int | None, known: bool,
     trainings = repeats * (1 + len(lambdas))
     stores = repeats if lambdas else 0
     shards = -(-images // settings.maps.shard_size) * stores if images else 0
-    evaluations = (images or 0) * settings.attribution.max_evals * stores
+    a_map = settings.attribution.evaluations(
+        cell.facts.image_size if known else (cell.dataset.image_size,) * 2 if cell.dataset.image_size else None)
+    evaluations = (images or 0) * (a_map or 0) * stores
     totals[:] = [a + b for a, b in zip(totals, (len(trials) + stage2_trials, trainings, evaluations, shards),
                                        strict=True)]
     lines = [f"  {cell.name}",
@@ -163,7 +183,8 @@ def _dry_cell(cell: Cell, artifacts: Artifacts, images: int | None, known: bool,
              f"    models:  {trainings} final trainings (A and {', '.join(lambdas) or 'nothing else'}; "
              f"{repeats} repeats), at most {trainings * settings.training.epochs} epochs"]
     if lambdas:
-        lines += [f"    maps:    {stores} stores of {images or 'unknown'} maps, {evaluations:,} evaluations, "
+        lines += [f"    maps:    {stores} stores of {images or 'unknown'} maps, "
+                  f"{f'{evaluations:,}' if a_map else 'an unknown number of'} evaluations, "
                   f"{shards} shards",
                   f"    stage 2: {stage2_trials} trials over lambda "
                   f"({', '.join(f'{k}: {n}' for k, n in lambdas.items())})"]

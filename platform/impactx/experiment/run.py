@@ -9,6 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from impactx.experiment.executor import Executor, Task, final_metrics
@@ -151,6 +152,17 @@ class CellRun:
     def _train(self, unit: Unit) -> dict[str, Any]:
         return self._do(unit, lambda task: self.job.executor.train(task, EpochLines()))
 
+    def _train_all(self, units: list[Unit]) -> list[dict[str, Any]]:
+        """Train independent models, as many at once as the executor has room for."""
+        at_once = min(self.job.executor.trainings_at_once(), len(units))
+        if at_once <= 1:
+            return [self._train(unit) for unit in units]
+        pool = ThreadPoolExecutor(at_once, thread_name_prefix="training")
+        try:
+            return list(pool.map(self._train, units))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
     def _explain(self, unit: Unit) -> dict[str, Any]:
         progress = Progress(f"  {unit.name}", "maps", every=10)
 
@@ -171,27 +183,10 @@ class CellRun:
             configuration = Configuration(*(chosen.params[k] for k in (
                 "learning_rate", "batch_size", "validation_fraction")))
             self._log_selection(run, "A", chosen, found)
-            finals: list[tuple[Unit, dict[str, Any]]] = []
-            weights: dict[str, float] = {}
-            for repeat in range(settings.repeats):
-                a = cell.stage1_model(configuration, repeat)
-                a_result = self._train(a)
-                finals.append((a, a_result))
-                if not settings.approaches:
-                    continue
-                if not a_result["weights"]:
-                    raise WorkError(f"{cell.name}: {a.name} diverged, there is no classifier to explain")
-                maps = cell.maps(a, a_result, repeat)
-                self._explain(maps)
-                for name, approach in settings.approaches.items():
-                    if repeat == 0:
-                        weights[name] = approach.lambdas[0]
-                        if candidates := cell.stage2_trials(name, approach, configuration, a, maps):
-                            best, found = self._search(f"stage 2 of {name}", candidates, "val_accuracy")
-                            weights[name] = best.params["lambda"]
-                            self._log_selection(run, name, best, found)
-                    model = cell.stage2_model(name, approach, configuration, weights[name], repeat, a, maps)
-                    finals.append((model, self._train(model)))
+            a_units = [cell.stage1_model(configuration, repeat) for repeat in range(settings.repeats)]
+            finals = list(zip(a_units, self._train_all(a_units), strict=True))
+            if settings.approaches:
+                finals += self._stage2(run, configuration, list(finals))
             for model, result in finals:
                 if not result["weights"]:
                     log.warning("  %s diverged in its first epoch: it is not in the table", model.name)
@@ -202,6 +197,27 @@ class CellRun:
                     run.log_metrics({f"{s.approach}.paper_accuracy": published})
             run.log_text(results_csv(rows), "results.csv")
         return rows
+
+    def _stage2(self, run: Run, configuration: Configuration,
+                classifiers: list[tuple[Unit, dict[str, Any]]]) -> list[tuple[Unit, dict[str, Any]]]:
+        """The maps of each repeat's A, the choice of lambda in repeat 0, and the final trainings."""
+        cell = self.cell
+        for a, result in classifiers:
+            if not result["weights"]:
+                raise WorkError(f"{cell.name}: {a.name} diverged, there is no classifier to explain")
+        maps = [cell.maps(a, result, repeat) for repeat, (a, result) in enumerate(classifiers)]
+        for unit in maps:
+            self._explain(unit)
+        models = []
+        for name, approach in self.job.settings.approaches.items():
+            weight = approach.lambdas[0]
+            if candidates := cell.stage2_trials(name, approach, configuration, classifiers[0][0], maps[0]):
+                best, found = self._search(f"stage 2 of {name}", candidates, "val_accuracy")
+                weight = best.params["lambda"]
+                self._log_selection(run, name, best, found)
+            models += [cell.stage2_model(name, approach, configuration, weight, repeat, a, maps[repeat])
+                       for repeat, (a, _) in enumerate(classifiers)]
+        return list(zip(models, self._train_all(models), strict=True))
 
     def _log_selection(self, run: Run, what: str, chosen: Unit, result: dict[str, Any]) -> None:
         run.log_params({"selected": {what: {k: chosen.params[k] for k in (

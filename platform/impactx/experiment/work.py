@@ -16,16 +16,18 @@ import torch
 
 from impactx.datasets import Dataset, Split, load_dataset, make_split
 from impactx.datasets.batches import DeviceData
+from impactx.experiment.model_source import open_model
 from impactx.experiment.units import CHECKPOINT, PREDICTIONS, RUNNING, Artifacts, Unit, WorkError
 from impactx.explain.attribution import build_attribution
+from impactx.explain.scores import completeness_gaps
 from impactx.explain.store import MapStore, StoreError, StoreSpec, map_scale
 from impactx.models import CheckpointError, Impactx, load_checkpoint, save_checkpoint, weights_fingerprint
 from impactx.settings import (
     DatasetSettings,
     ImpactxSettings,
     ModelSettings,
-    PartitionSettings,
     TrainingSettings,
+    parse_attribution,
 )
 from impactx.storage import Storage
 from impactx.training import train_stage1, train_stage2
@@ -189,9 +191,8 @@ class ShardWorker:
         self.place, self.device = place, torch.device(device)
         self.store = open_store(unit, place)
         self.data = place.dataset(unit.inputs["dataset"])
-        model = place.checkpoint(unit.inputs["checkpoint"], unit.recipe["weights"]).model
-        self.model = model.eval().requires_grad_(False).to(self.device)
-        self.attribution = build_attribution(PartitionSettings.model_validate(unit.inputs["attribution"]))
+        self.model = open_model(unit.inputs["source"], place, unit.recipe["weights"]).to(self.device)
+        self.attribution = build_attribution(parse_attribution(unit.inputs["attribution"]))
 
     def make(self, shard: int) -> dict[str, float]:
         """Compute and write one shard. Returns its number of maps and seconds."""
@@ -199,7 +200,7 @@ class ShardWorker:
         rows = self.store.shard_indices(shard)
         labels = self.data.train.labels[rows]
         found = self.attribution.explain(self.model, self.data.train.images[rows], labels, device=self.device,
-                                         memory_bytes=self.place.memory_bytes)
+                                         memory_bytes=self.place.memory_bytes, indices=rows)
         self.store.write_shard(shard, labels, found)
         return {"shard": shard, "maps": len(rows), "seconds": time.perf_counter() - started}
 
@@ -218,9 +219,20 @@ def finish_maps(unit: Unit, place: Workplace, seconds: float) -> dict[str, Any]:
     result = {"images": store.spec.images, "shards": store.spec.shards, "shape": list(store.spec.shape),
               "folder": place.artifacts.storage.uri(unit.folder), "seconds": seconds,
               "maps_per_second": store.spec.images / seconds if seconds > 0 else None,
-              "map_std": float(sample.std()), "map_abs_max": float(np.abs(sample).max())}
+              "map_std": float(sample.std()), "map_abs_max": float(np.abs(sample).max())} | _completeness(store)
     place.artifacts.finish(unit, _plain(result))
     return result
+
+
+def _completeness(store: MapStore) -> dict[str, float]:
+    """How far maps of a few shards are from summing to score - base value, where the attribution has base values."""
+    gaps = []
+    for shard in np.unique(np.linspace(0, store.spec.shards - 1, 4).astype(int)):
+        table = store.read_shard(int(shard))
+        maps = table["map"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
+        gaps.append(completeness_gaps(maps, table["score"].to_numpy(), table["base_value"].to_numpy()))
+    whole = np.concatenate(gaps)
+    return {"map_gap_mean": float(whole.mean()), "map_gap_max": float(whole.max())} if np.isfinite(whole).all() else {}
 
 
 @torch.no_grad()

@@ -81,7 +81,8 @@ def find_layer(score: Score, name: str | None, image: torch.Tensor) -> nn.Module
     there = dict(score.named_modules())
     problem = "is not called for an image" if isinstance(there.get(name), nn.Conv2d) else (
         "is no convolution" if name in there else "does not exist")
-    raise AttributionError(f"attribution.layer = {name!r}: this layer {problem}; the model's convolutions: {_listed(used)}")
+    raise AttributionError(f"attribution.layer = {name!r}: this layer {problem}; the model's convolutions: "
+                           f"{_listed(used)}")
 
 
 @torch.no_grad()

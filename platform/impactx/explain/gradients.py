@@ -4,7 +4,8 @@ Both take points between a baseline (black, say) and the image, and multiply the
 minus baseline.  Integrated gradients (Sundararajan et al. 2017, arXiv 1703.01365) sums along the straight line by a
 quadrature rule; gradient SHAP (Lundberg and Lee 2017, as captum has it) averages over random points, baselines and
 noise.  Both add up to f(image) - f(baseline) only approximately: neither is an additive attribution here.  The store
-keeps both scores, so the gap can be computed of every map, and `completeness_gap` reports it.
+keeps both scores, so the gap can be computed of every map, and the result of a store
+reports it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from impactx.explain.attribution import Explanations
 from impactx.explain.masking import parse_masker
@@ -24,6 +24,7 @@ from impactx.explain.scores import (
     ClassScores,
     Score,
     chunks,
+    completeness_gaps,
     missing_package,
     names_of,
     open_images,
@@ -119,12 +120,6 @@ def _numbers_of(seed: int, index: int) -> Iterator[torch.Generator]:
             yield torch.Generator().manual_seed(int(ours[1]))
         finally:
             np.random.set_state(numpy_state)
-
-
-def completeness_gaps(maps: np.ndarray | Tensor, scores: np.ndarray, base_values: np.ndarray) -> np.ndarray:
-    """float64 (N,): |sum of the map - (score - base value)| as a share of the sum of the map's absolute values."""
-    flat = np.asarray(maps, np.float64).reshape(len(maps), -1)
-    return np.abs(flat.sum(1) - (scores - base_values)) / np.maximum(np.abs(flat).sum(1), np.finfo(np.float32).tiny)
 
 
 def _check_completeness(found: Explanations, tolerance: float, names: list[int]) -> None:

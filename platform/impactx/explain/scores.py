@@ -52,7 +52,8 @@ class ClassScores:
         scores = self.score(images)
         if not isinstance(scores, Tensor) or scores.ndim != 2 or len(scores) != len(images) \
                 or not scores.is_floating_point():
-            found = f"{scores.dtype} {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+            found = (f"{scores.dtype} {tuple(scores.shape)}" if isinstance(scores, Tensor)
+                     else f"a {type(scores).__name__}")
             raise AttributionError(f"the model returned {found} for {len(images)} images; it must return floating "
                                    f"point scores ({len(images)}, K)")
         return scores.softmax(1) if self.explain == "probability" else scores
@@ -95,7 +96,8 @@ def open_images(images: np.ndarray, labels: np.ndarray, device: torch.device | s
     if images.ndim != 4 or images.dtype != np.uint8:
         raise AttributionError(f"images must be uint8 (N, H, W, C), got {images.dtype} {images.shape}")
     stack = torch.from_numpy(np.array(images)).to(device)  # a copy: the images may be a read-only file
-    return (stack.permute(0, 3, 1, 2).float() / 255).contiguous(), torch.from_numpy(np.array(labels, np.int64)).to(device)
+    x = (stack.permute(0, 3, 1, 2).float() / 255).contiguous()
+    return x, torch.from_numpy(np.array(labels, np.int64)).to(device)
 
 
 def names_of(indices: np.ndarray | None, count: int) -> list[int]:
@@ -131,3 +133,9 @@ def rows_that_fit(scores: ClassScores, memory_bytes: int) -> int:
         memory_bytes, most = torch.cuda.mem_get_info(image.device)[0] // 2, 4096
     # As much again for the gradients themselves, and what a forward needs for a moment.
     return max(1, min(most, memory_bytes // (3 * kept[0] + 4 * image.nbytes)))
+
+
+def completeness_gaps(maps: np.ndarray | Tensor, scores: np.ndarray, base_values: np.ndarray) -> np.ndarray:
+    """float64 (N,): |sum of the map - (score - base value)| as a share of the sum of the map's absolute values."""
+    flat = np.asarray(maps, np.float64).reshape(len(maps), -1)
+    return np.abs(flat.sum(1) - (scores - base_values)) / np.maximum(np.abs(flat).sum(1), np.finfo(np.float32).tiny)

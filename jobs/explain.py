@@ -1,0 +1,47 @@
+"""Explain a model of yours on images of yours: one map for each training image of a data set, for its class.
+
+  python jobs/explain.py --model net.pt dataset=my_images                      a checkpoint of impactx
+  python jobs/explain.py --timm resnet18 --weights net.pth dataset=my_images   a timm model with your weights
+  python jobs/explain.py --import my_code.net:build dataset=my_images          build() returns a torch module
+  python jobs/explain.py --model net.pt dataset=digits attribution=occlusion --sheet examples.png
+  python jobs/explain.py --verify results/maps/<key>                           check a whole store
+
+Such a module takes float images (B, 3, H, W) in [0, 1] and gives logits (B, K). The maps are Parquet files
+(docs/METHOD.md says how to read them). The same command started again makes only what is missing.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "platform"))  # from a checkout, uninstalled
+
+from impactx.command import explain_options, main  # noqa: E402
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """Parse, check, connect, call."""
+    options = explain_options(__doc__ or "", __file__, arguments)
+    from impactx.experiment import explain_job
+
+    if options.verify:
+        problems = explain_job.verify(options.verify)
+        print("\n".join(problems) or f"{options.verify}: every shard is there and as it was written")
+        sys.exit(1 if problems else 0)
+    settings = options.settings()
+    job = explain_job.prepare(settings, options.choice())
+    if options.dry_run:
+        print(explain_job.plan(settings, job))
+        return
+    from impactx.cluster.connection import executor_when_needed
+
+    with executor_when_needed(settings.cluster, job.place) as executor:
+        print(explain_job.run(job, executor))
+    if options.sheet:
+        explain_job.draw(job, options.sheet, options.sheet_images)
+        print(f"sheet: {options.sheet}")
+
+
+if __name__ == "__main__":
+    main(run)

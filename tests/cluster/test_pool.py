@@ -1,0 +1,160 @@
+"""The actor pools make the same maps as one process, whatever dies or stands still on the way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+from lab import Lab, descendants, ignore, kill, task, until
+
+from impactx.cluster.pool import Pool, explain_on_pools
+from impactx.experiment.units import CHECKPOINT, WorkError
+from impactx.experiment.work import finish_maps, open_store
+from impactx.explain.store import StoreError
+
+pytestmark = pytest.mark.usefixtures("cluster")
+ACTORS = "MapWorker"
+TWO = [Pool("cpu", "cpu", 2, {"num_cpus": 0.7})]
+# What a cluster of CPU and GPU machines gets; the second pool holds the GPU that only the scheduler knows.
+MIXED = [Pool("cpu", "cpu", 1, {"num_cpus": 0.7}), Pool("gpu", "cpu", 1, {"num_cpus": 0.1, "num_gpus": 1})]
+
+
+@pytest.fixture(scope="module")
+def explained(tmp_path_factory, cache):
+    """A lab whose A is trained and explained in this process; shards take long enough to be met under way."""
+    one = Lab(tmp_path_factory.mktemp("one") / "output", cache,
+              attribution={"method": "partition", "max_evals": 400, "batch_size": 10}, maps={"shard_size": 10})
+    a = one.a()
+    one.local.train(task(a), ignore)
+    one.local.explain(task(one.maps(a)), ignore)
+    return one, a, one.maps(a)
+
+
+@pytest.fixture
+def fresh(explained, lab):
+    """The same A in another folder, nothing explained yet; with the maps' unit and its store."""
+    one, a, maps = explained
+    two = lab(attribution=one.settings.attribution.model_dump(), maps=one.settings.maps.model_dump())
+    copy(one, two, a.folder, one.place.artifacts.storage.names(a.folder))
+    return two, maps, open_store(maps, two.place)
+
+
+def copy(one, two, folder, names):
+    for name in names:
+        two.place.artifacts.storage.write(f"{folder}/{name}", one.place.artifacts.storage.read(f"{folder}/{name}"))
+
+
+def files(lab, folder):
+    """The shards of a store: name -> bytes."""
+    storage = lab.place.artifacts.storage
+    return {name: storage.read(f"{folder}/{name}") for name in storage.names(folder) if name.endswith(".parquet")}
+
+
+def same_maps(one, two, maps):
+    """Each shard is there once, sound, and the same to the bit."""
+    store = open_store(maps, two.place)
+    assert store.verify() == []
+    here, there = files(one, maps.folder), files(two, maps.folder)
+    assert len(there) == store.spec.shards == 11
+    assert there == here
+    rows = [i for k in range(store.spec.shards) for i in store.read_shard(k)["index"].to_pylist()]
+    assert rows == list(range(101))
+
+
+def begun(store):
+    """Wait until some shards are there, and others are not."""
+    until(lambda: len(store.missing()) < store.spec.shards, "the first shard")
+    assert store.missing(), "all shards were there before anything could happen"
+
+
+def in_background(work):
+    """Start something that acts while the pool is at work; join() raises what it raised."""
+    errors = []
+
+    def guarded():
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001 - shown by the test
+            errors.append(error)
+
+    thread = threading.Thread(target=guarded)
+    thread.start()
+
+    def join():
+        thread.join()
+        if errors:
+            raise errors[0]
+
+    return join
+
+
+def test_the_pool_makes_the_same_maps_and_only_those_that_are_missing(explained, fresh):
+    one, two, maps, store = explained[0], *fresh
+    copy(one, two, maps.folder, [store.shard_name(4)])
+    path = two.place.artifacts.storage.uri(f"{maps.folder}/{store.shard_name(4)}")
+    before, seen = os.stat(path).st_mtime_ns, []
+    two.ray(explain_cpu_actors=2, explain_gpu_actors=0).explain(task(maps), lambda *numbers: seen.append(numbers))
+    same_maps(one, two, maps)
+    assert os.stat(path).st_mtime_ns == before
+    assert seen[-1] == (91, 10, 101)
+    assert two.place.artifacts.result(maps)["images"] == 101
+
+
+def test_a_killed_actor_loses_nothing(explained, fresh):
+    one, two, maps, store = explained[0], *fresh
+    killed = []
+
+    def act():
+        begun(store)
+        killed.extend(kill(ACTORS))
+
+    join = in_background(act)
+    explain_on_pools(maps, two.place, TWO, 3, ignore)
+    join()
+    assert killed
+    same_maps(one, two, maps)
+
+
+@pytest.mark.timeout(300)
+def test_two_pools_at_once_and_a_worker_that_stands_still_does_not_hold_up_the_end(explained, fresh):
+    one, two, maps, store = explained[0], *fresh
+    stopped = []
+
+    def act():
+        begun(store)
+        stopped.extend([pid for pid, line in descendants(os.getpid()).items() if line.startswith(f"ray::{ACTORS}")][:1])
+        os.kill(stopped[0], signal.SIGSTOP)
+
+    join = in_background(act)
+    explain_on_pools(maps, two.place, MIXED, 3, ignore)
+    join()
+    assert stopped
+    same_maps(one, two, maps)
+    until(lambda: not any(line.startswith(f"ray::{ACTORS}") for line in descendants(os.getpid()).values()),
+          "the end of the actor that stood still")
+
+
+def test_an_error_in_an_actor_arrives_as_itself(fresh):
+    two, maps, store = fresh
+    where = f"{maps.inputs['checkpoint']}/{CHECKPOINT}"
+    two.place.artifacts.storage.write(where, two.place.artifacts.storage.read(where)[:1000])
+    with pytest.raises(WorkError, match="checkpoint.*cannot be used"):
+        explain_on_pools(maps, two.place, TWO, 3, ignore)
+    assert len(store.missing()) == store.spec.shards
+
+
+def test_a_corrupt_shard_is_named_before_stage_2_reads_it(explained, fresh):
+    one, two, maps, store = explained[0], *fresh
+    copy(one, two, maps.folder, files(one, maps.folder))
+    path = f"{maps.folder}/{store.shard_name(7)}"
+    whole = two.place.artifacts.storage.read(path)
+    middle = len(whole) // 2
+    two.place.artifacts.storage.write(path, whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1:])
+    assert [store.shard_name(7) in problem for problem in store.verify()] == [True]
+    # Nothing else with these maps may stand in for it: the unpacked array is made in a cache of its own.
+    place = type(two.place)(two.place.output, two.place.data_root, two.place.output + "/cache")
+    with pytest.raises(StoreError, match=store.shard_name(7)):
+        finish_maps(maps, place, 1.0)
+    assert two.place.artifacts.result(maps) is None
