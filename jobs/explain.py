@@ -6,8 +6,9 @@
   python jobs/explain.py --model net.pt dataset=digits attribution=occlusion --sheet examples.png
   python jobs/explain.py --verify results/maps/<key>                           check a whole store
 
-Such a module takes float images (B, 3, H, W) in [0, 1] and gives logits (B, K). The maps are Parquet files
-(docs/METHOD.md says how to read them). The same command started again makes only what is missing.
+Such a module takes float images (B, 3, H, W) in [0, 1] and gives logits (B, K). The maps are Parquet files: read them
+with impactx.explain.reading, pyarrow, pandas or DuckDB (docs/METHOD.md). The same command started again makes only
+what is missing.
 """
 
 from __future__ import annotations

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import logging
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,16 +78,6 @@ class Monitor:
     def since(self, count: int) -> tuple[list[dict[str, float]], Exception | None]:
         """The epochs after the first `count`, and the error."""
         return self._rows[count:], self._error
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """An interrupt of the driver ends the work under way before anything else: nothing is logged behind its back."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        ray.shutdown()
-        raise
 
 
 @dataclass(frozen=True)
@@ -212,8 +201,7 @@ class RayExecutor:
             run_config=tune.RunConfig(
                 name=f"search-{time.time_ns()}", storage_path=self._scratch, verbose=0, callbacks=[OnTrials()],
                 failure_config=tune.FailureConfig(max_failures=s.max_failures)))
-        with _interruptible():
-            tuner.fit()
+        tuner.fit()
 
     def _at_once(self, workers: Workers) -> int | None:
         limit = self.settings.max_concurrent_trials
@@ -229,14 +217,13 @@ class RayExecutor:
     def train(self, task: Task, on_epoch: OnEpoch) -> dict[str, Any]:
         """A model by Ray Train on train_workers workers."""
         s = self.settings
-        with _interruptible():
-            return _train_on_workers(task, self.place, self.tracker,
-                                     self._workers(s.train_workers, s.train_cpus, float(s.use_gpu)),
-                                     lambda row: on_epoch(task.unit, row))
+        return _train_on_workers(task, self.place, self.tracker,
+                                 self._workers(s.train_workers, s.train_cpus, float(s.use_gpu)),
+                                 lambda row: on_epoch(task.unit, row))
 
     def explain(self, task: Task, on_shards: OnShards) -> dict[str, Any]:
         """Maps by Ray Data actor pools."""
-        with task.open_run(self.tracker) as run, _interruptible():
+        with task.open_run(self.tracker) as run:
             started = time.perf_counter()
             store = open_store(task.unit, self.place)
             if store.missing():
@@ -255,8 +242,11 @@ class RayExecutor:
         def work() -> dict[str, Any]:
             return tracked_evaluation(task, place, tracker, device=_device(gpus))
 
-        with _interruptible():
-            return ray.get(work.remote())
+        return ray.get(work.remote())
+
+    def stop(self) -> None:
+        """Leave the cluster: everything of this job in it ends."""
+        ray.shutdown()
 
 
 def _last_line(path: str | None) -> str:

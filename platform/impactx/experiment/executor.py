@@ -65,6 +65,9 @@ class Executor(Protocol):
     def evaluate(self, task: Task) -> dict[str, Any]:
         """Read the test set with one model."""
 
+    def stop(self) -> None:
+        """End whatever is under way, here and elsewhere: the job failed or was interrupted. Nothing follows."""
+
 
 def final_metrics(result: dict[str, Any]) -> dict[str, float]:
     """What a table of trials shows of a training: the best epoch's values and the costs."""
@@ -173,6 +176,9 @@ class LocalExecutor:
     def evaluate(self, task: Task) -> dict[str, Any]:
         """See Executor.evaluate."""
         return tracked_evaluation(task, self.place, self.tracker, device=self.device)
+
+    def stop(self) -> None:
+        """Nothing is under way elsewhere."""
 
 
 def log_maps(run: Run, result: dict[str, Any]) -> None:

@@ -61,6 +61,9 @@ class Job:
                 run.log_text(results_csv(rows), "results.csv")
                 run.log_metrics({f"{s.approach}.{s.dataset}.{s.model}.test_accuracy": s.test_mean
                                  for s in summarise(rows)})
+            except BaseException:
+                self.executor.stop()  # or what is still under way would begin runs that nobody ends
+                raise
             finally:
                 self.tracker.close_unfinished(self.key)
         return rows
