@@ -9,9 +9,9 @@ import pytest
 import torch
 from lab import Lab, ignore, kill, task, until
 
-from impactx.datasets import make_split
 from impactx.experiment.plan import Configuration
 from impactx.experiment.units import CHECKPOINT, RUNNING, WorkError
+from impactx.experiment.work import split_of
 from impactx.models import build_classifier, load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -60,8 +60,7 @@ def trained(tmp_path_factory, cache):
 def test_two_workers_equal_one_in_float64(trained, lab):
     two = lab(training=trained.settings.training.model_dump())
     a = two.a()
-    images = two.local.place.dataset(a.inputs["dataset"])
-    part = len(make_split(images.train.labels, 0.2, seed=0, class_names=images.class_names).train)
+    part = len(split_of(a, two.place.dataset(a.inputs["dataset"])).train)
     assert part % 32 and part > 64, "no short last batch: the test would miss its weight"
     seen = []
     two.ray(train_workers=2, train_cpus=0.5).train(task(a), lambda unit, row: seen.append(row["epoch"]))
@@ -163,6 +162,7 @@ def test_an_error_of_a_training_arrives_as_itself_and_is_not_tried_again(lab):
         two.ray(train_workers=1).train(task(broken(two.a())), ignore)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_of_a_training_is_replaced(lab):
     changes = {"training": {"epochs": 60, "patience": 60, "memory_mb": 64}}
     one, two = lab("one", **changes), lab("two", **changes)

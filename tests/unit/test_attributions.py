@@ -87,19 +87,19 @@ def test_maps_have_the_right_form(method):
 def test_maps_depend_on_image_and_index_alone(method):
     """Not on the images beside it, on who was explained before, on the random state, or on the memory."""
     images, labels = pictures()
-    indices = np.array([7, 100, 3, 8])
-    whole = attribution(method).explain(net(), images, labels, indices=indices)
+    model, indices = net(), np.array([7, 100, 3, 8])
+    whole = attribution(method).explain(model, images, labels, indices=indices)
     np.random.seed(5)
     torch.manual_seed(5)
     before = np.random.get_state()[1].copy(), torch.get_rng_state()
-    again = attribution(method).explain(net(), images, labels, indices=indices)
+    again = attribution(method).explain(model, images, labels, indices=indices)
     np.testing.assert_array_equal(whole.maps, again.maps)
     np.testing.assert_array_equal(before[0], np.random.get_state()[1])
     assert torch.equal(before[1], torch.get_rng_state())
     order = [2, 0]
-    part = attribution(method).explain(net(), images[order], labels[order], indices=indices[order], memory_bytes=2**20)
+    part = attribution(method).explain(model, images[order], labels[order], indices=indices[order], memory_bytes=2**20)
     np.testing.assert_allclose(part.maps, whole.maps[order], atol=1e-5 * np.abs(whole.maps).max())
-    assert net()[0].weight.grad is None
+    assert model[0].weight.grad is None
 
 
 def test_gradient_shap_draws_by_seed_and_index():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,7 @@ def test_a_setting_changes_exactly_the_keys_that_depend_on_it(override, steps):
 def test_other_data_and_other_weights_change_what_they_should():
     everything = set(BEFORE)
     assert changed(facts=DataFacts("e" * 64, 1437, 10, (32, 32), FACTS.class_names)) == everything
+    assert changed(facts=replace(FACTS, test_fingerprint="t" * 64)) == {"test"}
     assert changed(weights_file="f" * 64) == TRAININGS
     c = cell()
     a = c.stage1_model(c.configurations()[0], 0)

@@ -26,13 +26,14 @@ class SelectionError(RuntimeError):
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What the plan must know of a data set. fingerprint: of the training split's content."""
+    """What the plan must know of a data set. fingerprint, test_fingerprint: of the contents of its two parts."""
 
     fingerprint: str
     train_images: int
     num_classes: int
     image_size: tuple[int, int]
     class_names: tuple[str, ...]
+    test_fingerprint: str = ""
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,8 @@ class Cell:
     def test(self, model: Unit, model_result: Mapping[str, Any]) -> Unit:
         """The one reading of the test set for a final model."""
         return Unit("test", f"test of {model.name}",
-                    {"weights": model_result["weights"], "data": self.facts.fingerprint},
+                    {"weights": model_result["weights"], "data": self.facts.fingerprint,
+                     "test": self.facts.test_fingerprint},
                     {"dataset": self._inputs["dataset"], "checkpoint": model.folder,
                      "training": self._inputs["training"]},
                     self._params | {k: model.params[k] for k in ("stage", "approach", "repeat", "seed")})

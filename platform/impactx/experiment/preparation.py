@@ -118,8 +118,7 @@ def prepare(settings: ExperimentSettings) -> Prepared:
                        common_fraction=min(settings.grid.validation_fraction))
         log.info("%s: %d training images of %dx%d, %d classes, from %s", dataset.name, len(data.train.labels),
                  *data.image_size, data.num_classes, locate(dataset, place.data_root))
-        facts = DataFacts(data.fingerprint, len(data.train.labels), data.num_classes, data.image_size,
-                          data.class_names)
+        facts = _facts(data)
         check_attribution(settings.attribution, data)
         for model in settings.models.values():
             try:
@@ -130,14 +129,18 @@ def prepare(settings: ExperimentSettings) -> Prepared:
     return Prepared(cells, place)
 
 
+def _facts(data: Dataset) -> DataFacts:
+    return DataFacts(data.fingerprint, len(data.train.labels), data.num_classes, data.image_size, data.class_names,
+                     data.test_fingerprint)
+
+
 def _facts_if_here(dataset: DatasetSettings, place: Workplace) -> tuple[DataFacts | None, str]:
     try:
         where = locate(dataset.model_copy(update={"download": False}), place.data_root)
         data = load_dataset(dataset.model_copy(update={"download": False}), place.data_root, place.cache)
     except DataError as error:
         return None, f"not here yet ({str(error).splitlines()[0]})"
-    return DataFacts(data.fingerprint, len(data.train.labels), data.num_classes, data.image_size,
-                     data.class_names), where
+    return _facts(data), where
 
 
 def _count(artifacts: Artifacts, units: list[Unit]) -> int:

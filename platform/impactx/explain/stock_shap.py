@@ -50,6 +50,7 @@ class ShapPartitionAttribution:
             stack = torch.from_numpy(np.ascontiguousarray(pixels, np.float32)).permute(0, 3, 1, 2).contiguous()
             return np.concatenate([scores(part).cpu().numpy() for part in stack.to(x.device).split(rows)])
 
+        numbers = np.random.get_state()  # shap seeds NumPy's global generator, which is not ours to change
         for i, name in enumerate(scores.names):
             pixels = np.ascontiguousarray(x[i].permute(1, 2, 0).cpu().numpy())
             # Built anew for each image: shap caches the blurred one by id(), which another image may get.
@@ -67,4 +68,5 @@ class ShapPartitionAttribution:
                 check_additivity(maps[None, None, i], found[None, None, i], base[None, None, i], first_image=name)
             except AdditivityError as error:
                 raise AttributionError(str(error)) from error
+        np.random.set_state(numbers)
         return Explanations(maps, found, base)
