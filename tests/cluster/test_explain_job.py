@@ -23,20 +23,21 @@ def test_a_model_of_ones_own_is_explained_by_the_pool(tmp_path):
     pytest.importorskip("captum")
     (tmp_path / "code_of_mine.py").write_text(CODE)
     command = [sys.executable, str(JOB), "--import", "code_of_mine:net", "dataset=digits", "datasets.digits.subset=60",
-               "data_root=data", "output=out", "maps.shard_size=20", "attribution=occlusion", "attribution.window=16",
-               "attribution.stride=16", "cluster.num_cpus=2", "cluster.explain_cpu_actors=2"]
+               "data_root=data", "output=out", "maps.shard_size=20", "cluster.num_cpus=2",
+               "cluster.explain_cpu_actors=2"]
+    occlusion = ["attribution=occlusion", "attribution.window=16", "attribution.stride=16"]
     environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "PYTHONPATH")}
 
     def run(*more: str) -> subprocess.CompletedProcess:
         return subprocess.run([*command, *more], cwd=tmp_path, env=environment, capture_output=True, text=True)
 
-    done = run("--sheet", "sheet.png")
+    done = run("--sheet", "sheet.png", *occlusion)
     assert done.returncode == 0, done.stderr
     assert "60 maps in 3 shards" in done.stdout and "maps: 60 of 60 maps" in done.stderr
     assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
     address = done.stdout.split("store: ")[1].split()[0]
     assert store_at(address).verify() == []
-    again = run()
+    again = run(*occlusion)
     assert again.returncode == 0 and "all maps are there already" in again.stderr and "cluster:" not in again.stderr
     failed = run("attribution=grad_cam", "attribution.layer=conv9")
     assert failed.returncode == 2 and "attribution.layer = 'conv9'" in failed.stderr

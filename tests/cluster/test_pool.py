@@ -138,7 +138,7 @@ def test_two_pools_at_once_and_a_worker_that_stands_still_does_not_hold_up_the_e
 
 def test_an_error_in_an_actor_arrives_as_itself(fresh):
     two, maps, store = fresh
-    where = f"{maps.inputs['checkpoint']}/{CHECKPOINT}"
+    where = f"{two.a().folder}/{CHECKPOINT}"
     two.place.artifacts.storage.write(where, two.place.artifacts.storage.read(where)[:1000])
     with pytest.raises(WorkError, match="checkpoint.*cannot be used"):
         explain_on_pools(maps, two.place, TWO, 3, ignore)

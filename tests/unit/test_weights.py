@@ -176,7 +176,8 @@ def test_lenet5_from_a_file(tmp_path):
     torch.save(weights, path)
     trunk = build(path, architecture="lenet5").trunk
     assert torch.equal(trunk.conv2.weight, weights["conv2.weight"])
-    assert "lenet5 on the hub" in message("hub", architecture="lenet5")
+    with pytest.raises(ValueError, match="weights 'hub' with architecture 'lenet5'"):
+        build("hub", architecture="lenet5")
 
 
 def test_no_hub_says_how_to_provide_the_file(tmp_path):

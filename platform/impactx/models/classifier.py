@@ -65,9 +65,6 @@ def build_trunk(settings: ModelSettings, size: tuple[int, int], *, seed: int,
     hub = load_weights and settings.weights == "hub"
     with seeded(seed, "trunk"):
         if settings.architecture == "lenet5":
-            if hub:
-                raise WeightsError(f"model {settings.name!r}: there are no weights for lenet5 on the hub; "
-                                   "set weights to random or to a file")
             trunk, head_names = lenet5.LeNet5Trunk(size), lenet5.HEAD_NAMES
         else:
             trunk, head_names = backbones.timm_trunk(settings.architecture, pretrained=hub)
