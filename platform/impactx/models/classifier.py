@@ -10,7 +10,7 @@ from impactx.models import backbones, lenet5
 from impactx.models.head import Head, linear_head
 from impactx.models.preprocess import Preprocess
 from impactx.models.seeding import seeded
-from impactx.models.weights import WeightsError, load_trunk_file
+from impactx.models.weights import load_trunk_file
 from impactx.settings import ModelSettings
 
 log = logging.getLogger(__name__)
