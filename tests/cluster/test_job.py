@@ -225,6 +225,7 @@ def test_a_cluster_that_is_too_small_is_one_message(tmp_path, cache):
     assert "cluster.train_workers" in job.log and "9 CPU" in job.log
 
 
+@pytest.mark.slow
 def test_a_job_all_of_whose_trials_fail_says_why(tmp_path, cache):
     job = Job(tmp_path / "out", cache)
     job.meet(lambda: len(job.found("trials/*/running.pt")) == 2, "both trials")
