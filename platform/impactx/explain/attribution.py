@@ -87,7 +87,8 @@ class PartitionAttribution:
                  memory_bytes: int) -> Explanations:
         s = self.settings
         fastest = self._fastest(score, images.shape[1:])
-        found = partition_shap(fastest, _on_device(images, device), torch.from_numpy(labels), masker=s.masker,
+        classes = torch.from_numpy(np.array(labels))  # a copy: labels may be a read-only file
+        found = partition_shap(fastest, _on_device(images, device), classes, masker=s.masker,
                                max_evals=s.max_evals, batch_size=s.batch_size, fixed_context=s.fixed_context,
                                memory_limit_bytes=memory_bytes)
         return Explanations(np.ascontiguousarray(found.values[:, 0], dtype=np.float32),
