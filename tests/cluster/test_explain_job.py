@@ -19,7 +19,6 @@ def net():
 """
 
 
-@pytest.mark.slow
 def test_a_model_of_ones_own_is_explained_by_the_pool(tmp_path):
     pytest.importorskip("captum")
     (tmp_path / "code_of_mine.py").write_text(CODE)
