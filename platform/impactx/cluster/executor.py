@@ -230,7 +230,7 @@ class RayExecutor:
                 explain_on_pools(task.unit, self.place, pools_of(self.settings, ray.cluster_resources()),
                                  self.settings.max_failures, on_shards)
             result = finish_maps(task.unit, self.place, time.perf_counter() - started)
-            log_maps(run, result)
+            log_maps(run, task.unit, result)
             return result
 
     def evaluate(self, task: Task) -> dict[str, Any]:

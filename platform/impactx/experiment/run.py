@@ -104,10 +104,8 @@ class CellRun:
             return None
         if result is not None:
             task = self._task(unit)
-            final = final_metrics(result) if "history" in result else {
-                f"{unit.role}_{k}": v for k, v in result.items() if isinstance(v, (int, float))}
             self.job.tracker.replay(task.run_key, name=unit.name, parent=self.key, params=unit.params,
-                                    tags=task.tags | {"impactx.reused": "true"}, final=final,
+                                    tags=task.tags | {"impactx.reused": "true"}, final=final_metrics(unit, result),
                                     history=[{k: v for k, v in row.items() if v is not None}
                                              for row in result.get("history", [])])
         return result
