@@ -48,9 +48,11 @@ class Job:
     def run(self) -> list[Row]:
         """Do everything; returns one row for each final model. Results are files under jobs/<key> as well."""
         rows: list[Row] = []
-        with self.tracker.run(self.key, name=self.settings.name, params=self.settings.model_dump(mode="json"),
+        # The address of the tracker may hold a password, and the tracker is the last place that needs it.
+        described = self.settings.model_dump(mode="json", exclude={"tracking": {"uri"}})
+        with self.tracker.run(self.key, name=self.settings.name, params=described,
                               tags=self.tags | {"impactx.role": "job"}) as run:
-            run.log_text(json.dumps(self.settings.model_dump(mode="json"), indent=1), "config.json")
+            run.log_text(json.dumps(described, indent=1), "config.json")
             try:
                 for number, cell in enumerate(self.cells, 1):
                     log.info("cell %d of %d: %s", number, len(self.cells), cell.name)
