@@ -15,7 +15,7 @@ test: $(VENV)/.installed lint
 	$(BIN)/python -m pytest tests -m "not full and not slow" --ignore tests/servers
 
 lint: $(VENV)/.installed
-	$(BIN)/ruff check platform jobs tests
+	$(BIN)/ruff check platform jobs tests docker
 
 unit: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/unit
@@ -53,21 +53,23 @@ audit: .venv-audit/.installed
 DOCKER ?= docker
 COMPOSE ?= $(DOCKER) compose
 DEVICE ?= gpu
+export SECRETS ?= $(CURDIR)/docker/secrets
+export IMAGE ?= impactx:latest
 export WORKERS ?= 2
 export WORKER_CPUS ?= $(shell n=$$(( $$(getconf _NPROCESSORS_ONLN) / $(WORKERS) )); echo $$(( n > 0 ? n : 1 )))
 CLUSTER := $(COMPOSE) --file docker/compose.yaml $(if $(GPU),--file docker/compose.gpu.yaml)
 
 cluster-secrets:
-	$(PYTHON) docker/make_secrets.py docker/secrets
+	$(PYTHON) docker/make_secrets.py $(SECRETS)
 
 cluster-image:
-	DOCKER_BUILDKIT=1 $(DOCKER) build --file docker/Dockerfile --tag $(or $(IMAGE),impactx:latest) \
+	DOCKER_BUILDKIT=1 $(DOCKER) build --file docker/Dockerfile --tag $(IMAGE) \
 	  --build-arg DEVICE=$(DEVICE) --build-arg TORCH_INDEX=$(TORCH_INDEX) \
 	  --build-arg REVISION=$$(git describe --always --dirty=+changes 2>/dev/null) .
 
 cluster-up: cluster-secrets cluster-image
 	$(CLUSTER) up --detach --no-build --wait --wait-timeout 600
-	@echo "dashboard: http://127.0.0.1:$(or $(RAY_PORT),8265)   token: docker/secrets/ray_token"
+	@echo "dashboard: http://127.0.0.1:$(or $(RAY_PORT),8265)   token: $(SECRETS)/ray_token"
 	@echo "MLflow:    http://127.0.0.1:$(or $(MLFLOW_PORT),5000)"
 
 cluster-demo:
@@ -78,11 +80,12 @@ cluster-down:
 	$(CLUSTER) down
 
 cluster-purge:
-	$(CLUSTER) down --volumes --rmi local
-	rm -rf docker/secrets
+	$(CLUSTER) down --volumes
+	-$(DOCKER) image rm $(IMAGE)
+	rm -rf $(SECRETS)
 
 # Builds and starts all of it for real, loses a worker half-way, reads the results back, takes it down: 20 minutes.
-cluster-check:
+cluster-check: $(VENV)/.installed
 	$(PYTHON) docker/check_cluster.py
 
 clean:

@@ -13,8 +13,9 @@ AGENT = "http://127.0.0.1:52365/api/healthz"
 def main() -> None:
     """Ask the node's agent, with the token where the cluster has one."""
     request = urllib.request.Request(os.environ.get("RAY_AGENT_HEALTH", AGENT))
-    if path := os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        request.add_header("Authorization", f"Bearer {Path(path).read_text().strip()}")
+    token, path = os.environ.get("RAY_AUTH_TOKEN"), os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if token or path:
+        request.add_header("Authorization", f"Bearer {token or Path(str(path)).read_text().strip()}")
     try:
         with urllib.request.urlopen(request, timeout=8) as answer:
             print(answer.read().decode())
