@@ -42,7 +42,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 # Known vulnerabilities of every pinned package; asks the package index about each (needs it, takes a minute).
 audit: .venv-audit/.installed
-	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
 
 .venv-audit/.installed:
 	$(PYTHON) -m venv .venv-audit

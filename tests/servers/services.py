@@ -187,9 +187,11 @@ def ray_nodes(environment: dict[str, str], cpus: int = 2) -> Iterator[tuple[str,
     finally:
         for node in reversed(nodes):
             node.terminate()
-        for node in nodes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                node.wait(30)
+            try:
+                node.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(node.pid, signal.SIGKILL)  # of its own session, started above
+                node.wait()
         for pid, line in processes().items():  # what a node has left: its processes name its folder
             if str(folder) in line and pid != os.getpid():
                 with contextlib.suppress(ProcessLookupError):
