@@ -20,6 +20,8 @@ from impactx.cluster.search import tune_search
 from impactx.cluster.shares import Amounts, Shares
 from impactx.cluster.trial import Report
 from impactx.experiment.executor import (
+    UNLIMITED,
+    Limits,
     OnEpoch,
     OnResult,
     OnShards,
@@ -176,7 +178,8 @@ class RayExecutor:
     def _workers(self, count: int, cpus: float, gpus: float) -> Workers:
         return Workers(count, cpus, gpus, self.settings.max_failures, self._scratch)
 
-    def search(self, tasks: Sequence[Task], on_result: OnResult, on_epoch: OnEpoch) -> None:
+    def search(self, tasks: Sequence[Task], on_result: OnResult, on_epoch: OnEpoch,
+               limits: Limits = UNLIMITED) -> None:
         """Trials by Ray Tune: each in a process that is kept for the next, or over several by Ray Train."""
         s, place, tracker = self.settings, self.place, self.tracker
         workers = self._workers(s.trial_workers, s.trial_cpus, s.trial_gpus)
@@ -191,7 +194,8 @@ class RayExecutor:
         held = {"CPU": s.trial_cpus, "GPU": s.trial_gpus} if workers.count == 1 else {"CPU": 0.01}
         with self._unless_stopped():
             tune_search(tasks, place, train, shares=self.shares, need=workers.amounts | {"trials": 1}, held=held,
-                        max_failures=s.max_failures, scratch=self._scratch, on_result=on_result, on_epoch=on_epoch)
+                        max_failures=s.max_failures, scratch=self._scratch, on_result=on_result, on_epoch=on_epoch,
+                        limits=limits)
 
     def cells_at_once(self) -> int:
         """A setting."""
