@@ -37,7 +37,7 @@ class Turns(Searcher):
         super().__init__()
         self._may_begin = may_begin
         self._waiting, self._shares, self._owner, self._need = waiting, shares, owner, need
-        self._slots, self._running = 1, set[str]()
+        self._slots, self._running, self._begun = 1, set[str](), False
         self._wish = f"search-{id(self)}"
         self.over = threading.Event()
 
@@ -45,7 +45,7 @@ class Turns(Searcher):
         """The next trial; None: not now; FINISHED: no more from here."""
         idle = self._slots - len(self._running)
         if self.over.is_set() or not self._waiting or (
-                idle and self._shares.should_give(self._owner, self._need)):
+                idle and self._begun and self._shares.should_give(self._owner, self._need)):
             return self._finished()
         if not idle:
             if not self._shares.take(self._owner, self._wish, self._need):
@@ -55,6 +55,7 @@ class Turns(Searcher):
             self._waiting.clear()
             return self._finished()
         self._running.add(trial_id)
+        self._begun = True
         return {"unit": self._waiting.pop().unit.key}
 
     def _finished(self) -> str:
@@ -156,7 +157,7 @@ def tune_search(tasks: Sequence[Task], place: Workplace, train: TrainTrial, *, s
     scheduler = Halving(limits) if limits.halving else None
     threads: list[threading.Thread] = []
     errors: list[BaseException] = []
-    while waiting and not errors:
+    while waiting and not errors and limits.may_begin(waiting[-1].unit):
         shares.wait(owner, "search", need)
         turns = Turns(waiting, shares, owner, need, limits.may_begin)
         name = f"search-{time.time_ns()}"
