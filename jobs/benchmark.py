@@ -32,6 +32,10 @@ def _arguments() -> argparse.Namespace:
     train.add_argument("--threads", type=int, default=1)
     train.add_argument("--compiled", action="store_true", help="measure torch.compile's step as well")
     explain = what.add_parser("explain", help="speed of the maps")
+    explain.add_argument("--models", nargs="+", help="lenet5 or timm names (lenet5, a MobileNet, an EfficientNet)")
+    explain.add_argument("--size", type=int, default=32, help="side in pixels (%(default)s)")
+    explain.add_argument("--images", type=int, help="images a round (64 for lenet5, else 4; 512 on a GPU)")
+    explain.add_argument("--rounds", type=int, default=3)
     explain.add_argument("--device", default="cpu")
     grid = what.add_parser("grid", help="overhead of a trial in the whole stack")
     grid.add_argument("--trials", type=int, default=22, help="(%(default)s)")
@@ -56,9 +60,11 @@ def run() -> None:
 
         grid(trials=options.trials, epochs=options.epochs, images=options.images, cpus=options.cpus)
     else:
+        from impactx.benchmarks.explain import MODELS
         from impactx.benchmarks.explain import run as explain
 
-        explain(device=options.device)
+        explain(models=options.models or MODELS, size=options.size, images=options.images, rounds=options.rounds,
+                device=options.device)
 
 
 if __name__ == "__main__":

@@ -89,6 +89,7 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 LearningRate = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
 BatchSize = Annotated[int, Field(ge=1, le=65536)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Precision = Literal["float32", "tf32", "bfloat16"]
 Lambda = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -196,6 +197,10 @@ class _AttributionBase(Settings):
         """What stands in for a hidden pixel: the maskers (`explain.masking`) that it uses."""
         return (self.masker,) if hasattr(self, "masker") else ()
 
+    def described(self) -> dict[str, Any]:
+        """The settings as plain data for a fingerprint: all that the maps' values depend on."""
+        return self.model_dump(mode="json")
+
     def evaluations(self, size: tuple[int, int] | None = None) -> int | None:
         """Cost of one map of an image of `size` (height, width), in forward passes of one image.
 
@@ -220,6 +225,14 @@ class PartitionSettings(_PartitionBase):
     """SHAP's partition explainer (paper 4.2: 2000 evaluations; the rest ours), computed in batches."""
 
     method: Literal["partition"] = "partition"
+    precision: Precision = Field("float32", description=(
+        "of the model's forward: float32 is exact; tf32 and bfloat16 are faster on a GPU and give other values, whose "
+        "distance from float32's is measured in every shard and reported"))
+
+    def described(self) -> dict[str, Any]:
+        """See _AttributionBase. Maps made before there was a choice of precision are float32's."""
+        return super().described() if self.precision != "float32" else self.model_dump(
+            mode="json", exclude={"precision"})
 
 
 class ShapPartitionSettings(_PartitionBase):

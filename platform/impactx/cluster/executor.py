@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from impactx.cluster.errors import is_final, portable
 from impactx.cluster.pool import explain_on_pools, pools_of
@@ -110,7 +111,9 @@ def _train_on_workers(task: Task, place: Workplace, tracker: Tracker, workers: W
     from ray.train.torch import TorchTrainer
 
     resources = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
-    monitor = Monitor.remote()  # type: ignore[attr-defined]
+    # Not on the machine of a worker, with which it would be lost.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    monitor = Monitor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     trainer = TorchTrainer(
         _train_worker,
         train_loop_config={"task": task, "place": place, "tracker": tracker, "monitor": monitor},
@@ -222,7 +225,7 @@ class RayExecutor:
                 explain_on_pools(task.unit, self.place, pools_of(self.settings, ray.cluster_resources()),
                                  self.settings.max_failures, on_shards, self.shares, task.parent_key)
             result = finish_maps(task.unit, self.place, time.perf_counter() - started)
-            log_maps(run, result)
+            log_maps(run, task.unit, result)
             return result
 
     def evaluate(self, task: Task) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from impactx.experiment.paper import paper_accuracy
 from impactx.experiment.tracker import Run, Tracker
 from impactx.experiment.units import CHECKPOINT, Unit, WorkError
 from impactx.experiment.work import (
@@ -94,12 +95,25 @@ class Executor(Protocol):
 STOPPED_TAG = {"impactx.stopped": "asha"}
 
 
-def final_metrics(result: dict[str, Any]) -> dict[str, float]:
-    """What a table of trials shows of a training: the best epoch's values and the costs."""
+def final_metrics(unit: Unit, result: dict[str, Any]) -> dict[str, float]:
+    """What MLflow's table shows of a finished unit: its result's numbers by the names of its role.
+
+    Of a training: the best epoch's values and the costs; of a test: beside them the paper's accuracy, if it has one.
+    """
+    if unit.role == "maps":
+        return {f"maps_{k}" if not k.startswith("map") else k: v for k, v in _numbers(result).items()}
+    if unit.role == "test":
+        published = paper_accuracy(*(unit.params[k] for k in ("dataset", "model", "approach")))
+        return {f"test_{k}": v for k, v in _numbers(result).items()} | (
+            {} if published is None else {"paper_accuracy": published})
     best = result.get("best") or {}
     return {f"best_{k}": v for k, v in best.items() if k not in ("epoch", "seconds") and v is not None} | {
         "best_epoch": result["best_epoch"], "epochs": result["epochs"], "train_seconds": result["seconds"],
         "diverged": float(result["diverged"])}
+
+
+def _numbers(result: dict[str, Any]) -> dict[str, float]:
+    return {k: v for k, v in result.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
 
 
 def tracked_training(task: Task, place: Workplace, tracker: Tracker, *,
@@ -124,7 +138,7 @@ def tracked_training(task: Task, place: Workplace, tracker: Tracker, *,
 
         result = train_unit(task.unit, place, on_epoch=on_epoch, **where)
         run.log_history([{k: v for k, v in row.items() if v is not None} for row in result["history"]])
-        run.log_metrics(final_metrics(result))
+        run.log_metrics(final_metrics(task.unit, result))
         if result.get("stopped"):
             run.set_tags(STOPPED_TAG)
         if result["weights"]:
@@ -164,8 +178,7 @@ def tracked_evaluation(task: Task, place: Workplace, tracker: Tracker, **where: 
     """evaluate_unit with its result in the task's run."""
     with task.open_run(tracker) as run:
         result = evaluate_unit(task.unit, place, **where)
-        run.log_metrics({"test_accuracy": result["accuracy"], "test_standard_error": result["standard_error"],
-                         "test_images": result["images"], "test_seconds": result["seconds"]})
+        run.log_metrics(final_metrics(task.unit, result))
         return result
 
 
@@ -214,7 +227,7 @@ class LocalExecutor:
                 done += int(worker.make(shard)["maps"])
                 on_shards(done, before, store.spec.images)
             result = finish_maps(task.unit, self.place, time.perf_counter() - started)
-            log_maps(run, result)
+            log_maps(run, task.unit, result)
             return result
 
     def evaluate(self, task: Task) -> dict[str, Any]:
@@ -225,10 +238,9 @@ class LocalExecutor:
         """Nothing is under way elsewhere."""
 
 
-def log_maps(run: Run, result: dict[str, Any]) -> None:
+def log_maps(run: Run, unit: Unit, result: dict[str, Any]) -> None:
     """Log a finished store."""
-    run.log_metrics({f"maps_{k}" if not k.startswith("map") else k: v for k, v in result.items()
-                     if isinstance(v, (int, float)) and not isinstance(v, bool)})
+    run.log_metrics(final_metrics(unit, result))
     run.set_tags({"impactx.maps": result["folder"]})
 
 

@@ -145,7 +145,7 @@ class Cell:
         """The maps of every training image, of the A that unit `a` trained."""
         recipe = {"weights": a_result["weights"], "data": self.facts.fingerprint,
                   "model": {"architecture": self.model.architecture, "input_size": self.model.input_size},
-                  "attribution": self.settings.attribution.model_dump(mode="json")}
+                  "attribution": self.settings.attribution.described()}
         return Unit("maps", f"maps repeat {repeat}", recipe,
                     {"dataset": self._inputs["dataset"], "source": {"kind": "unit", "folder": a.folder},
                      "attribution": recipe["attribution"], "shard_size": self.settings.maps.shard_size},

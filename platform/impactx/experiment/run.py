@@ -141,10 +141,8 @@ class CellRun:
     def _replay(self, unit: Unit, result: dict[str, Any], tags: dict[str, str]) -> None:
         """Make the tracker's run of a unit that was done earlier, where there is none."""
         task = self._task(unit)
-        final = final_metrics(result) if "history" in result else {
-            f"{unit.role}_{k}": v for k, v in result.items() if isinstance(v, (int, float))}
         self.job.tracker.replay(task.run_key, name=unit.name, parent=self.key, params=unit.params,
-                                tags=task.tags | tags, final=final,
+                                tags=task.tags | tags, final=final_metrics(unit, result),
                                 history=[{k: v for k, v in row.items() if v is not None}
                                          for row in result.get("history", [])],
                                 files=partial(training_files, unit, self.job.place) if "history" in result else None)

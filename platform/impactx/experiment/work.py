@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from impactx.experiment.model_source import open_model
 from impactx.experiment.units import CHECKPOINT, CLAIM, PREDICTIONS, RUNNING, Artifacts, Unit, WorkError
 from impactx.explain.attribution import build_attribution
 from impactx.explain.scores import completeness_gaps
-from impactx.explain.store import MapStore, StoreError, StoreSpec, map_scale
+from impactx.explain.store import PRECISION_ERROR, MapStore, StoreError, StoreSpec, map_scale
 from impactx.models import CheckpointError, Impactx, load_checkpoint, save_checkpoint, weights_fingerprint
 from impactx.settings import (
     DatasetSettings,
@@ -33,6 +34,8 @@ from impactx.settings import (
 from impactx.storage import Storage
 from impactx.training import train_stage1, train_stage2
 from impactx.training.loop import Metrics, ResumeError
+
+log = logging.getLogger("impactx")
 
 
 @dataclass(frozen=True)
@@ -239,20 +242,27 @@ def finish_maps(unit: Unit, place: Workplace, seconds: float) -> dict[str, Any]:
     result = {"images": store.spec.images, "shards": store.spec.shards, "shape": list(store.spec.shape),
               "folder": place.artifacts.storage.uri(unit.folder), "seconds": seconds,
               "maps_per_second": store.spec.images / seconds if seconds > 0 else None,
-              "map_std": float(sample.std()), "map_abs_max": float(np.abs(sample).max())} | _completeness(store)
+              "map_std": float(sample.std()), "map_abs_max": float(np.abs(sample).max())} | _sampled(store)
     place.artifacts.finish(unit, _plain(result))
     return result
 
 
-def _completeness(store: MapStore) -> dict[str, float]:
-    """How far maps of a few shards are from summing to score - base value, where the attribution has base values."""
-    gaps = []
+def _sampled(store: MapStore) -> dict[str, float]:
+    """What a few shards say of all: how far maps are from summing to score - base value, where the attribution has
+    base values, and how far from float32's, where they were made in another precision."""
+    gaps, errors = [], []
     for shard in np.unique(np.linspace(0, store.spec.shards - 1, 4).astype(int)):
         table = store.read_shard(int(shard))
         maps = table["map"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
         gaps.append(completeness_gaps(maps, table["score"].to_numpy(), table["base_value"].to_numpy()))
+        errors += [float(v) for k, v in (table.schema.metadata or {}).items() if k.decode() == PRECISION_ERROR]
     whole = np.concatenate(gaps)
-    return {"map_gap_mean": float(whole.mean()), "map_gap_max": float(whole.max())} if np.isfinite(whole).all() else {}
+    found = {"map_gap_mean": float(whole.mean()), "map_gap_max": float(whole.max())} if np.isfinite(whole).all() else {}
+    if errors:
+        found["map_precision_error"] = max(errors)
+        log.info("  the maps' precision: up to %.1e of a map's largest value away from float32's (%d shards sampled)",
+                 max(errors), len(errors))
+    return found
 
 
 @torch.no_grad()
