@@ -165,7 +165,8 @@ def test_a_lost_machine_loses_nothing(cluster, explained, fresh):
         lost.extend(far)
 
     join = in_background(act)
-    explain_on_pools(maps, two.place, [Pool("cpu", "cpu", 3, {"num_cpus": 0.9})], 3, ignore)
+    explain_on_pools(maps, two.place, [Pool("cpu", "cpu", 3, {"num_cpus": 0.9}, {"CPU": 1})], 3, ignore,
+                     Shares(lambda: {"CPU": 3}), "cell")
     join()
     assert lost
     same_maps(one, two, maps)
