@@ -31,6 +31,7 @@ def run(arguments: list[str] | None = None) -> None:
     prepared = prepare(settings)
     from impactx.cluster.connection import connected
     from impactx.cluster.executor import RayExecutor
+    from impactx.experiment.evidence import sentences
     from impactx.experiment.results import table
     from impactx.experiment.run import Job
     from impactx.tracking import make_tracker
@@ -42,7 +43,7 @@ def run(arguments: list[str] | None = None) -> None:
         job = Job(settings, prepared.cells, prepared.place, RayExecutor(settings.cluster, prepared.place, tracker),
                   tracker, tags={"impactx.code": code_version()})
         rows = job.run()
-    print("\n" + table(rows) + "\n")
+    print("\n" + table(rows) + "\n\n" + sentences(job.evidence) + "\n")
     print("\n".join([f"results: {prepared.place.artifacts.storage.uri(f'jobs/{job.key}/results.csv')}",
                      *(f"maps:    {folder}" for folder in job.map_folders), *tracker.describe()]))
 
