@@ -39,6 +39,7 @@ def run(arguments: list[str] | None = None) -> None:
             print(plan(prepared.cells, settings.cluster, prepared.place))
         return
     from impactx.cluster.executor import RayExecutor
+    from impactx.experiment.evidence import sentences
     from impactx.experiment.results import table
     from impactx.experiment.run import Job
     from impactx.tracking import make_tracker
@@ -50,7 +51,7 @@ def run(arguments: list[str] | None = None) -> None:
         job = Job(settings, prepared.cells, prepared.place, RayExecutor(settings.cluster, prepared.place, tracker),
                   tracker, tags={"impactx.code": code_version()})
         rows = job.run()
-    print("\n" + table(rows) + "\n")
+    print("\n" + table(rows) + "\n\n" + sentences(job.evidence) + "\n")
     print("\n".join([*(f"maps:    {folder}" for folder in job.map_folders), *tracker.describe(),
                      f"results: {prepared.place.artifacts.storage.uri(f'jobs/{job.key}/results.csv')}"]))
     job.check()

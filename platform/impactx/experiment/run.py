@@ -14,6 +14,7 @@ from typing import Any
 
 from impactx.experiment.budget import Budget
 from impactx.experiment.claims import Claim, TakenOver
+from impactx.experiment.evidence import evidence
 from impactx.experiment.executor import STOPPED_TAG, Executor, Limits, Task, final_metrics, training_files
 from impactx.experiment.paper import paper_accuracy
 from impactx.experiment.plan import EXECUTION_ONLY, Cell, Configuration, select
@@ -57,6 +58,7 @@ class Job:
         self.map_folders: list[str] = []
         self.failed: dict[str, Exception] = {}
         self.summary = Summary(len(cells))
+        self.evidence: dict[str, Any] = {"cells": []}  # see experiment.evidence, once the job is done
 
     def run(self) -> list[Row]:
         """Do everything; returns one row for each final model. Results are files under jobs/<key> as well.
@@ -77,6 +79,9 @@ class Job:
                 self.artifacts.storage.write_json(f"jobs/{self.key}/results.json", table)
                 self.artifacts.storage.write(f"jobs/{self.key}/results.csv", results_csv(rows).encode())
                 run.log_text(results_csv(rows), "results.csv")
+                self.evidence = evidence(self.artifacts.storage, rows)
+                self.artifacts.storage.write_json(f"jobs/{self.key}/evidence.json", self.evidence)
+                run.log_text(json.dumps(self.evidence, indent=1), "evidence.json")
                 run.log_metrics({f"{s.approach}.{s.dataset}.{s.model}.test_accuracy": s.test_mean
                                  for s in summarise(rows)})
                 if self.failed:
@@ -328,7 +333,8 @@ class CellRun:
 
     def _test(self, model: Unit, result: dict[str, Any]) -> Row:
         cell, approach = self.cell, model.params["approach"]
-        tested = self._do(cell.test(model, result), self.job.executor.evaluate)
+        unit = cell.test(model, result)
+        tested = self._do(unit, self.job.executor.evaluate)
         self.log.info("%s: test accuracy %.4f on %d images", model.name, tested["accuracy"], tested["images"])
         return Row(dataset=cell.dataset.name, model=cell.model.name, approach=approach,
                    repeat=model.params["repeat"], weight=model.params.get("lambda"),
@@ -337,6 +343,6 @@ class CellRun:
                    val_accuracy=result["best"]["val_accuracy"], test_accuracy=tested["accuracy"],
                    test_images=tested["images"], epochs=result["epochs"], train_seconds=result["seconds"],
                    paper_accuracy=paper_accuracy(cell.dataset.name, cell.model.name, approach),
-                   checkpoint=self.job.artifacts.storage.uri(model.folder))
+                   checkpoint=self.job.artifacts.storage.uri(model.folder), test=unit.folder)
 
 
