@@ -188,10 +188,12 @@ def _users_errors() -> tuple[type[Exception], ...]:
     from impactx.explain.partition import AdditivityError
     from impactx.explain.sheet import SheetError
     from impactx.explain.store import StoreError
+    from impactx.prediction import PredictionError
     from impactx.storage import StorageError
 
     return (AdditivityError, AttributionError, ClusterError, ConfigurationError, DataError, MaskerError,
-            PartitionError, SelectionError, SheetError, StoreError, StorageError, TrackingError, WorkError)
+            PartitionError, PredictionError, SelectionError, SheetError, StoreError, StorageError, TrackingError,
+            WorkError)
 
 
 def _failed(error: Exception) -> int:

@@ -10,14 +10,16 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from impactx.experiment.executor import Executor, Task, final_metrics
+from impactx.experiment.journal import CellJournal, note_start
 from impactx.experiment.paper import paper_accuracy
 from impactx.experiment.plan import EXECUTION_ONLY, Cell, Configuration, select
 from impactx.experiment.results import Row, results_csv, summarise
 from impactx.experiment.tracker import Run, Tracker
-from impactx.experiment.units import Artifacts, Unit, WorkError, fingerprint
+from impactx.experiment.units import CHECKPOINT, Artifacts, Unit, WorkError, fingerprint
 from impactx.experiment.work import Workplace, maps_complete
 from impactx.settings import ExperimentSettings
 from impactx.timing import Progress, duration
@@ -37,17 +39,20 @@ class Job:
     """An experiment under way. Finished units are reused, whoever finished them."""
 
     def __init__(self, settings: ExperimentSettings, cells: Sequence[Cell], place: Workplace, executor: Executor,
-                 tracker: Tracker, *, tags: dict[str, str] | None = None) -> None:
-        """tags: set on every run, such as the version of the code."""
+                 tracker: Tracker, *, tags: dict[str, str] | None = None,
+                 about: dict[str, Any] | None = None) -> None:
+        """tags: set on every run, such as the version of the code; about: plain data on how the job was started."""
         self.settings, self.cells, self.place = settings, cells, place
         self.executor, self.tracker, self.tags = executor, tracker, dict(tags or {})
-        self.key = job_key(settings)
+        self.key, self.about = job_key(settings), dict(about or {})
         self.artifacts = Artifacts(place.artifacts.storage)
         self.map_folders: list[str] = []
 
     def run(self) -> list[Row]:
         """Do everything; returns one row for each final model. Results are files under jobs/<key> as well."""
         rows: list[Row] = []
+        note_start(self.artifacts.storage, self.key, self.settings.model_dump(
+            mode="json", exclude={"tracking": {"uri"}}), self.about)
         with self.tracker.run(self.key, name=self.settings.name, params=self.settings.model_dump(mode="json"),
                               tags=self.tags | {"impactx.role": "job"}) as run:
             run.log_text(json.dumps(self.settings.model_dump(mode="json"), indent=1), "config.json")
@@ -91,8 +96,12 @@ class CellRun:
     def __init__(self, job: Job, cell: Cell) -> None:
         self.job, self.cell = job, cell
         self.key = f"{job.key}/{cell.dataset.name}/{cell.model.name}"
+        self.journal = CellJournal(job.artifacts.storage, job.key, cell.dataset.name, cell.model.name, {
+            "class_names": list(cell.facts.class_names), "image_size": list(cell.facts.image_size),
+            "train_images": cell.facts.train_images, "selection_metric": cell.selection_metric})
 
     def _task(self, unit: Unit) -> Task:
+        self.journal.plan([unit])
         # A trial and the model of repeat 0 may have one recipe: the role keeps their runs apart.
         return Task(unit, f"{self.key}/{unit.role}-{unit.key}", self.key,
                     self.job.tags | {"impactx.role": unit.role})
@@ -118,7 +127,11 @@ class CellRun:
             return result
         started = time.perf_counter()
         log.info("  %s: starts", unit.name)
-        result = how(self._task(unit))
+        try:
+            result = how(self._task(unit))
+        except Exception as error:
+            self.journal.failed(unit, f"{type(error).__name__}: {error}")
+            raise
         if result.get("best"):
             log.info("  %s: validation accuracy %.4f at epoch %d of %d, in %s", unit.name,
                      result["best"]["val_accuracy"], result["best_epoch"], result["epochs"],
@@ -126,6 +139,7 @@ class CellRun:
         return result
 
     def _search(self, what: str, units: list[Unit], metric: str) -> tuple[Unit, dict[str, Any]]:
+        self.journal.plan(units, what)
         results = {u.key: r for u in units if (r := self._reused(u)) is not None}
         if results:
             log.info("  %s: %d of %d trials reused, finished earlier", what, len(results), len(units))
@@ -135,6 +149,7 @@ class CellRun:
         def on_result(unit: Unit, result: dict[str, Any] | None, error: str | None) -> None:
             if result is None:
                 failed[unit.name] = error or "it left no result"
+                self.journal.failed(unit, failed[unit.name])
                 log.warning("  %s failed: %s", unit.name, error)
             else:
                 results[unit.key] = result
@@ -148,6 +163,7 @@ class CellRun:
         if pending:
             self.job.executor.search([self._task(u) for u in pending], on_result, EpochLines())
         chosen, result = select(units, results, metric, failed)
+        self.journal.selected(what, chosen)
         log.info("  %s: selected %s (%s %.4f)%s", what, chosen.name, metric, result["best"][metric],
                  f"; {len(failed)} of {len(units)} trials failed" if failed else "")
         return chosen, result
@@ -159,6 +175,7 @@ class CellRun:
         """Train independent models, as many at once as the executor has room for."""
         # Two approaches may come to one recipe: that unit must not be trained by two at once.
         unique = list({unit.key: unit for unit in units}.values())
+        self.journal.plan(units)
         at_once = min(self.job.executor.trainings_at_once(), len(unique))
         if at_once <= 1:
             found = [self._train(unit) for unit in unique]
@@ -199,12 +216,24 @@ class CellRun:
                 if not result["weights"]:
                     log.warning("  %s diverged in its first epoch: it is not in the table", model.name)
             rows = [self._test(model, result) for model, result in finals if result["weights"]]
+            self._register(finals, rows)
             for s in summarise(rows):
                 run.log_metrics({f"{s.approach}.val_accuracy": s.val_mean, f"{s.approach}.test_accuracy": s.test_mean})
                 if (published := paper_accuracy(s.dataset, s.model, s.approach)) is not None:
                     run.log_metrics({f"{s.approach}.paper_accuracy": published})
             run.log_text(results_csv(rows), "results.csv")
         return rows
+
+    def _register(self, finals: list[tuple[Unit, dict[str, Any]]], rows: list[Row]) -> None:
+        """Give the tracker the final models of repeat 0, one for each approach."""
+        storage, cell = self.job.artifacts.storage, self.cell
+        tests = {row.checkpoint: row.test_accuracy for row in rows if row.repeat == 0}
+        for unit, result in finals:
+            if (accuracy := tests.get(storage.uri(unit.folder))) is not None:
+                self.job.tracker.register_model(
+                    self._task(unit).run_key, name=(cell.dataset.name, cell.model.name, unit.params["approach"]),
+                    checkpoint=partial(storage.read, f"{unit.folder}/{CHECKPOINT}"),
+                    about=unit.params | {"impactx.weights": result["weights"], "test_accuracy": accuracy})
 
     def _stage2(self, run: Run, configuration: Configuration,
                 classifiers: list[tuple[Unit, dict[str, Any]]]) -> list[tuple[Unit, dict[str, Any]]]:
@@ -236,13 +265,13 @@ class CellRun:
         cell, approach = self.cell, model.params["approach"]
         tested = self._do(cell.test(model, result), self.job.executor.evaluate)
         log.info("  %s: test accuracy %.4f on %d images", model.name, tested["accuracy"], tested["images"])
-        return Row(dataset=cell.dataset.name, model=cell.model.name, approach=approach,
-                   repeat=model.params["repeat"], weight=model.params.get("lambda"),
-                   learning_rate=model.params["learning_rate"], batch_size=model.params["batch_size"],
-                   validation_fraction=model.params["validation_fraction"],
-                   val_accuracy=result["best"]["val_accuracy"], test_accuracy=tested["accuracy"],
-                   test_images=tested["images"], epochs=result["epochs"], train_seconds=result["seconds"],
-                   paper_accuracy=paper_accuracy(cell.dataset.name, cell.model.name, approach),
-                   checkpoint=self.job.artifacts.storage.uri(model.folder))
-
-
+        row = Row(dataset=cell.dataset.name, model=cell.model.name, approach=approach,
+                  repeat=model.params["repeat"], weight=model.params.get("lambda"),
+                  learning_rate=model.params["learning_rate"], batch_size=model.params["batch_size"],
+                  validation_fraction=model.params["validation_fraction"],
+                  val_accuracy=result["best"]["val_accuracy"], test_accuracy=tested["accuracy"],
+                  test_images=tested["images"], epochs=result["epochs"], train_seconds=result["seconds"],
+                  paper_accuracy=paper_accuracy(cell.dataset.name, cell.model.name, approach),
+                  checkpoint=self.job.artifacts.storage.uri(model.folder))
+        self.journal.tested(row)
+        return row

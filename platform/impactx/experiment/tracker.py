@@ -15,7 +15,7 @@ import re
 import signal
 import threading
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol
@@ -86,6 +86,14 @@ class Tracker(Protocol):
         """Make the FINISHED run of a unit whose result is known from earlier. Does nothing if there is one.
 
         It returns at once and is done in the background, at the latest by `close_unfinished`.
+        """
+
+    def register_model(self, key: str, *, name: tuple[str, ...], checkpoint: Callable[[], bytes],
+                       about: Mapping[str, Any]) -> None:
+        """Keep a final model of the run with this key where it can be loaded and served from by its name.
+
+        about: "impactx.weights", its fingerprint, and what else is said of it.  The same weights are kept under a
+        name only once.  It returns at once and is done in the background, at the latest by `close_unfinished`.
         """
 
     def close_unfinished(self, root_key: str) -> int:
@@ -181,6 +189,11 @@ class NoTracker:
         with self.run(key, name=name, parent=parent, params=params, tags=tags) as run:
             run.log_history(history)
             run.log_metrics(final or {})
+
+    def register_model(self, key: str, *, name: tuple[str, ...], checkpoint: Callable[[], bytes],
+                       about: Mapping[str, Any]) -> None:
+        """Check the key."""
+        check_key(key)
 
     def close_unfinished(self, root_key: str) -> int:
         """Nothing is ever unfinished."""
