@@ -43,8 +43,9 @@ def run(arguments: list[str] | None = None) -> None:
                   tracker, tags={"impactx.code": code_version()})
         rows = job.run()
     print("\n" + table(rows) + "\n")
-    print("\n".join([f"results: {prepared.place.artifacts.storage.uri(f'jobs/{job.key}/results.csv')}",
-                     *(f"maps:    {folder}" for folder in job.map_folders), *tracker.describe()]))
+    print("\n".join([*(f"maps:    {folder}" for folder in job.map_folders), *tracker.describe(),
+                     f"results: {prepared.place.artifacts.storage.uri(f'jobs/{job.key}/results.csv')}"]))
+    job.check()
 
 
 if __name__ == "__main__":

@@ -330,7 +330,13 @@ class ClusterSettings(Settings):
     trial_gpus: float = Field(0, ge=0)
     trial_workers: int = Field(1, ge=1, description=(
         "data-parallel workers of one trial, each with trial_cpus and trial_gpus; more than 1: by Ray Train"))
-    max_concurrent_trials: int | None = Field(None, ge=1)
+    max_concurrent_trials: int | None = Field(None, ge=1, description="of all cells together; None: what fits")
+    cells_at_once: int = Field(3, ge=1, description=(
+        "cells under way at once, which share the cluster; 1: one cell after the other"))
+    grows_to_cpus: int | None = Field(None, ge=1, description=(
+        "of a cluster that starts nodes on demand: how many CPUs it may come to, so that as much work is asked for; "
+        "None: it stays as it is"))
+    grows_to_gpus: int | None = Field(None, ge=1, description="the same for GPUs")
     train_workers: int = Field(1, ge=1, description="data-parallel workers of a final training (Ray Train)")
     train_cpus: float = Field(1, gt=0, description="CPUs of one such worker")
     use_gpu: bool = Field(False, description="final trainings on GPUs")

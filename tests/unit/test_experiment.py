@@ -24,7 +24,7 @@ from impactx.experiment.executor import LocalExecutor
 from impactx.experiment.plan import SelectionError
 from impactx.experiment.preparation import dry_run, prepare
 from impactx.experiment.results import table
-from impactx.experiment.run import Job
+from impactx.experiment.run import CellsFailed, Job
 from impactx.experiment.tracker import NoRun, NoTracker
 from impactx.experiment.units import WorkError
 from impactx.experiment.work import finish_maps, train_unit
@@ -436,6 +436,58 @@ def test_runs_hold_the_resolved_unit_the_split_and_the_checkpoint(shared, tmp_pa
         np.testing.assert_array_equal(kept[part], getattr(split, part))
     for folder, row in zip((model, two), done.rows, strict=True):
         assert (folder / "checkpoint.pt").read_bytes() == Path(row.checkpoint, "checkpoint.pt").read_bytes()
+
+
+# ---- several cells
+
+class StatusTracker(NoTracker):
+    """Remembers how each run ended: name -> (status, error)."""
+
+    def __init__(self) -> None:
+        self.ended = {}
+
+    def run(self, key, *, name, parent=None, params=None, tags=None):
+        tracker = self
+
+        class Run(NoRun):
+            def finish(self, status="FINISHED", error=None):
+                tracker.ended.setdefault(name, (status, error))
+
+        return Run()
+
+
+TWO_CELLS = ("datasets.more.name=more", "datasets.more.source=digits", "datasets.more.subset=110", "approach=[]")
+
+
+def test_a_cell_that_fails_does_not_end_the_others(shared, tmp_path, caplog):
+    tracker = StatusTracker()
+    done = Done(tmp_path, shared, *TWO_CELLS, tracker=tracker)
+    for bad in done.cell.stage1_trials():
+        (tmp_path / bad.folder / "running.pt").mkdir(parents=True)  # a folder where a file must be
+    with caplog.at_level(logging.INFO, "impactx"):
+        done.run()
+    assert [r.dataset for r in done.rows] == ["more"] and list(done.job.failed) == ["digits x lenet5"]
+    with pytest.raises(CellsFailed, match=r"1 of 2 cells failed.*\n  - digits x lenet5: SelectionError: none of 2 tri"):
+        done.job.check()
+    assert tracker.ended["digits x lenet5"][0] == "FAILED" and "SelectionError" in tracker.ended["digits x lenet5"][1]
+    assert tracker.ended["more x lenet5"][0] == "FINISHED" and tracker.ended["demo"][0] == "FAILED"
+    lines = [r.getMessage() for r in caplog.records]
+    assert all(line.startswith(("digits x lenet5: ", "more x lenet5: ", "after ")) for line in lines if "trial" in line)
+    assert "digits x lenet5: failed: SelectionError: none of 2 trials" in caplog.text and "Traceback" not in caplog.text
+    kept = json.loads((tmp_path / "jobs" / done.job.key / "results.json").read_text())
+    assert [r["dataset"] for r in kept] == ["more"]
+
+
+def test_a_job_without_a_cell_left_says_so_and_writes_no_table(shared, tmp_path):
+    done = Done(tmp_path, shared, *TWO_CELLS, *DIVERGING, "grid.learning_rate=[10]")
+    with pytest.raises(CellsFailed, match="2 of 2 cells failed"):
+        done.run()
+    assert not (tmp_path / "jobs").exists()
+
+
+def test_one_experiment_under_two_names_is_refused(shared, tmp_path):
+    with pytest.raises(ConfigurationError, match="digits x lenet5 and digits x same are the same experiment"):
+        Done(tmp_path, shared, "models.same.name=same", "models.same.architecture=lenet5", "models.same.input_size=32")
 
 
 # ---- front doors

@@ -56,6 +56,9 @@ class Executor(Protocol):
     def train(self, task: Task, on_epoch: OnEpoch) -> dict[str, Any]:
         """Train one model; raises what made it fail."""
 
+    def cells_at_once(self) -> int:
+        """How many cells, each in a thread of its own, may be under way."""
+
     def trainings_at_once(self) -> int:
         """How many calls of `train`, each in a thread of its own, there is room for."""
 
@@ -78,8 +81,10 @@ def final_metrics(result: dict[str, Any]) -> dict[str, float]:
 
 
 def tracked_training(task: Task, place: Workplace, tracker: Tracker, *,
-                     report: Callable[[dict[str, float]], None] | None = None, **where: Any) -> dict[str, Any]:
+                     report: Callable[[dict[str, float]], object] | None = None, **where: Any) -> dict[str, Any]:
     """train_unit with every epoch and the result in the task's run; report is called after each epoch as well.
+
+    Where it answers with something true the training stops there, resumable (see training.loop.fit).
 
     The run holds the resolved unit (unit.json) and, of a model, the split (split.npz) and the checkpoint.
     where: device, rank and world_size of train_unit. Only rank 0 tracks.
@@ -90,10 +95,9 @@ def tracked_training(task: Task, place: Workplace, tracker: Tracker, *,
     with tempfile.TemporaryDirectory(prefix="impactx-") as folder, task.open_run(tracker) as run:
         _log_inputs(task.unit, place, run, Path(folder))
 
-        def on_epoch(row: dict[str, float]) -> None:
+        def on_epoch(row: dict[str, float]) -> object:
             run.log_metrics({k: v for k, v in row.items() if k != "epoch"}, step=int(row["epoch"]))
-            if report is not None:
-                report(row)
+            return report(row) if report is not None else None
 
         result = train_unit(task.unit, place, on_epoch=on_epoch, **where)
         run.log_history([{k: v for k, v in row.items() if v is not None} for row in result["history"]])
@@ -155,8 +159,12 @@ class LocalExecutor:
         return tracked_training(task, self.place, self.tracker, device=self.device,
                                 report=lambda row: on_epoch(task.unit, row))
 
-    def trainings_at_once(self) -> int:
+    def cells_at_once(self) -> int:
         """One: there is one process."""
+        return 1
+
+    def trainings_at_once(self) -> int:
+        """One."""
         return 1
 
     def explain(self, task: Task, on_shards: OnShards) -> dict[str, Any]:

@@ -45,6 +45,7 @@ class CellJournal:
         self._units: dict[tuple[str, str], dict[str, Any]] = {}
         self._failed: dict[str, str] = {}
         self._selected: dict[str, str] = {}
+        self._error: str | None = None
         self._rows: list[dict[str, Any]] = []
         self._lock = threading.Lock()
 
@@ -65,6 +66,12 @@ class CellJournal:
             self._failed[unit.folder] = error
             self._write()
 
+    def stopped(self, error: str) -> None:
+        """The cell cannot go on."""
+        with self._lock:
+            self._error = error
+            self._write()
+
     def selected(self, what: str, unit: Unit) -> None:
         """A search chose this unit."""
         with self._lock:
@@ -80,4 +87,4 @@ class CellJournal:
     def _write(self) -> None:
         self._storage.write_json(self._path, self._about | {
             "units": list(self._units.values()), "failed": self._failed, "selected": self._selected,
-            "rows": self._rows})
+            "error": self._error, "rows": self._rows})

@@ -126,7 +126,19 @@ def prepare(settings: ExperimentSettings) -> Prepared:
             except ValueError as error:
                 raise ConfigurationError(f"models.{model.name}, for {dataset.name}: {error}") from error
             cells.append(Cell(settings, dataset, model, facts, weights_files[model.name]))
+    _check_distinct(cells)
     return Prepared(cells, place)
+
+
+def _check_distinct(cells: list[Cell]) -> None:
+    """Two cells that are the same under two names would work on the same units at once."""
+    names: dict[str, str] = {}
+    for cell in cells:
+        key = cell.stage1_trials()[0].key
+        if key in names:
+            raise ConfigurationError(f"the cells {names[key]} and {cell.name} are the same experiment (same images, "
+                                     "same model): remove one of the two")
+        names[key] = cell.name
 
 
 def _facts(data: Dataset) -> DataFacts:
@@ -135,11 +147,16 @@ def _facts(data: Dataset) -> DataFacts:
 
 
 def _facts_if_here(dataset: DatasetSettings, place: Workplace) -> tuple[DataFacts | None, str]:
+    here = dataset.model_copy(update={"download": False})
     try:
-        where = locate(dataset.model_copy(update={"download": False}), place.data_root)
-        data = load_dataset(dataset.model_copy(update={"download": False}), place.data_root, place.cache)
+        where = locate(here, place.data_root)
+        data = load_dataset(here, place.data_root, place.cache)
     except DataError as error:
-        return None, f"not here yet ({str(error).splitlines()[0]})"
+        try:
+            locate(dataset, place.data_root)
+        except DataError:
+            return None, f"not here yet ({str(error).splitlines()[0]})"
+        return None, "not here yet: would be downloaded by torchvision"
     return _facts(data), where
 
 

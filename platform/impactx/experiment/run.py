@@ -9,7 +9,6 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -18,6 +17,8 @@ from impactx.experiment.journal import CellJournal, note_start
 from impactx.experiment.paper import paper_accuracy
 from impactx.experiment.plan import EXECUTION_ONLY, Cell, Configuration, select
 from impactx.experiment.results import Row, results_csv, summarise
+from impactx.experiment.summary import CellLog, Summary
+from impactx.experiment.threads import run_all
 from impactx.experiment.tracker import Run, Tracker
 from impactx.experiment.units import CHECKPOINT, Artifacts, Unit, WorkError, fingerprint
 from impactx.experiment.work import Workplace, maps_complete
@@ -35,8 +36,15 @@ def job_key(settings: ExperimentSettings) -> str:
     return f"{settings.name}-{fingerprint(described)[:12]}"
 
 
+class CellsFailed(WorkError):
+    """Some cells of a job failed; the message says which and why. The others are in the table."""
+
+
 class Job:
-    """An experiment under way. Finished units are reused, whoever finished them."""
+    """An experiment under way. Finished units are reused, whoever finished them.
+
+    Cells go on by themselves, several at once where the executor has it so; one that fails does not end the others.
+    """
 
     def __init__(self, settings: ExperimentSettings, cells: Sequence[Cell], place: Workplace, executor: Executor,
                  tracker: Tracker, *, tags: dict[str, str] | None = None,
@@ -47,25 +55,31 @@ class Job:
         self.key, self.about = job_key(settings), dict(about or {})
         self.artifacts = Artifacts(place.artifacts.storage)
         self.map_folders: list[str] = []
+        self.failed: dict[str, Exception] = {}
+        self.summary = Summary(len(cells))
 
     def run(self) -> list[Row]:
-        """Do everything; returns one row for each final model. Results are files under jobs/<key> as well."""
-        rows: list[Row] = []
+        """Do everything; returns one row for each final model. Results are files under jobs/<key> as well.
+
+        Cells that failed are in `failed`; `check` raises for them. Where no cell is left, it is raised at once.
+        """
         note_start(self.artifacts.storage, self.key, self.settings.model_dump(
             mode="json", exclude={"tracking": {"uri"}}), self.about)
         with self.tracker.run(self.key, name=self.settings.name, params=self.settings.model_dump(mode="json"),
                               tags=self.tags | {"impactx.role": "job"}) as run:
             run.log_text(json.dumps(self.settings.model_dump(mode="json"), indent=1), "config.json")
             try:
-                for number, cell in enumerate(self.cells, 1):
-                    log.info("cell %d of %d: %s", number, len(self.cells), cell.name)
-                    rows += CellRun(self, cell).run()
+                rows = [row for found in self._all_cells() for row in found]
+                if len(self.failed) == len(self.cells):
+                    self.check()
                 table = [row.as_dict() for row in rows]
                 self.artifacts.storage.write_json(f"jobs/{self.key}/results.json", table)
                 self.artifacts.storage.write(f"jobs/{self.key}/results.csv", results_csv(rows).encode())
                 run.log_text(results_csv(rows), "results.csv")
                 run.log_metrics({f"{s.approach}.{s.dataset}.{s.model}.test_accuracy": s.test_mean
                                  for s in summarise(rows)})
+                if self.failed:
+                    run.finish("FAILED", str(self._failure()))
             except BaseException:
                 self.executor.stop()  # or what is still under way would begin runs that nobody ends
                 raise
@@ -73,32 +87,41 @@ class Job:
                 self.tracker.close_unfinished(self.key)
         return rows
 
+    def _all_cells(self) -> list[list[Row]]:
+        """The rows of each cell, none for one that failed."""
+        at_once = min(self.executor.cells_at_once(), len(self.cells))
+        if at_once > 1:
+            log.info("%d cells, %d at once", len(self.cells), at_once)
+        runs = [CellRun(self, cell, number) for number, cell in enumerate(self.cells, 1)]
+        outcomes = run_all([one.run for one in runs], at_once, name="cell", on_interrupt=self.executor.stop)
+        self.failed = {cell.name: outcome for cell, outcome in zip(self.cells, outcomes, strict=True)
+                       if isinstance(outcome, Exception)}
+        return [[] if isinstance(outcome, Exception) else outcome for outcome in outcomes]
 
-class EpochLines:
-    """Says at most once a minute how far the running trainings are."""
+    def _failure(self) -> Exception:
+        if len(self.cells) == 1:
+            return next(iter(self.failed.values()))
+        reasons = [f"{name}: {type(error).__name__}: {error}" for name, error in self.failed.items()]
+        return CellsFailed(f"{len(reasons)} of {len(self.cells)} cells failed (the same command tries them again):\n"
+                           + "\n".join(f"  - {reason}" for reason in reasons))
 
-    def __init__(self, every: float = 60) -> None:
-        self._every, self._last = every, time.perf_counter()
-        self._latest: dict[str, str] = {}
-
-    def __call__(self, unit: Unit, row: dict[str, float]) -> None:
-        """An epoch of a training is done."""
-        self._latest[unit.name] = f"{unit.name}: epoch {row['epoch']:.0f}, accuracy {row['val_accuracy']:.4f}"
-        if time.perf_counter() - self._last >= self._every:
-            self._last = time.perf_counter()
-            log.info("  under way: %s", "; ".join(self._latest.values()))
-            self._latest.clear()
+    def check(self) -> None:
+        """Raise where a cell failed: its own error if it is the only cell, else CellsFailed."""
+        if self.failed:
+            raise self._failure()
 
 
 class CellRun:
     """One cell of a job under way."""
 
-    def __init__(self, job: Job, cell: Cell) -> None:
-        self.job, self.cell = job, cell
+    def __init__(self, job: Job, cell: Cell, number: int) -> None:
+        """number: of the cell in its job, from 1."""
+        self.job, self.cell, self.number = job, cell, number
         self.key = f"{job.key}/{cell.dataset.name}/{cell.model.name}"
         self.journal = CellJournal(job.artifacts.storage, job.key, cell.dataset.name, cell.model.name, {
             "class_names": list(cell.facts.class_names), "image_size": list(cell.facts.image_size),
             "train_images": cell.facts.train_images, "selection_metric": cell.selection_metric})
+        self.log = CellLog(log, {"cell": cell.name})
 
     def _task(self, unit: Unit) -> Task:
         self.journal.plan([unit])
@@ -109,7 +132,7 @@ class CellRun:
     def _reused(self, unit: Unit) -> dict[str, Any] | None:
         result = self.job.artifacts.result(unit)
         if result is not None and unit.role == "maps" and not maps_complete(unit, self.job.place):
-            log.warning("  %s: shards were deleted since they were finished: they are made anew", unit.name)
+            self.log.warning("%s: shards were deleted since they were finished: they are made anew", unit.name)
             return None
         if result is not None:
             task = self._task(unit)
@@ -123,17 +146,18 @@ class CellRun:
 
     def _do(self, unit: Unit, how: Callable[[Task], dict[str, Any]]) -> dict[str, Any]:
         if (result := self._reused(unit)) is not None:
-            log.info("  %s: reused, finished earlier (%s)", unit.name, unit.folder)
+            self.log.info("%s: reused, finished earlier (%s)", unit.name, unit.folder)
             return result
         started = time.perf_counter()
-        log.info("  %s: starts", unit.name)
+        self.log.info("%s: starts", unit.name)
+        self.job.summary.at(self.cell.name, unit.role)
         try:
             result = how(self._task(unit))
         except Exception as error:
             self.journal.failed(unit, f"{type(error).__name__}: {error}")
             raise
         if result.get("best"):
-            log.info("  %s: validation accuracy %.4f at epoch %d of %d, in %s", unit.name,
+            self.log.info("%s: validation accuracy %.4f at epoch %d of %d, in %s", unit.name,
                      result["best"]["val_accuracy"], result["best_epoch"], result["epochs"],
                      duration(time.perf_counter() - started))
         return result
@@ -142,64 +166,84 @@ class CellRun:
         self.journal.plan(units, what)
         results = {u.key: r for u in units if (r := self._reused(u)) is not None}
         if results:
-            log.info("  %s: %d of %d trials reused, finished earlier", what, len(results), len(units))
+            self.log.info("%s: %d of %d trials reused, finished earlier", what, len(results), len(units))
         failed: dict[str, str] = {}
-        progress = Progress(f"  {what}", "trials", len(units), before=len(results))
+        progress = Progress(f"{self.cell.name}: {what}", "trials", len(units), before=len(results))
 
         def on_result(unit: Unit, result: dict[str, Any] | None, error: str | None) -> None:
             if result is None:
                 failed[unit.name] = error or "it left no result"
                 self.journal.failed(unit, failed[unit.name])
-                log.warning("  %s failed: %s", unit.name, error)
+                self.log.warning("%s failed: %s", unit.name, error)
             else:
                 results[unit.key] = result
                 if result["diverged"]:
-                    log.warning("  %s diverged at epoch %d (loss not finite)", unit.name, result["epochs"])
+                    self.log.warning("%s diverged at epoch %d (loss not finite)", unit.name, result["epochs"])
             best = max((r["best"][metric] for r in results.values() if r.get("best")), default=float("nan"))
             score = result["best"][metric] if result and result.get("best") else float("nan")
+            self.job.summary.ended(self.cell.name, unit.name)
+            self.job.summary.at(self.cell.name, f"{what}, {len(results) + len(failed)} of {len(units)} trials")
             progress.step(f"{unit.name}: {metric} {score:.4f}, best so far {best:.4f}")
 
         pending = [u for u in units if u.key not in results]
         if pending:
-            self.job.executor.search([self._task(u) for u in pending], on_result, EpochLines())
+            self.job.executor.search([self._task(u) for u in pending], on_result, self._on_epoch)
         chosen, result = select(units, results, metric, failed)
         self.journal.selected(what, chosen)
-        log.info("  %s: selected %s (%s %.4f)%s", what, chosen.name, metric, result["best"][metric],
+        self.log.info("%s: selected %s (%s %.4f)%s", what, chosen.name, metric, result["best"][metric],
                  f"; {len(failed)} of {len(units)} trials failed" if failed else "")
         return chosen, result
 
+    def _on_epoch(self, unit: Unit, row: dict[str, float]) -> None:
+        self.job.summary.epoch(self.cell.name, unit.name, row)
+
     def _train(self, unit: Unit) -> dict[str, Any]:
-        return self._do(unit, lambda task: self.job.executor.train(task, EpochLines()))
+        try:
+            return self._do(unit, lambda task: self.job.executor.train(task, self._on_epoch))
+        finally:
+            self.job.summary.ended(self.cell.name, unit.name)
 
     def _train_all(self, units: list[Unit]) -> list[dict[str, Any]]:
         """Train independent models, as many at once as the executor has room for."""
         # Two approaches may come to one recipe: that unit must not be trained by two at once.
-        unique = list({unit.key: unit for unit in units}.values())
         self.journal.plan(units)
-        at_once = min(self.job.executor.trainings_at_once(), len(unique))
-        if at_once <= 1:
-            found = [self._train(unit) for unit in unique]
-        else:
-            pool = ThreadPoolExecutor(at_once, thread_name_prefix="training")
-            try:
-                found = list(pool.map(self._train, unique))
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
-        results = {unit.key: result for unit, result in zip(unique, found, strict=True)}
+        unique = {unit.key: unit for unit in units}
+        outcomes = run_all([partial(self._train, unit) for unit in unique.values()],
+                           self.job.executor.trainings_at_once(), name="training",
+                           on_interrupt=self.job.executor.stop)
+        results = {}
+        for key, outcome in zip(unique, outcomes, strict=True):
+            if isinstance(outcome, Exception):
+                raise outcome
+            results[key] = outcome
         return [results[unit.key] for unit in units]
 
     def _explain(self, unit: Unit) -> dict[str, Any]:
-        progress = Progress(f"  {unit.name}", "maps", every=10)
+        progress = Progress(f"{self.cell.name}: {unit.name}", "maps", every=60)
 
         def on_shards(done: int, before: int, total: int) -> None:
             progress.at(before + done, before=before, total=total)
+            self.job.summary.at(self.cell.name, f"{unit.name}, {before + done} of {total} maps")
 
         result = self._do(unit, lambda task: self.job.executor.explain(task, on_shards))
         self.job.map_folders.append(result["folder"])
         return result
 
     def run(self) -> list[Row]:
-        """Stage 1, maps, stage 2, and the test of every final model."""
+        """Stage 1, maps, stage 2, and the test of every final model. What makes it fail is logged and raised."""
+        self.log.info("cell %d of %d", self.number, len(self.job.cells))
+        try:
+            return self._run()
+        except Exception as error:
+            self.journal.stopped(f"{type(error).__name__}: {error}")
+            if len(self.job.cells) > 1:  # the job goes on, and says it again at its end
+                named = type(error).__module__.startswith("impactx.")
+                self.log.error("failed: %s: %s", type(error).__name__, error, exc_info=not named)
+            raise
+        finally:
+            self.job.summary.ended(self.cell.name)
+
+    def _run(self) -> list[Row]:
         cell, settings = self.cell, self.job.settings
         with self.job.tracker.run(self.key, name=cell.name, parent=self.job.key, tags=self.job.tags | {
                 "impactx.role": "cell"}, params={"dataset": cell.dataset, "model": cell.model}) as run:
@@ -214,7 +258,7 @@ class CellRun:
                 finals += self._stage2(run, configuration, list(finals))
             for model, result in finals:
                 if not result["weights"]:
-                    log.warning("  %s diverged in its first epoch: it is not in the table", model.name)
+                    self.log.warning("%s diverged in its first epoch: it is not in the table", model.name)
             rows = [self._test(model, result) for model, result in finals if result["weights"]]
             self._register(finals, rows)
             for s in summarise(rows):
@@ -264,7 +308,7 @@ class CellRun:
     def _test(self, model: Unit, result: dict[str, Any]) -> Row:
         cell, approach = self.cell, model.params["approach"]
         tested = self._do(cell.test(model, result), self.job.executor.evaluate)
-        log.info("  %s: test accuracy %.4f on %d images", model.name, tested["accuracy"], tested["images"])
+        self.log.info("%s: test accuracy %.4f on %d images", model.name, tested["accuracy"], tested["images"])
         row = Row(dataset=cell.dataset.name, model=cell.model.name, approach=approach,
                   repeat=model.params["repeat"], weight=model.params.get("lambda"),
                   learning_rate=model.params["learning_rate"], batch_size=model.params["batch_size"],

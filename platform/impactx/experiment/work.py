@@ -102,7 +102,7 @@ def split_of(unit: Unit, data: Dataset) -> Split:
 
 
 def train_unit(unit: Unit, place: Workplace, *, device: torch.device | str = "cpu", rank: int = 0,
-               world_size: int = 1, on_epoch: Callable[[Metrics], None] | None = None) -> dict[str, Any]:
+               world_size: int = 1, on_epoch: Callable[[Metrics], object] | None = None) -> dict[str, Any]:
     """Train a trial or model of either stage, resuming where an earlier try stopped; rank 0 keeps the result.
 
     Returns the result: best (metrics of the best epoch, or None), best_epoch, history, diverged, weights
