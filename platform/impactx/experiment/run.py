@@ -57,9 +57,12 @@ class Job:
         self.map_folders: list[str] = []
         self.failed: dict[str, Exception] = {}
         self.summary = Summary(len(cells))
+        self.report: str | None = None  # the address of the finished job's report
 
-    def run(self) -> list[Row]:
+    def run(self, report: Callable[[str, Run], str] | None = None) -> list[Row]:
         """Do everything; returns one row for each final model. Results are files under jobs/<key> as well.
+
+        report: called at the end with the job's key and run, returns an address; if it fails, that is all that does.
 
         Cells that failed are in `failed`; `check` raises for them. Where no cell is left, it is raised at once.
         """
@@ -78,6 +81,8 @@ class Job:
                 run.log_text(results_csv(rows), "results.csv")
                 run.log_metrics({f"{s.approach}.{s.dataset}.{s.model}.test_accuracy": s.test_mean
                                  for s in summarise(rows)})
+                if report is not None:
+                    self._report(report, run)
                 if self.failed:
                     run.finish("FAILED", str(self._failure()))
             except BaseException:
@@ -86,6 +91,13 @@ class Job:
             finally:
                 self.tracker.close_unfinished(self.key)
         return rows
+
+    def _report(self, report: Callable[[str, Run], str], run: Run) -> None:
+        try:
+            self.report = report(self.key, run)
+        except Exception as error:  # the job's work is done and kept: a page about it must not undo that
+            log.error("the report could not be made: %s: %s (jobs/report.py tries it again)", type(error).__name__,
+                      error, exc_info=True)
 
     def _all_cells(self) -> list[list[Row]]:
         """The rows of each cell, none for one that failed."""
