@@ -31,6 +31,7 @@ def run(arguments: list[str] | None = None) -> None:
     prepared = prepare(settings)
     from impactx.cluster.connection import connected
     from impactx.cluster.executor import RayExecutor
+    from impactx.experiment.evidence import sentences
     from impactx.experiment.results import table
     from impactx.experiment.run import Job
     from impactx.report import write_report
@@ -43,7 +44,7 @@ def run(arguments: list[str] | None = None) -> None:
         job = Job(settings, prepared.cells, prepared.place, RayExecutor(settings.cluster, prepared.place, tracker),
                   tracker, tags={"impactx.code": code_version()}, about=start_facts())
         rows = job.run(report=lambda key, run: write_report(prepared.place.artifacts.storage, key, run=run))
-    print("\n" + table(rows) + "\n")
+    print("\n" + table(rows) + "\n\n" + sentences(job.evidence) + "\n")
     print("\n".join([*(f"maps:    {folder}" for folder in job.map_folders), *tracker.describe(),
                      *([f"report:  {job.report}"] if job.report else []),
                      f"results: {prepared.place.artifacts.storage.uri(f'jobs/{job.key}/results.csv')}"]))

@@ -13,7 +13,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Row:
-    """One final model. Accuracies are fractions in [0, 1]; weight is lambda, None for the baseline."""
+    """One final model. Accuracies are fractions in [0, 1]; weight is lambda, None for the baseline.
+
+    test: folder of the test unit under the output's root, where its predictions.npz lies; explanations: of the unit
+    that judged the model's maps, None where none was asked for. Both None in results of earlier versions.
+    """
 
     dataset: str
     model: str
@@ -30,6 +34,8 @@ class Row:
     train_seconds: float
     paper_accuracy: float | None
     checkpoint: str
+    test: str | None = None
+    explanations: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""

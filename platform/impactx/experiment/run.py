@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from impactx.experiment.evidence import evidence
 from impactx.experiment.executor import Executor, Task, final_metrics
 from impactx.experiment.journal import CellJournal, note_start
 from impactx.experiment.paper import paper_accuracy
@@ -58,6 +59,7 @@ class Job:
         self.failed: dict[str, Exception] = {}
         self.summary = Summary(len(cells))
         self.report: str | None = None  # the address of the finished job's report
+        self.evidence: dict[str, Any] = {"cells": []}  # see experiment.evidence, once the job is done
 
     def run(self, report: Callable[[str, Run], str] | None = None) -> list[Row]:
         """Do everything; returns one row for each final model. Results are files under jobs/<key> as well.
@@ -79,6 +81,9 @@ class Job:
                 self.artifacts.storage.write_json(f"jobs/{self.key}/results.json", table)
                 self.artifacts.storage.write(f"jobs/{self.key}/results.csv", results_csv(rows).encode())
                 run.log_text(results_csv(rows), "results.csv")
+                self.evidence = evidence(self.artifacts.storage, rows)
+                self.artifacts.storage.write_json(f"jobs/{self.key}/evidence.json", self.evidence)
+                run.log_text(json.dumps(self.evidence, indent=1), "evidence.json")
                 run.log_metrics({f"{s.approach}.{s.dataset}.{s.model}.test_accuracy": s.test_mean
                                  for s in summarise(rows)})
                 if report is not None:
@@ -319,7 +324,8 @@ class CellRun:
 
     def _test(self, model: Unit, result: dict[str, Any]) -> Row:
         cell, approach = self.cell, model.params["approach"]
-        tested = self._do(cell.test(model, result), self.job.executor.evaluate)
+        unit = cell.test(model, result)
+        tested = self._do(unit, self.job.executor.evaluate)
         self.log.info("%s: test accuracy %.4f on %d images", model.name, tested["accuracy"], tested["images"])
         row = Row(dataset=cell.dataset.name, model=cell.model.name, approach=approach,
                   repeat=model.params["repeat"], weight=model.params.get("lambda"),
@@ -328,6 +334,6 @@ class CellRun:
                   val_accuracy=result["best"]["val_accuracy"], test_accuracy=tested["accuracy"],
                   test_images=tested["images"], epochs=result["epochs"], train_seconds=result["seconds"],
                   paper_accuracy=paper_accuracy(cell.dataset.name, cell.model.name, approach),
-                  checkpoint=self.job.artifacts.storage.uri(model.folder))
+                  checkpoint=self.job.artifacts.storage.uri(model.folder), test=unit.folder)
         self.journal.tested(row)
         return row
