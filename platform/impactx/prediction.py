@@ -160,6 +160,6 @@ def _draw(files: Sequence[Path], images: np.ndarray, model: TrainedModel, found:
         label = int(found.labels[i])
         draw_sheet(path, images[i:i + 1], found.maps[i:i + 1],
                    [f"{model.class_names[label]} {found.probabilities[i, label]:.2f}"], limit=limit,
-                   title=f"{file.name}: the model's own map, from one forward pass")
+                   title=file.name)
         written.append(path)
     return written

@@ -39,9 +39,10 @@ def trained(seed: int, *, maps: bool = True) -> TrainedModel:
 class Shelf:
     """A job's tracker on a sqlite database, and checkpoints to register with it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.uri = folder, f"sqlite:///{folder}/mlflow.db"
-        self.tracker = MlflowTracker(TrackingSettings(), str(folder), flush_seconds=0.05, patience_seconds=5)
+    def __init__(self, folder: Path, uri: str | None = None) -> None:
+        """uri: of a server; None: the database in the folder."""
+        self.folder, self.uri = folder, uri or f"sqlite:///{folder}/mlflow.db"
+        self.tracker = MlflowTracker(TrackingSettings(uri=uri), str(folder), flush_seconds=0.05, patience_seconds=5)
         self.tracker.prepare()
 
     def register(self, approach: str, *models: TrainedModel) -> None:
@@ -149,7 +150,8 @@ except Exception as error:
 def outside() -> dict[str, str]:
     """An environment in which neither this repository nor Ray is found."""
     keep = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "TMPDIR", "LANG")}
-    return keep | {"PATH": f"{Path(sys.executable).parent}:{keep['PATH']}", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    return keep | {"PATH": f"{Path(sys.executable).parent}:{keep['PATH']}", "MLFLOW_DISABLE_TELEMETRY": "true",
+                   "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def test_loads_on_a_machine_without_ray_and_without_this_package(shelf, tmp_path):
@@ -164,7 +166,7 @@ def test_loads_on_a_machine_without_ray_and_without_this_package(shelf, tmp_path
     assert found["label"] == expected.labels.tolist() and found["names"] == list(NAMES)
     np.testing.assert_allclose(found["scores"], expected.probabilities, rtol=1e-5)
     np.testing.assert_allclose(found["map"], expected.maps, atol=1e-6)
-    for part in ("uint8", "(-1, 32, 32, 3)", "'label'", "'scores'", "(-1, 3)", "'map'", "(-1, 3, 32, 32)"):
+    for part in ("uint8", "(-1, 32, 32, 3)", "'label'", "'scores'", "(-1, 3)", "'map'", "(-1, -1, 32, 32)"):
         assert part in found["signature"]
     assert any("(-1, 32, 32, 3)" in line for line in refused), "a wrong shape must be refused by the signature"
 
@@ -179,19 +181,14 @@ def test_nothing_in_the_model_is_a_pickled_object(shelf):
 
 
 def test_serves_http_requests(shelf, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     server = subprocess.Popen([Path(sys.executable).parent / "mlflow", "models", "serve", "-m",
                                "models:/impactx.pets.lenet5.impactx/1", "--env-manager", "local", "--port", str(port)],
                               cwd=tmp_path, env=outside() | {"MLFLOW_TRACKING_URI": shelf.uri},
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     try:
         address = f"http://127.0.0.1:{port}"
-        end = time.monotonic() + 120
-        while not answers(f"{address}/ping"):
-            assert server.poll() is None and time.monotonic() < end, server.communicate()[0]
-            time.sleep(0.3)
+        wait_for(f"{address}/ping", server)
         found = json.loads(asked(address, {"inputs": IMAGES.tolist()}))["predictions"]
         expected = load_model(shelf.folder / "impactx-0.pt").predict(IMAGES)
         assert found["label"] == expected.labels.tolist()
@@ -203,6 +200,38 @@ def test_serves_http_requests(shelf, tmp_path):
     finally:
         os.killpg(server.pid, 15)
         server.wait(30)
+
+
+def test_through_a_tracking_server(tmp_path):
+    """Model files go to the server and come back from it; another machine has no path in common with ours."""
+    port = free_port()
+    server = subprocess.Popen([sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1",
+                               "--port", str(port), "--backend-store-uri", f"sqlite:///{tmp_path}/server.db",
+                               "--artifacts-destination", f"{tmp_path}/artifacts"], env=outside(), cwd=tmp_path,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        wait_for(f"{address}/health", server)
+        shelf = Shelf(tmp_path, address)
+        shelf.register("impactx", trained(3))
+        assert fetch_checkpoint("models:/impactx.pets.lenet5.impactx/1", address) == (
+            tmp_path / "impactx-0.pt").read_bytes()
+    finally:
+        os.killpg(server.pid, 15)
+        server.wait(30)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_for(address: str, server: subprocess.Popen) -> None:
+    end = time.monotonic() + 120
+    while not answers(address):
+        assert server.poll() is None and time.monotonic() < end, server.communicate()[0]
+        time.sleep(0.3)
 
 
 def asked(address: str, body: dict) -> bytes:

@@ -6,15 +6,19 @@ checkpoint is opened, so it can be done on another machine and while the job sti
 
 from __future__ import annotations
 
+import io
+import zipfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
+
 from impactx.experiment.evidence import evidence
 from impactx.experiment.journal import CELLS, JOB, now
 from impactx.experiment.results import Row
-from impactx.experiment.units import RESULT, RUNNING
-from impactx.storage import Storage
+from impactx.experiment.units import MAP_SCORES, RESULT, RUNNING
+from impactx.storage import Storage, StorageError
 
 READERS = 16  # files read at once: an S3 store answers each in tens of milliseconds
 DROPPED = {"recipe", "history", "name"}  # of a result; a final model keeps its history
@@ -110,3 +114,15 @@ def _missing(settings: dict[str, Any], journal: dict[str, Any], units: list[dict
         if unit["state"] == "failed" or (unit["role"], unit["state"]) == ("model", "diverged") or (
                 unit["role"] not in ("trial", "model", "test") and unit["state"] != "finished"):
             yield f"{unit['name']}: {unit['state']}" + (f" ({unit['error']})" if unit["error"] else "")
+
+
+def map_scores(storage: Storage, folder: str) -> dict[str, np.ndarray] | None:
+    """What a unit that judged maps left, image by image (experiment.explanations); None where the file is gone."""
+    try:
+        with np.load(io.BytesIO(storage.read(f"{folder}/{MAP_SCORES}"))) as held:
+            return {name: held[name] for name in held.files}
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise StorageError(f"{storage.uri(folder)}/{MAP_SCORES} is damaged ({error}): delete the folder and start the "
+                           "job again, the maps are then judged anew") from error

@@ -18,6 +18,7 @@ from impactx.storage import Storage
 FORMAT = 1  # raised when the same recipe would give other numbers than before
 Role = Literal["trial", "model", "maps", "test"]
 RESULT, CHECKPOINT, RUNNING, PREDICTIONS = "result.json", "checkpoint.pt", "running.pt", "predictions.npz"
+MAP_SCORES = "map_scores.npz"
 
 
 class WorkError(RuntimeError):

@@ -49,9 +49,10 @@ class Table:
     shown_rows: int | None = None
 
     def csv(self) -> bytes:
-        """The table as a file."""
+        """The table as a file; what is a typographer's minus or a dash for "none" on the page is plain there."""
         stream = io.StringIO()
-        csv.writer(stream, lineterminator="\n").writerows([self.head, *self.rows])
+        csv.writer(stream, lineterminator="\n").writerows(
+            [["" if cell == "–" else cell.replace("−", "-") for cell in row] for row in (self.head, *self.rows)])
         return stream.getvalue().encode()
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
-from impactx.experiment.export import export_job
+from impactx.experiment.export import export_job, map_scores
 from impactx.experiment.tracker import Run
 from impactx.report.blocks import Block, Figure, Items, Section, Table, Text
 from impactx.report.classes import class_sections
+from impactx.report.maps import Arrays, map_sections
 from impactx.report.page import page
 from impactx.report.repeat import repeat_sections
 from impactx.report.results import controls, sentences, table2
@@ -23,10 +25,11 @@ class ReportError(RuntimeError):
     """The report cannot be made; the message says what to do."""
 
 
-def build_report(export: Mapping[str, Any]) -> dict[str, bytes]:
+def build_report(export: Mapping[str, Any], arrays: Callable[[str], Arrays | None]) -> dict[str, bytes]:
     """report.html, which holds all that follows, and each picture (PNG) and table (CSV) as a file, by their names.
 
-    export: of experiment.export. Raises ReportError where matplotlib is not installed.
+    export: of experiment.export; arrays: the map_scores of the folder of a unit that judged maps. Raises ReportError
+    where matplotlib is not installed.
     """
     try:
         import matplotlib  # noqa: F401
@@ -35,8 +38,8 @@ def build_report(export: Mapping[str, Any]) -> dict[str, bytes]:
                           ) from error
     settings = export["settings"]
     head = Section("", [*sentences(export), *_gaps(export)])
-    sections = [*table2(export), *controls(export), *search_sections(export), *curve_sections(export),
-                *class_sections(export), *cost_sections(export), *repeat_sections(export)]
+    sections = [*table2(export), *controls(export), *map_sections(export, arrays), *search_sections(export),
+                *curve_sections(export), *class_sections(export), *cost_sections(export), *repeat_sections(export)]
     under = [f"{', '.join(settings['datasets'])} × {', '.join(settings['models'])} · {settings['repeats']} "
              f"repeat{'s' if settings['repeats'] > 1 else ''} · job {export['job']}",
              f"Made {export['made'].replace('T', ' ').replace('+00:00', ' UTC')} by impactx"
@@ -72,7 +75,7 @@ def write_report(storage: Storage, job: str, *, to: Storage | None = None, run: 
     to: where to write, by default jobs/<job>/report in the job's own output. run: the job's run, to which the page and
     the tables are logged as well. Raises ReportError, StorageError.
     """
-    files = build_report(export_job(storage, job))
+    files = build_report(export_job(storage, job), partial(map_scores, storage))
     target, folder = (storage, f"jobs/{job}/{FOLDER}/") if to is None else (to, "")
     for name, content in files.items():
         target.write(f"{folder}{name}", content)

@@ -81,7 +81,7 @@ def _accuracies(export: Mapping[str, Any]) -> Figure:
                            markeredgecolor=INK, linestyle="none", label="the paper's number" if y == 0 else None)
         panel.set_yticks(range(len(names)), [shown(name) for name in names])
         panel.set_ylim(len(names) - 0.5, -0.5)
-        panel.set_title(named(cell), loc="left")
+        panel.set_title(named(cell), loc="left", fontsize=10.5)
         plain(panel, grid="x")
         panel.margins(x=0.08)
     panels[-1].set_xlabel("test accuracy (%)")

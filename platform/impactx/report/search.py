@@ -78,7 +78,7 @@ def _heat_maps(trials: list[dict[str, Any]], chosen: dict[str, Any] | None, metr
         scores[at] = np.nan if score is None else 100 * score
         failed[at] = unit["state"] in ("failed", "diverged")
     low, high = float(np.nanmin(scores)), float(np.nanmax(scores))
-    made = figure(min(10.0, 1.6 + len(fractions) * (0.95 + 0.62 * len(sizes))), 1.5 + 0.3 * len(rates))
+    made = figure(min(10.0, 1.6 + len(fractions) * (0.95 + 0.62 * len(sizes))), max(2.3, 1.2 + 0.3 * len(rates)))
     panels = made.subplots(1, len(fractions), squeeze=False, sharey=True)[0]
     for k, panel in enumerate(panels):
         shown_as = panel.imshow(scores[k], cmap=SURFACE, vmin=low, vmax=high if high > low else low + 1, aspect="auto",
@@ -96,8 +96,7 @@ def _heat_maps(trials: list[dict[str, Any]], chosen: dict[str, Any] | None, metr
                 panel.add_patch(_frame(*where, colour, width))
     panels[0].set_ylabel("learning rate")
     bar = made.colorbar(shown_as, ax=list(panels), shrink=0.9, aspect=24)
-    bar.set_label(f"{_words(metric)} (%)" if metric == "val_accuracy" else "validation accuracy, common part (%)",
-                  fontsize=9)
+    bar.set_label("validation accuracy (%)", fontsize=9)
     bar.ax.tick_params(labelsize=8)
     return Figure(f"{name}.png", png(made), f"Heat maps of validation accuracy over learning rate and batch size, "
                   f"from {low:.2f} to {high:.2f} percent",

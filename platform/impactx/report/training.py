@@ -38,7 +38,7 @@ def _curves(cell: Mapping[str, Any]) -> Figure | None:
                       markersize=6)
     axes.set_xlabel("epoch")
     axes.set_ylabel("validation accuracy (%)")
-    axes.set_title(named(cell), loc="left")
+    axes.set_title(named(cell), loc="left", fontsize=10.5)
     axes.legend(fontsize=8.5, frameon=False, loc="lower right")
     plain(axes, grid="y")
     return Figure(f"training-{cell['dataset']}-{cell['model']}.png", png(made),

@@ -94,11 +94,11 @@ def signature(loaded: Loaded) -> Any:
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
 
-    size, channels = tuple(loaded.image_size), getattr(getattr(loaded.model, "decoder", None), "channels", None)
+    size, model = tuple(loaded.image_size), loaded.model
     outputs = [TensorSpec(np.dtype("int64"), (-1,), "label"),
                TensorSpec(np.dtype("float32"), (-1, loaded.num_classes), "scores")]
-    if isinstance(loaded.model, Impactx):
-        outputs.append(TensorSpec(np.dtype("float32"), (-1, channels, *size), "map"))
+    if isinstance(model, Impactx) or hasattr(model, "with_maps") or getattr(model, "takes_maps", False):
+        outputs.append(TensorSpec(np.dtype("float32"), (-1, -1, *size), "map"))
     return ModelSignature(Schema([TensorSpec(np.dtype("uint8"), (-1, *size, 3))]), Schema(outputs))
 
 
