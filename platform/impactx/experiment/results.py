@@ -13,7 +13,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Row:
-    """One final model. Accuracies are fractions in [0, 1]; weight is lambda, None for the baseline."""
+    """One final model. Accuracies are fractions in [0, 1]; weight is lambda, None where there is none.
+
+    map_seconds: what a prediction costs beyond the network, where it needs a map: seconds an image of one process.
+    """
 
     dataset: str
     model: str
@@ -30,6 +33,7 @@ class Row:
     train_seconds: float
     paper_accuracy: float | None
     checkpoint: str
+    map_seconds: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
