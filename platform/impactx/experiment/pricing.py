@@ -240,7 +240,8 @@ def _map_items(cell: Cell, stores: Sequence[Unit], measured: Measured) -> tuple[
     """Each kind of maps in each kind of slot, in proportion to its speed; evaluations and images of all."""
     items, evaluations, images = [], 0, 0
     for made in dict.fromkeys(made_of(unit) for unit in stores):
-        maps = sum(images_of_store(cell, unit, cell.facts.train_images) or 0 for unit in stores if made_of(unit) == made)
+        maps = sum(images_of_store(cell, unit, cell.facts.train_images) or 0
+                   for unit in stores if made_of(unit) == made)
         attribution, target = json.loads(made)
         a_map = evaluations_of_map(cell, attribution, target, cell.facts.image_size) or 0
         evaluations, images = evaluations + maps * a_map, images + maps
