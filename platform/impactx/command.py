@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -150,6 +151,15 @@ All of them, with defaults and meaning: docs/SETTINGS.md.""")
     return options
 
 
+def start_facts() -> dict[str, Any]:
+    """How and where this process was started, for a job's journal: command, code, machine, versions."""
+    from impactx.tracking.addresses import redact
+    from impactx.version import code_version, machine, package_versions
+
+    return {"command": redact(shlex.join(["python", *sys.argv])), "code": code_version(), "machine": machine(),
+            "versions": package_versions()}
+
+
 def main(job: Callable[[], None]) -> None:
     """Run a job's function as a program: progress on stderr, a user's mistake as one message and exit status 2.
 
@@ -183,6 +193,7 @@ def _users_errors() -> tuple[type[Exception], ...]:
     from impactx.cluster.connection import ClusterError
     from impactx.configuration import ConfigurationError
     from impactx.datasets.errors import DataError
+    from impactx.experiment.export import ExportError
     from impactx.experiment.plan import SelectionError
     from impactx.experiment.tracker import TrackingError
     from impactx.experiment.units import WorkError
@@ -192,10 +203,13 @@ def _users_errors() -> tuple[type[Exception], ...]:
     from impactx.explain.partition import AdditivityError
     from impactx.explain.sheet import SheetError
     from impactx.explain.store import StoreError
+    from impactx.prediction import PredictionError
+    from impactx.report import ReportError
     from impactx.storage import StorageError
 
-    return (AdditivityError, AttributionError, ClusterError, ConfigurationError, DataError, MaskerError,
-            PartitionError, SelectionError, SheetError, StoreError, StorageError, TrackingError, WorkError)
+    return (AdditivityError, AttributionError, ClusterError, ConfigurationError, DataError, ExportError, MaskerError,
+            PartitionError, PredictionError, ReportError, SelectionError, SheetError, StoreError, StorageError,
+            TrackingError, WorkError)
 
 
 def _failed(error: Exception) -> int:

@@ -475,6 +475,8 @@ class TrackingSettings(Settings):
 
     enabled: bool = True
     uri: str | None = Field(None, description="None: MLFLOW_TRACKING_URI, else sqlite in the output folder")
+    ui: str | None = Field(None, description=(
+        "address at which people open the server's pages, where it is not the one that jobs use; None: that one"))
     experiment: str = Field("impactx", min_length=1)
 
 

@@ -14,14 +14,16 @@ from typing import Any
 
 from impactx.experiment.budget import Budget
 from impactx.experiment.claims import Claim, TakenOver
+from impactx.experiment.evidence import evidence
 from impactx.experiment.executor import STOPPED_TAG, Executor, Limits, Task, final_metrics, training_files
+from impactx.experiment.journal import CellJournal, note_start
 from impactx.experiment.paper import paper_accuracy
 from impactx.experiment.plan import EXECUTION_ONLY, Cell, Configuration, select
 from impactx.experiment.results import Row, results_csv, summarise
 from impactx.experiment.summary import CellLog, Summary
 from impactx.experiment.threads import run_all
 from impactx.experiment.tracker import Run, Tracker
-from impactx.experiment.units import Artifacts, Unit, WorkError, fingerprint
+from impactx.experiment.units import CHECKPOINT, Artifacts, Unit, WorkError, fingerprint
 from impactx.experiment.work import Workplace, maps_complete
 from impactx.settings import ExperimentSettings
 from impactx.timing import Progress, duration
@@ -48,24 +50,32 @@ class Job:
     """
 
     def __init__(self, settings: ExperimentSettings, cells: Sequence[Cell], place: Workplace, executor: Executor,
-                 tracker: Tracker, *, tags: dict[str, str] | None = None) -> None:
-        """tags: set on every run, such as the version of the code."""
+                 tracker: Tracker, *, tags: dict[str, str] | None = None,
+                 about: dict[str, Any] | None = None) -> None:
+        """tags: set on every run, such as the version of the code; about: plain data on how the job was started."""
         self.settings, self.cells, self.place = settings, cells, place
         self.executor, self.tracker, self.tags = executor, tracker, dict(tags or {})
-        self.key = job_key(settings)
+        self.key, self.about = job_key(settings), dict(about or {})
         self.artifacts = Artifacts(place.artifacts.storage)
         self.map_folders: list[str] = []
         self.failed: dict[str, Exception] = {}
         self.summary = Summary(len(cells))
+        self.report: str | None = None  # the address of the finished job's report
+        self.evidence: dict[str, Any] = {"cells": []}  # see experiment.evidence, once the job is done
 
-    def run(self) -> list[Row]:
+    def run(self, report: Callable[[str, Run], str] | None = None) -> list[Row]:
         """Do everything; returns one row for each final model. Results are files under jobs/<key> as well.
+
+        report: called at the end with the job's key and run, returns an address; if it fails, that is all that does.
 
         Cells that failed are in `failed`; `check` raises for them. Where no cell is left, it is raised at once.
         """
-        with self.tracker.run(self.key, name=self.settings.name, params=self.settings.model_dump(mode="json"),
+        # The address of the tracker may hold a password, and the tracker is the last place that needs it.
+        described = self.settings.model_dump(mode="json", exclude={"tracking": {"uri"}})
+        note_start(self.artifacts.storage, self.key, described, self.about)
+        with self.tracker.run(self.key, name=self.settings.name, params=described,
                               tags=self.tags | {"impactx.role": "job"}) as run:
-            run.log_text(json.dumps(self.settings.model_dump(mode="json"), indent=1), "config.json")
+            run.log_text(json.dumps(described, indent=1), "config.json")
             try:
                 self._claim = Claim(self.artifacts.storage, f"jobs/{self.key}/driver.json", f"the job {self.key}")
                 rows = [row for found in self._all_cells() for row in found]
@@ -75,8 +85,13 @@ class Job:
                 self.artifacts.storage.write_json(f"jobs/{self.key}/results.json", table)
                 self.artifacts.storage.write(f"jobs/{self.key}/results.csv", results_csv(rows).encode())
                 run.log_text(results_csv(rows), "results.csv")
+                self.evidence = evidence(self.artifacts.storage, rows)
+                self.artifacts.storage.write_json(f"jobs/{self.key}/evidence.json", self.evidence)
+                run.log_text(json.dumps(self.evidence, indent=1), "evidence.json")
                 run.log_metrics({f"{s.approach}.{s.dataset}.{s.model}.test_accuracy": s.test_mean
                                  for s in summarise(rows)})
+                if report is not None:
+                    self._report(report, run)
                 if self.failed:
                     run.finish("FAILED", str(self._failure()))
             except BaseException:
@@ -90,6 +105,13 @@ class Job:
     def may_go_on(self) -> None:
         """Raises TakenOver where the same job was started again meanwhile: that one goes on, and this one ends."""
         self._claim.check()
+
+    def _report(self, report: Callable[[str, Run], str], run: Run) -> None:
+        try:
+            self.report = report(self.key, run)
+        except Exception as error:  # the job's work is done and kept: a page about it must not undo that
+            log.error("the report could not be made: %s: %s (jobs/report.py tries it again)", type(error).__name__,
+                      error, exc_info=True)
 
     def _all_cells(self) -> list[list[Row]]:
         """The rows of each cell, none for one that failed."""
@@ -122,9 +144,13 @@ class CellRun:
         """number: of the cell in its job, from 1."""
         self.job, self.cell, self.number = job, cell, number
         self.key = f"{job.key}/{cell.dataset.name}/{cell.model.name}"
+        self.journal = CellJournal(job.artifacts.storage, job.key, cell.dataset.name, cell.model.name, {
+            "class_names": list(cell.facts.class_names), "image_size": list(cell.facts.image_size),
+            "train_images": cell.facts.train_images, "selection_metric": cell.selection_metric})
         self.log = CellLog(log, {"cell": cell.name})
 
     def _task(self, unit: Unit) -> Task:
+        self.journal.plan([unit])
         # A trial and the model of repeat 0 may have one recipe: the role keeps their runs apart.
         return Task(unit, f"{self.key}/{unit.role}-{unit.key}", self.key,
                     self.job.tags | {"impactx.role": unit.role})
@@ -155,7 +181,11 @@ class CellRun:
         started = time.perf_counter()
         self.log.info("%s: starts", unit.name)
         self.job.summary.at(self.cell.name, unit.role)
-        result = how(self._task(unit))
+        try:
+            result = how(self._task(unit))
+        except Exception as error:
+            self.journal.failed(unit, f"{type(error).__name__}: {error}")
+            raise
         if result.get("best"):
             self.log.info("%s: validation accuracy %.4f at epoch %d of %d, in %s", unit.name,
                      result["best"]["val_accuracy"], result["best_epoch"], result["epochs"],
@@ -165,6 +195,7 @@ class CellRun:
     def _search(self, what: str, units: list[Unit], metric: str, hours: float | None = None
                 ) -> tuple[Unit, dict[str, Any]]:
         """Train all units as trials, and choose. hours: of training, summed; then no other trial is begun."""
+        self.journal.plan(units, what)
         results = {u.key: r for u in units if (r := self._reused(u)) is not None}
         stopped = {u.key: r for u in units if u.key not in results and (r := self._stopped(u)) is not None}
         if results or stopped:
@@ -184,6 +215,7 @@ class CellRun:
             best = max((r["best"][metric] for r in results.values() if r.get("best")), default=float("nan"))
             if result is None:
                 failed[unit.name] = said = error or "it left no result"
+                self.journal.failed(unit, said)
                 self.log.warning("%s failed: %s", unit.name, error)
             elif result.get("stopped"):
                 stopped[unit.key] = result
@@ -215,6 +247,7 @@ class CellRun:
         if lost := [f"{name}: {said}" for name, said in failed.items() if said.startswith(TakenOver.__name__)]:
             raise TakenOver("\n".join(lost))  # a choice among the rest would be another one
         chosen, result = select(units, results, metric, failed)
+        self.journal.selected(what, chosen)
         notes = [f"{len(failed)} of {len(units)} trials failed"] if failed else []
         notes += [f"{len(stopped)} of {len(units)} were stopped early"] if stopped else []
         self.log.info("%s: selected %s (%s %.4f)%s", what, chosen.name, metric, result["best"][metric],
@@ -239,6 +272,7 @@ class CellRun:
     def _train_all(self, units: list[Unit]) -> list[dict[str, Any]]:
         """Train independent models, as many at once as the executor has room for."""
         # Two approaches may come to one recipe: that unit must not be trained by two at once.
+        self.journal.plan(units)
         unique = {unit.key: unit for unit in units}
         outcomes = run_all([partial(self._train, unit) for unit in unique.values()],
                            self.job.executor.trainings_at_once(), name="training",
@@ -267,6 +301,7 @@ class CellRun:
         try:
             return self._run()
         except Exception as error:
+            self.journal.stopped(f"{type(error).__name__}: {error}")
             if len(self.job.cells) > 1:  # the job goes on, and says it again at its end
                 named = type(error).__module__.startswith("impactx.")
                 self.log.error("failed: %s: %s", type(error).__name__, error, exc_info=not named)
@@ -291,12 +326,24 @@ class CellRun:
                 if not result["weights"]:
                     self.log.warning("%s diverged in its first epoch: it is not in the table", model.name)
             rows = [self._test(model, result) for model, result in finals if result["weights"]]
+            self._register(finals, rows)
             for s in summarise(rows):
                 run.log_metrics({f"{s.approach}.val_accuracy": s.val_mean, f"{s.approach}.test_accuracy": s.test_mean})
                 if (published := paper_accuracy(s.dataset, s.model, s.approach)) is not None:
                     run.log_metrics({f"{s.approach}.paper_accuracy": published})
             run.log_text(results_csv(rows), "results.csv")
         return rows
+
+    def _register(self, finals: list[tuple[Unit, dict[str, Any]]], rows: list[Row]) -> None:
+        """Give the tracker the final models of repeat 0, one for each approach."""
+        storage, cell = self.job.artifacts.storage, self.cell
+        tests = {row.checkpoint: row.test_accuracy for row in rows if row.repeat == 0}
+        for unit, result in finals:
+            if (accuracy := tests.get(storage.uri(unit.folder))) is not None:
+                self.job.tracker.register_model(
+                    self._task(unit).run_key, name=(cell.dataset.name, cell.model.name, unit.params["approach"]),
+                    checkpoint=partial(storage.read, f"{unit.folder}/{CHECKPOINT}"),
+                    about=unit.params | {"impactx.weights": result["weights"], "test_accuracy": accuracy})
 
     def _stage2(self, run: Run, configuration: Configuration,
                 classifiers: list[tuple[Unit, dict[str, Any]]]) -> list[tuple[Unit, dict[str, Any]]]:
@@ -328,16 +375,17 @@ class CellRun:
 
     def _test(self, model: Unit, result: dict[str, Any]) -> Row:
         cell, approach = self.cell, model.params["approach"]
-        tested = self._do(cell.test(model, result), self.job.executor.evaluate)
+        unit = cell.test(model, result)
+        tested = self._do(unit, self.job.executor.evaluate)
         self.log.info("%s: test accuracy %.4f on %d images", model.name, tested["accuracy"], tested["images"])
-        return Row(dataset=cell.dataset.name, model=cell.model.name, approach=approach,
-                   repeat=model.params["repeat"], weight=model.params.get("lambda"),
-                   learning_rate=model.params["learning_rate"], batch_size=model.params["batch_size"],
-                   validation_fraction=model.params["validation_fraction"],
-                   val_accuracy=result["best"]["val_accuracy"], test_accuracy=tested["accuracy"],
-                   test_images=tested["images"], epochs=result["epochs"], train_seconds=result["seconds"],
-                   paper_accuracy=paper_accuracy(cell.dataset.name, cell.model.name, approach),
-                   checkpoint=self.job.artifacts.storage.uri(model.folder),
-                   map_seconds=tested.get("map_seconds"))
-
-
+        row = Row(dataset=cell.dataset.name, model=cell.model.name, approach=approach,
+                  repeat=model.params["repeat"], weight=model.params.get("lambda"),
+                  learning_rate=model.params["learning_rate"], batch_size=model.params["batch_size"],
+                  validation_fraction=model.params["validation_fraction"],
+                  val_accuracy=result["best"]["val_accuracy"], test_accuracy=tested["accuracy"],
+                  test_images=tested["images"], epochs=result["epochs"], train_seconds=result["seconds"],
+                  paper_accuracy=paper_accuracy(cell.dataset.name, cell.model.name, approach),
+                  checkpoint=self.job.artifacts.storage.uri(model.folder), test=unit.folder,
+                  map_seconds=tested.get("map_seconds"))
+        self.journal.tested(row)
+        return row

@@ -91,6 +91,14 @@ class Tracker(Protocol):
         It returns at once and is done in the background, at the latest by `close_unfinished`.
         """
 
+    def register_model(self, key: str, *, name: tuple[str, ...], checkpoint: Callable[[], bytes],
+                       about: Mapping[str, Any]) -> None:
+        """Keep a final model of the run with this key where it can be loaded and served from by its name.
+
+        about: "impactx.weights", its fingerprint, and what else is said of it.  The same weights are kept under a
+        name only once.  It returns at once and is done in the background, at the latest by `close_unfinished`.
+        """
+
     def close_unfinished(self, root_key: str) -> int:
         """At the job's end: its runs that are still RUNNING become KILLED; how many there were.
 
@@ -185,6 +193,11 @@ class NoTracker:
         with self.run(key, name=name, parent=parent, params=params, tags=tags) as run:
             run.log_history(history)
             run.log_metrics(final or {})
+
+    def register_model(self, key: str, *, name: tuple[str, ...], checkpoint: Callable[[], bytes],
+                       about: Mapping[str, Any]) -> None:
+        """Check the key."""
+        check_key(key)
 
     def close_unfinished(self, root_key: str) -> int:
         """Nothing is ever unfinished."""
