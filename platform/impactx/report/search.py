@@ -12,7 +12,7 @@ from impactx.report.style import INK, SURFACE, figure, plain, png
 
 STAGE1 = "stage 1"
 AXES = ("learning_rate", "batch_size", "validation_fraction")
-MOST_ROWS = 10  # of the trials in a table; the CSV has all
+MOST_ROWS = 10  # trials in a table, failures in a list; the CSV has all
 
 
 def search_sections(export: dict[str, Any]) -> list[Section]:
@@ -38,14 +38,18 @@ def _step(cell: dict[str, Any], step: str) -> list[Block]:
     if chosen is not None:
         said += f"; selected {_point(chosen)} with {percent(_score(chosen, metric))} % ({_words(metric)})"
     blocks: list[Block] = [Text(said + ".")]
-    if failed := [u for u in trials if u["state"] in ("failed", "diverged")]:
-        blocks.append(Items([f"{u['name']}: {u['error'] or 'diverged, its loss was not finite'}" for u in failed],
-                            "warning"))
+    if failed := [f"{u['name']}: {_why(u)}" for u in trials if u["state"] in ("failed", "diverged")]:
+        more = [f"and {len(failed) - MOST_ROWS} more, all in {name}.csv"] if len(failed) > MOST_ROWS else []
+        blocks.append(Items([*failed[:MOST_ROWS], *more], "warning"))
     if any(_score(u, metric) is not None for u in trials):
         blocks.append(_heat_maps(trials, chosen, metric, name) if step == STAGE1
                       else _lambdas(trials, chosen, metric, name))
     blocks.append(_table(trials, chosen, metric, name, step))
     return blocks
+
+
+def _why(unit: dict[str, Any]) -> str:
+    return unit["error"] or "diverged, its loss was not finite"
 
 
 def _words(metric: str) -> str:
@@ -146,7 +150,8 @@ def _table(trials: list[dict[str, Any]], chosen: dict[str, Any] | None, metric: 
         point = [number(p["lambda"])] if step != STAGE1 else [number(p[axis]) for axis in AXES]
         rows.append([*point, percent(_score(unit, metric)), number(result.get("best_epoch")),
                      number(result.get("epochs")), f"{result['seconds']:.0f}" if "seconds" in result else NONE,
-                     "selected" if unit is chosen else unit["state"]])
+                     "selected" if unit is chosen else
+                     f"failed: {_why(unit)}" if unit["state"] == "failed" else unit["state"]])
     return Table(name, head, rows, frozenset(range(len(head) - 1)),
                  frozenset(i for i, u in enumerate(ordered) if u is chosen),
                  f"The trials, best first{f' (the first {MOST_ROWS} of {len(rows)})' if len(rows) > MOST_ROWS else ''}",
