@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export IMPACTX_DATA ?= $(if $(wildcard ../shared/data),../shared/data,data)
 
-.PHONY: demo test lint unit reference cluster-tests test-servers install clean
+.PHONY: demo test lint unit reference cluster-tests chaos test-servers install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python jobs/full_grid.py --preset demo
@@ -25,6 +25,10 @@ reference: $(VENV)/.installed
 
 cluster-tests: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/cluster -m "slow or not slow" --timeout 3600
+
+# Nodes, processes, drivers and disks fail under real jobs.
+chaos: $(VENV)/.installed
+	$(BIN)/python -m pytest tests/cluster/test_faults.py tests/cluster/test_submit.py -m "slow or not slow" --timeout 3600
 
 # Against real servers on loopback: MLflow, S3.
 test-servers: $(VENV)/.installed

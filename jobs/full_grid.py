@@ -4,6 +4,7 @@
   python jobs/full_grid.py --preset cifar10-lenet5            one cell of Table 2, on a CPU
   python jobs/full_grid.py dataset=cifar10 model=lenet5       the paper's grid for one cell
   python jobs/full_grid.py                                    the paper's whole grid
+  python jobs/full_grid.py --plan                             what it costs on this cluster, by measurement
   ray job submit --working-dir . -- python jobs/full_grid.py  the same on a cluster
 
 The same command started again goes on where it stopped: what is finished is not computed again.
@@ -30,6 +31,13 @@ def run(arguments: list[str] | None = None) -> None:
         return
     prepared = prepare(settings)
     from impactx.cluster.connection import connected
+
+    if options.plan:
+        with connected(settings.cluster):
+            from impactx.cluster.measuring import plan
+
+            print(plan(prepared.cells, settings.cluster, prepared.place))
+        return
     from impactx.cluster.executor import RayExecutor
     from impactx.experiment.evidence import sentences
     from impactx.experiment.results import table

@@ -24,6 +24,7 @@ class ExperimentOptions(argparse.Namespace):
     preset: str
     overrides: list[str]
     dry_run: bool
+    plan: bool
     configs: Path
 
     def load(self) -> ExperimentSettings:
@@ -47,19 +48,22 @@ groups (dataset=cifar10, model=[lenet5,mobilenet]); the files in configs/<group>
 
 settings (training.epochs=20, grid.batch_size=[32,64], approaches.impactx.lambdas=[0.8]); those used most:
   output            folder or s3:// address of everything that is kept       (results)
-  data_root         folder of the data sets                                  ($IMPACTX_DATA, or data)
+  data_root         folder or s3:// address of the data sets                 ($IMPACTX_DATA, or data)
   repeats           trainings of each selected configuration                 (5)
   seed              of repeat 0; repeat r has seed + r                       (0)
-  grid.*            Table 1: learning_rate, batch_size, validation_fraction  (lists, or {{start, stop, step}})
+  grid.*            Table 1: learning_rate, batch_size, validation_fraction  (lists, or {{start, stop, step}});
+                    strategy (grid, random, asha), max_trials, max_hours: how much of it is done
   training.*        epochs, patience, optimizer, precision
   attribution.*     max_evals, batch_size, masker: what a map is
-  cluster.*         address, trial_cpus, trial_gpus, train_workers, use_gpu, explain_cpu_actors, threads
+  cluster.*         address, trial_cpus, trial_gpus, train_workers, use_gpu, explain_cpu_actors, cells_at_once
   tracking.*        enabled, uri (default: MLFLOW_TRACKING_URI, else sqlite in the output folder), experiment
 All of them, with defaults and meaning: docs/SETTINGS.md.""")
     parser.add_argument("overrides", nargs="*", metavar="setting=value",
                         help="change a setting, or choose from a group")
     parser.add_argument("--preset", default=DEFAULT_PRESET, help=f"one of {', '.join(presets(folder))} (%(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="list what would run and what exists; start nothing")
+    parser.add_argument("--plan", action="store_true", help=(
+        "measure a few steps of each model on this cluster and print what the job costs; train nothing"))
     parser.set_defaults(configs=folder)
     return parser
 

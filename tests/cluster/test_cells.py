@@ -23,10 +23,10 @@ DIGITS = {"source": "digits", "augmentation": {"flip": False, "shift": 2}}
 def job(folder, cache, executor, **changes):
     """A job of two cells; the second has more images, so its first stage takes longer."""
     settings = experiment(**{"datasets": {
-        "few": DIGITS | {"name": "few", "subset": 60}, "many": DIGITS | {"name": "many", "subset": 800}},
+        "few": DIGITS | {"name": "few", "subset": 40}, "many": DIGITS | {"name": "many", "subset": 240}},
         "output": str(folder), "cache": str(cache), "data_root": str(folder / "no-data"),
-        "training": {"epochs": 20, "patience": 20, "memory_mb": 64},
-        "grid": {"learning_rate": [0.002, 0.004, 0.003, 0.001], "batch_size": [16], "validation_fraction": [0.2]},
+        "training": {"epochs": 8, "patience": 8, "memory_mb": 64},
+        "grid": {"learning_rate": [0.002, 0.004, 0.003, 0.001], "batch_size": [8], "validation_fraction": [0.25]},
         "maps": {"shard_size": 5}} | changes)
     prepared = prepare(settings)
     return Job(settings, prepared.cells, prepared.place, executor(prepared.place), NoTracker())
@@ -53,7 +53,7 @@ def test_cells_at_once_equal_cells_one_by_one_and_overlap(tmp_path, cache, caplo
         return next(k for k, line in enumerate(lines) if text in line)
 
     assert at("few x lenet5: maps repeat 0: starts") < at("many x lenet5: stage 1: selected")
-    assert at("few x lenet5: maps repeat 0: 60 of 60 maps") < at("many x lenet5: maps repeat 0: starts")
+    assert at("few x lenet5: maps repeat 0: 40 of 40 maps") < at("many x lenet5: maps repeat 0: starts")
     assert threading.active_count() < 60
 
 

@@ -143,6 +143,35 @@ def test_two_pools_at_once_and_a_worker_that_stands_still_does_not_hold_up_the_e
           "the end of the actor that stood still")
 
 
+def of_node(node):
+    """The map workers of one node of the cluster."""
+    raylet = node.all_processes["raylet"][0].process.pid
+    return [pid for pid, line in descendants(raylet).items() if line.startswith(f"ray::{ACTORS}")]
+
+
+@pytest.mark.timeout(300)
+def test_a_lost_machine_loses_nothing(cluster, explained, fresh):
+    """kill -9 of all processes of a node, in the middle of its shards."""
+    one, two, maps, store = explained[0], *fresh
+    second = cluster.add_node(num_cpus=1, object_store_memory=128 * 2**20)
+    cluster.wait_for_nodes()
+    lost = []
+
+    def act():
+        far = until(lambda: of_node(second), "a map worker on the second node")
+        begun(store)
+        until(lambda: len(store.missing()) <= store.spec.shards - 2, "two shards")
+        cluster.remove_node(second, allow_graceful=False)
+        lost.extend(far)
+
+    join = in_background(act)
+    explain_on_pools(maps, two.place, [Pool("cpu", "cpu", 3, {"num_cpus": 0.9}, {"CPU": 1})], 3, ignore,
+                     Shares(lambda: {"CPU": 3}), "cell")
+    join()
+    assert lost
+    same_maps(one, two, maps)
+
+
 def test_an_error_in_an_actor_arrives_as_itself(fresh):
     two, maps, store = fresh
     where = f"{two.a().folder}/{CHECKPOINT}"

@@ -241,7 +241,7 @@ def test_an_exception_fails_the_run_with_its_traceback_until_it_succeeds(tracker
     assert again.info.status == "FINISHED" and "impactx.error" not in again.data.tags
 
 
-def test_replay_makes_completes_or_leaves_a_run(tracker, store):
+def test_replay_makes_completes_or_leaves_a_run(tracker, store, tmp_path):
     history, final = [{"acc": 0.1 * e} for e in range(1, 6)], {"best_acc": 0.5}
     with tracker.run("replayed", name="job"):
         half = tracker.run("replayed/half", name="half", parent="replayed")
@@ -250,12 +250,21 @@ def test_replay_makes_completes_or_leaves_a_run(tracker, store):
         half.finish("KILLED")
         done = tracker.run("replayed/done", name="done", parent="replayed")
         done.finish()
+        asked = []
+
+        def files(folder):
+            asked.append(folder)
+            (folder / "split.npz").write_text("the split")
+            return [folder / "split.npz"]
+
         for _ in range(2):
             for key in ("new", "half", "done"):
                 tracker.replay(f"replayed/{key}", name=key, parent="replayed", params={"lr": 1},
-                               history=history, final=final)
+                               history=history, final=final, files=files)
         assert tracker.close_unfinished("replayed") == 0
     runs = store.runs("replayed")
+    assert len(asked) == 2, "files are made only for runs that are made"
+    assert store.text(runs["replayed/new"], "split.npz", tmp_path) == "the split"
     assert set(store.statuses("replayed").values()) == {"FINISHED"} and len(runs) == 4
     for key in ("new", "half"):
         assert [step for step, _ in store.points(runs[f"replayed/{key}"], "acc")] == [1, 2, 3, 4, 5]

@@ -232,8 +232,8 @@ def test_an_interrupted_job_goes_on_and_ends_with_the_same_numbers(first, shared
     left = times(tmp_path)
     again = Done(tmp_path, shared).run()
     assert again.numbers() == first.numbers()
-    assert {k: v for k, v in times(tmp_path).items() if k in left and "running.pt" not in k} == {
-        k: v for k, v in left.items() if "running.pt" not in k}
+    assert {k: v for k, v in times(tmp_path).items() if k in left and not k.endswith(("running.pt", "claim.json"))} == {
+        k: v for k, v in left.items() if not k.endswith(("running.pt", "claim.json"))}
     if stop_at.startswith("maps"):
         assert again.work[0] == "maps repeat 0: 60 of 100"  # 30 lay there
     else:
@@ -436,6 +436,36 @@ def test_runs_hold_the_resolved_unit_the_split_and_the_checkpoint(shared, tmp_pa
         np.testing.assert_array_equal(kept[part], getattr(split, part))
     for folder, row in zip((model, two), done.rows, strict=True):
         assert (folder / "checkpoint.pt").read_bytes() == Path(row.checkpoint, "checkpoint.pt").read_bytes()
+
+
+# ---- a budget
+
+HOURS = ("approach=[]", "grid.learning_rate=[0.002,0.003,0.004]")
+
+
+def test_no_trial_is_begun_once_the_hours_are_spent(shared, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "impactx"):
+        done = Done(tmp_path, shared, *HOURS, "grid.max_hours=1e-9").run()
+    order = [unit.name for unit in done.cell.stage1_trials()]
+    assert done.work == [order[0], "A repeat 0", "test of A repeat 0"]
+    assert "the budget of 1e-09 hours is spent, 2 of 3 trials were not begun" in caplog.text
+    again = Done(tmp_path, shared, *HOURS, "grid.max_hours=1e-9").run()
+    assert again.work == [] and again.numbers() == done.numbers()
+    more = Done(tmp_path, shared, *HOURS, "grid.max_hours=1").run()
+    assert more.work[:2] == order[1:]
+
+
+def test_a_trial_that_was_begun_is_finished_although_the_hours_are_spent(shared, tmp_path):
+    order = [unit.name for unit in Done(tmp_path, shared, *HOURS, "grid.max_hours=1").cell.stage1_trials()]
+    with pytest.raises(KeyboardInterrupt):
+        Done(tmp_path, shared, *HOURS, "grid.max_hours=1", stop_at=order[1]).run()
+    again = Done(tmp_path, shared, *HOURS, "grid.max_hours=1e-9").run()
+    assert again.work[0] == order[1] and order[2] not in again.work
+
+
+def test_asha_needs_a_cluster(shared, tmp_path):
+    with pytest.raises(WorkError, match="'asha' needs a Ray cluster"):
+        Done(tmp_path, shared, "approach=[]", "grid.strategy=asha").run()
 
 
 # ---- several cells

@@ -23,6 +23,7 @@ LAYERS = [
     {"configuration", "settings_doc"},
     {"training", "explain", "evaluation"},
     {"models", "datasets"},
+    {"fetching"},
     {"settings", "storage", "timing", "version"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}

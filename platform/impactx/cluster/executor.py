@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from impactx.cluster.errors import is_final, portable
 from impactx.cluster.pool import explain_on_pools, pools_of
@@ -20,6 +21,8 @@ from impactx.cluster.search import tune_search
 from impactx.cluster.shares import Amounts, Shares
 from impactx.cluster.trial import Report
 from impactx.experiment.executor import (
+    UNLIMITED,
+    Limits,
     OnEpoch,
     OnResult,
     OnShards,
@@ -108,7 +111,9 @@ def _train_on_workers(task: Task, place: Workplace, tracker: Tracker, workers: W
     from ray.train.torch import TorchTrainer
 
     resources = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
-    monitor = Monitor.remote()  # type: ignore[attr-defined]
+    # Not on the machine of a worker, with which it would be lost.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    monitor = Monitor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     trainer = TorchTrainer(
         _train_worker,
         train_loop_config={"task": task, "place": place, "tracker": tracker, "monitor": monitor},
@@ -176,7 +181,8 @@ class RayExecutor:
     def _workers(self, count: int, cpus: float, gpus: float) -> Workers:
         return Workers(count, cpus, gpus, self.settings.max_failures, self._scratch)
 
-    def search(self, tasks: Sequence[Task], on_result: OnResult, on_epoch: OnEpoch) -> None:
+    def search(self, tasks: Sequence[Task], on_result: OnResult, on_epoch: OnEpoch,
+               limits: Limits = UNLIMITED) -> None:
         """Trials by Ray Tune: each in a process that is kept for the next, or over several by Ray Train."""
         s, place, tracker = self.settings, self.place, self.tracker
         workers = self._workers(s.trial_workers, s.trial_cpus, s.trial_gpus)
@@ -191,7 +197,8 @@ class RayExecutor:
         held = {"CPU": s.trial_cpus, "GPU": s.trial_gpus} if workers.count == 1 else {"CPU": 0.01}
         with self._unless_stopped():
             tune_search(tasks, place, train, shares=self.shares, need=workers.amounts | {"trials": 1}, held=held,
-                        max_failures=s.max_failures, scratch=self._scratch, on_result=on_result, on_epoch=on_epoch)
+                        max_failures=s.max_failures, scratch=self._scratch, on_result=on_result, on_epoch=on_epoch,
+                        limits=limits)
 
     def cells_at_once(self) -> int:
         """A setting."""
@@ -218,7 +225,7 @@ class RayExecutor:
                 explain_on_pools(task.unit, self.place, pools_of(self.settings, ray.cluster_resources()),
                                  self.settings.max_failures, on_shards, self.shares, task.parent_key)
             result = finish_maps(task.unit, self.place, time.perf_counter() - started)
-            log_maps(run, result)
+            log_maps(run, task.unit, result)
             return result
 
     def evaluate(self, task: Task) -> dict[str, Any]:

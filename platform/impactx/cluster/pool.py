@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from impactx.cluster.errors import portable
 from impactx.cluster.shares import Shares
@@ -217,9 +218,11 @@ def explain_on_pools(unit: Unit, place: Workplace, pools: Sequence[Pool], max_fa
     store = open_store(unit, place)
     missing = store.missing()
     before = store.spec.images - sum(len(store.shard_indices(k)) for k in missing)
-    queue = ray.remote(num_cpus=0)(ShardQueue).remote(missing, max_failures)
+    # What must not be lost with a worker's machine lives on the driver's: without the driver there is no job anyway.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    queue = ray.remote(num_cpus=0, scheduling_strategy=here)(ShardQueue).remote(missing, max_failures)
     # Each group has a process of its own, which owns its actors: to end it ends them, whatever they are at.
-    run = ray.remote(num_cpus=0, max_retries=max_failures)(_run_pool)
+    run = ray.remote(num_cpus=0, max_retries=max_failures, scheduling_strategy=here)(_run_pool)
     forces = [Workforce(replace(pool, actors=min(pool.actors, len(missing))), shares, owner,
                         lambda group: run.remote(unit, place, queue, group)) for pool in pools]
     shown = 0

@@ -30,7 +30,7 @@ class Shared:
 class TrialActor(tune.Trainable):
     """See Ray Tune's class API; its own function API gives a stopped trial no time to end its run.
 
-    Make a subclass with `shared` and `resources` for each search, with a name of its own (`trial_class`).
+    Make a subclass with `shared` and `resources` for each search (`trial_class`).
     """
 
     shared: ClassVar[Shared]
@@ -95,7 +95,6 @@ class TrialActor(tune.Trainable):
             self._thread.join(END_SECONDS)
 
 
-def trial_class(name: str, shared: Shared, resources: dict[str, float]) -> type[TrialActor]:
-    """The actor's class for one search. name: unique in the job, for Tune keeps classes by their names."""
-    # `_name` is what Tune registers it by; the class's own name is what a list of processes shows.
-    return type("TrialActor", (TrialActor,), {"shared": shared, "resources": resources, "_name": name})
+def trial_class(shared: Shared, resources: dict[str, float]) -> type[TrialActor]:
+    """The actor's class for one search."""
+    return type("TrialActor", (TrialActor,), {"shared": shared, "resources": resources})

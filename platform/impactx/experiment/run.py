@@ -12,8 +12,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from impactx.experiment.budget import Budget
+from impactx.experiment.claims import Claim, TakenOver
 from impactx.experiment.evidence import evidence
-from impactx.experiment.executor import Executor, Task, final_metrics
+from impactx.experiment.executor import STOPPED_TAG, Executor, Limits, Task, final_metrics, training_files
 from impactx.experiment.journal import CellJournal, note_start
 from impactx.experiment.paper import paper_accuracy
 from impactx.experiment.plan import EXECUTION_ONLY, Cell, Configuration, select
@@ -74,6 +76,7 @@ class Job:
                               tags=self.tags | {"impactx.role": "job"}) as run:
             run.log_text(json.dumps(self.settings.model_dump(mode="json"), indent=1), "config.json")
             try:
+                self._claim = Claim(self.artifacts.storage, f"jobs/{self.key}/driver.json", f"the job {self.key}")
                 rows = [row for found in self._all_cells() for row in found]
                 if len(self.failed) == len(self.cells):
                     self.check()
@@ -95,6 +98,7 @@ class Job:
                 raise
             finally:
                 self.tracker.close_unfinished(self.key)
+        self._claim.release()
         return rows
 
     def _report(self, report: Callable[[str, Run], str], run: Run) -> None:
@@ -103,6 +107,10 @@ class Job:
         except Exception as error:  # the job's work is done and kept: a page about it must not undo that
             log.error("the report could not be made: %s: %s (jobs/report.py tries it again)", type(error).__name__,
                       error, exc_info=True)
+
+    def may_go_on(self) -> None:
+        """Raises TakenOver where the same job was started again meanwhile: that one goes on, and this one ends."""
+        self._claim.check()
 
     def _all_cells(self) -> list[list[Row]]:
         """The rows of each cell, none for one that failed."""
@@ -152,19 +160,23 @@ class CellRun:
             self.log.warning("%s: shards were deleted since they were finished: they are made anew", unit.name)
             return None
         if result is not None:
-            task = self._task(unit)
-            final = final_metrics(result) if "history" in result else {
-                f"{unit.role}_{k}": v for k, v in result.items() if isinstance(v, (int, float))}
-            self.job.tracker.replay(task.run_key, name=unit.name, parent=self.key, params=unit.params,
-                                    tags=task.tags | {"impactx.reused": "true"}, final=final,
-                                    history=[{k: v for k, v in row.items() if v is not None}
-                                             for row in result.get("history", [])])
+            self._replay(unit, result, {"impactx.reused": "true"})
         return result
+
+    def _replay(self, unit: Unit, result: dict[str, Any], tags: dict[str, str]) -> None:
+        """Make the tracker's run of a unit that was done earlier, where there is none."""
+        task = self._task(unit)
+        self.job.tracker.replay(task.run_key, name=unit.name, parent=self.key, params=unit.params,
+                                tags=task.tags | tags, final=final_metrics(unit, result),
+                                history=[{k: v for k, v in row.items() if v is not None}
+                                         for row in result.get("history", [])],
+                                files=partial(training_files, unit, self.job.place) if "history" in result else None)
 
     def _do(self, unit: Unit, how: Callable[[Task], dict[str, Any]]) -> dict[str, Any]:
         if (result := self._reused(unit)) is not None:
             self.log.info("%s: reused, finished earlier (%s)", unit.name, unit.folder)
             return result
+        self.job.may_go_on()
         started = time.perf_counter()
         self.log.info("%s: starts", unit.name)
         self.job.summary.at(self.cell.name, unit.role)
@@ -179,37 +191,73 @@ class CellRun:
                      duration(time.perf_counter() - started))
         return result
 
-    def _search(self, what: str, units: list[Unit], metric: str) -> tuple[Unit, dict[str, Any]]:
+    def _search(self, what: str, units: list[Unit], metric: str, hours: float | None = None
+                ) -> tuple[Unit, dict[str, Any]]:
+        """Train all units as trials, and choose. hours: of training, summed; then no other trial is begun."""
         self.journal.plan(units, what)
         results = {u.key: r for u in units if (r := self._reused(u)) is not None}
-        if results:
-            self.log.info("%s: %d of %d trials reused, finished earlier", what, len(results), len(units))
+        stopped = {u.key: r for u in units if u.key not in results and (r := self._stopped(u)) is not None}
+        if results or stopped:
+            self.log.info("%s: %d of %d trials reused, finished earlier%s", what, len(results), len(units),
+                          f"; {len(stopped)} were stopped early" if stopped else "")
+        pending = [u for u in units if u.key not in results | stopped]
+        begun = {u.key for u in pending if hours is not None and self.job.artifacts.begun(u)}
+        budget = Budget(hours, [*results.values(), *stopped.values()])
         failed: dict[str, str] = {}
-        progress = Progress(f"{self.cell.name}: {what}", "trials", len(units), before=len(results))
+        progress = Progress(f"{self.cell.name}: {what}", "trials", len(units), before=len(results) + len(stopped))
+
+        def on_epoch(unit: Unit, row: dict[str, float]) -> None:
+            budget.epoch(unit.key, row)
+            self._on_epoch(unit, row)
 
         def on_result(unit: Unit, result: dict[str, Any] | None, error: str | None) -> None:
+            best = max((r["best"][metric] for r in results.values() if r.get("best")), default=float("nan"))
             if result is None:
-                failed[unit.name] = error or "it left no result"
-                self.journal.failed(unit, failed[unit.name])
+                failed[unit.name] = said = error or "it left no result"
+                self.journal.failed(unit, said)
                 self.log.warning("%s failed: %s", unit.name, error)
+            elif result.get("stopped"):
+                stopped[unit.key] = result
+                said = f"stopped at epoch {result['epochs']} ({metric} {result['last'][metric]:.4f})"
             else:
                 results[unit.key] = result
+                budget.ended(unit.key, result)
                 if result["diverged"]:
                     self.log.warning("%s diverged at epoch %d (loss not finite)", unit.name, result["epochs"])
-            best = max((r["best"][metric] for r in results.values() if r.get("best")), default=float("nan"))
-            score = result["best"][metric] if result and result.get("best") else float("nan")
+                score = result["best"][metric] if result.get("best") else float("nan")
+                said, best = f"{metric} {score:.4f}", score if not best >= score else best
+            over = len(results) + len(stopped) + len(failed)
             self.job.summary.ended(self.cell.name, unit.name)
-            self.job.summary.at(self.cell.name, f"{what}, {len(results) + len(failed)} of {len(units)} trials")
-            progress.step(f"{unit.name}: {metric} {score:.4f}, best so far {best:.4f}")
+            self.job.summary.at(self.cell.name, f"{what}, {over} of {len(units)} trials")
+            progress.step(f"{unit.name}: {said}, best so far {best:.4f}")
 
-        pending = [u for u in units if u.key not in results]
         if pending:
-            self.job.executor.search([self._task(u) for u in pending], on_result, self._on_epoch)
+            def may_begin(unit: Unit) -> bool:
+                self.job.may_go_on()
+                return unit.key in begun or not budget.spent
+
+            limits = Limits(may_begin, units[0].inputs.get("halving", {}),
+                            [r["history"] for r in [*results.values(), *stopped.values()]])
+            pending.sort(key=lambda unit: unit.key not in begun)
+            self.job.executor.search([self._task(u) for u in pending], on_result, on_epoch, limits)
+            if left := len(units) - len(results) - len(stopped) - len(failed):
+                self.log.info("%s: the budget of %g hours is spent, %d of %d trials were not begun", what, hours, left,
+                              len(units))
+        if lost := [f"{name}: {said}" for name, said in failed.items() if said.startswith(TakenOver.__name__)]:
+            raise TakenOver("\n".join(lost))  # a choice among the rest would be another one
         chosen, result = select(units, results, metric, failed)
         self.journal.selected(what, chosen)
+        notes = [f"{len(failed)} of {len(units)} trials failed"] if failed else []
+        notes += [f"{len(stopped)} of {len(units)} were stopped early"] if stopped else []
         self.log.info("%s: selected %s (%s %.4f)%s", what, chosen.name, metric, result["best"][metric],
-                 f"; {len(failed)} of {len(units)} trials failed" if failed else "")
+                      "".join(f"; {note}" for note in notes))
         return chosen, result
+
+    def _stopped(self, unit: Unit) -> dict[str, Any] | None:
+        """What a trial had come to when this search stopped it earlier."""
+        if (found := self.job.artifacts.stopped(unit)) is not None:
+            self._replay(unit, found, {"impactx.reused": "true"} | STOPPED_TAG)
+        return found
 
     def _on_epoch(self, unit: Unit, row: dict[str, float]) -> None:
         self.job.summary.epoch(self.cell.name, unit.name, row)
@@ -265,7 +313,7 @@ class CellRun:
         with self.job.tracker.run(self.key, name=cell.name, parent=self.job.key, tags=self.job.tags | {
                 "impactx.role": "cell"}, params={"dataset": cell.dataset, "model": cell.model}) as run:
             trials = cell.stage1_trials()
-            chosen, found = self._search("stage 1", trials, cell.selection_metric)
+            chosen, found = self._search("stage 1", trials, cell.selection_metric, settings.grid.max_hours)
             configuration = Configuration(*(chosen.params[k] for k in (
                 "learning_rate", "batch_size", "validation_fraction")))
             self._log_selection(run, "A", chosen, found)

@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any, Literal, Protocol
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
+Files = Callable[[Path], Sequence[Path]]
 MAX_KEY = 250
 
 
@@ -82,9 +83,11 @@ class Tracker(Protocol):
 
     def replay(self, key: str, *, name: str, parent: str | None = None,
                params: Mapping[str, Any] | None = None, tags: Mapping[str, Any] | None = None,
-               history: Sequence[Mapping[str, float]] = (), final: Mapping[str, float] | None = None) -> None:
+               history: Sequence[Mapping[str, float]] = (), final: Mapping[str, float] | None = None,
+               files: Files | None = None) -> None:
         """Make the FINISHED run of a unit whose result is known from earlier. Does nothing if there is one.
 
+        files: called with an empty folder if the run has to be made; returns the files that become its artifacts.
         It returns at once and is done in the background, at the latest by `close_unfinished`.
         """
 
@@ -184,7 +187,8 @@ class NoTracker:
 
     def replay(self, key: str, *, name: str, parent: str | None = None,
                params: Mapping[str, Any] | None = None, tags: Mapping[str, Any] | None = None,
-               history: Sequence[Mapping[str, float]] = (), final: Mapping[str, float] | None = None) -> None:
+               history: Sequence[Mapping[str, float]] = (), final: Mapping[str, float] | None = None,
+               files: Files | None = None) -> None:
         """Check the arguments."""
         with self.run(key, name=name, parent=parent, params=params, tags=tags) as run:
             run.log_history(history)

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import shlex
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from urllib.parse import quote, urlsplit
 
 from impactx.experiment.tracker import (
     ContextRun,
+    Files,
     NoTracker,
     Status,
     Tracker,
@@ -94,7 +96,8 @@ class MlflowTracker:
 
     def replay(self, key: str, *, name: str, parent: str | None = None,
                params: Mapping[str, Any] | None = None, tags: Mapping[str, Any] | None = None,
-               history: Sequence[Mapping[str, float]] = (), final: Mapping[str, float] | None = None) -> None:
+               history: Sequence[Mapping[str, float]] = (), final: Mapping[str, float] | None = None,
+               files: Files | None = None) -> None:
         """Make the FINISHED run of a unit whose result was reused, in the background."""
         record, flat = Record(key, name, parent, tags or {}, self._known), flatten(params or {})
         points = history_points(history) + points_of(final or {}, None)
@@ -103,6 +106,10 @@ class MlflowTracker:
             if record.begin(client, self._writer.experiment_id, unless="FINISHED"):
                 record.log_params(client, flat)
                 record.log_points(client, points)
+                if files is not None:
+                    with tempfile.TemporaryDirectory(prefix="impactx-") as folder:
+                        for file in files(Path(folder)):
+                            client.log_artifact(record.run_id, str(file))
                 record.end(client, "FINISHED")
 
         self._writer.submit(Op(record, replay, WHOLE_RUN, warns=True), later=True)
