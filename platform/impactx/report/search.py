@@ -35,6 +35,8 @@ def _step(cell: dict[str, Any], step: str) -> list[Block]:
     name = f"{step.replace(' ', '-')}-{cell['dataset']}-{cell['model']}"
     finished = sum(u["state"] in ("finished", "diverged") for u in trials)
     said = f"{step.capitalize()}: {finished} of {len(trials)} trials finished"
+    if stopped := sum(u["state"] == "stopped early" for u in trials):
+        said += f", {stopped} were stopped early because they fell behind"
     if chosen is not None:
         said += f"; selected {_point(chosen)} with {percent(_score(chosen, metric))} % ({_words(metric)})"
     blocks: list[Block] = [Text(said + ".")]
@@ -106,7 +108,8 @@ def _heat_maps(trials: list[dict[str, Any]], chosen: dict[str, Any] | None, metr
                   f"from {low:.2f} to {high:.2f} percent",
                   "Each number is a trial's validation accuracy in percent at its best epoch."
                   + (" × marks a trial that failed or diverged." if failed.any() else "")
-                  + (" Empty fields are trials that have not finished." if (np.isnan(scores) & ~failed).any() else ""),
+                  + (" Empty fields are trials that were stopped early or have not finished."
+                     if (np.isnan(scores) & ~failed).any() else ""),
                   width=min(900, int(made.get_size_inches()[0] * 92)))
 
 
