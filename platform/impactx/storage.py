@@ -164,6 +164,14 @@ class Storage:
             return []
         return sorted(p.name for p in local.iterdir() if p.is_file() and not p.name.startswith(TEMPORARY))
 
+    def files(self, folder: str) -> dict[str, tuple[int, int]]:
+        """Everything below an S3 folder: path relative to it -> (bytes, time of the last change in ns)."""
+        from pyarrow import fs
+
+        with self._asking("list", folder) as (filesystem, key):
+            found = filesystem.get_file_info(fs.FileSelector(key, allow_not_found=True, recursive=True))
+        return {info.path.removeprefix(f"{key}/"): (info.size, info.mtime_ns) for info in found if info.is_file}
+
     def folders(self, folder: str) -> list[str]:
         """Sorted names of the folders directly in a folder; empty where there is no such folder."""
         if self.remote:
@@ -174,14 +182,6 @@ class Storage:
             return sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
         local = Path(self.root, folder)
         return sorted(p.name for p in local.iterdir() if p.is_dir()) if local.is_dir() else []
-
-    def files(self, folder: str) -> dict[str, tuple[int, int]]:
-        """Everything below an S3 folder: path relative to it -> (bytes, time of the last change in ns)."""
-        from pyarrow import fs
-
-        with self._asking("list", folder) as (filesystem, key):
-            found = filesystem.get_file_info(fs.FileSelector(key, allow_not_found=True, recursive=True))
-        return {info.path.removeprefix(f"{key}/"): (info.size, info.mtime_ns) for info in found if info.is_file}
 
     def delete(self, path: str) -> None:
         """Remove a file; absent is fine."""

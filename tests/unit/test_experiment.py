@@ -414,15 +414,19 @@ class FolderRun(NoRun):
 
 class FolderTracker(NoTracker):
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.params = folder, {}
 
     def run(self, key, *, name, parent=None, params=None, tags=None):
+        self.params[name] = params
         return FolderRun(self.folder / name.replace("/", "_"))
 
 
 def test_runs_hold_the_resolved_unit_the_split_and_the_checkpoint(shared, tmp_path):
+    tracker = FolderTracker(tmp_path / "runs")
     done = Done(tmp_path / "out", shared, "approach=[impactx]", "approaches.impactx.lambdas=[0.8]",
-                tracker=FolderTracker(tmp_path / "runs")).run()
+                "tracking.uri=http://me:hidden-word@mlflow", tracker=tracker).run()
+    assert tracker.params["demo"]["tracking"]["experiment"] == "impactx" and "hidden-word" not in str(tracker.params)
+    assert not [p for p in (tmp_path / "runs").rglob("*.json") if "hidden-word" in p.read_text()]
     trial, model, two = (tmp_path / "runs" / name for name in (
         "A lr=0.002 bs=16 vf=0.2", "A repeat 0", "impactx lambda=0.8 repeat 0"))
     assert sorted(os.listdir(trial)) == ["unit.json"]

@@ -70,11 +70,12 @@ class Job:
 
         Cells that failed are in `failed`; `check` raises for them. Where no cell is left, it is raised at once.
         """
-        note_start(self.artifacts.storage, self.key, self.settings.model_dump(
-            mode="json", exclude={"tracking": {"uri"}}), self.about)
-        with self.tracker.run(self.key, name=self.settings.name, params=self.settings.model_dump(mode="json"),
+        # The address of the tracker may hold a password, and the tracker is the last place that needs it.
+        described = self.settings.model_dump(mode="json", exclude={"tracking": {"uri"}})
+        note_start(self.artifacts.storage, self.key, described, self.about)
+        with self.tracker.run(self.key, name=self.settings.name, params=described,
                               tags=self.tags | {"impactx.role": "job"}) as run:
-            run.log_text(json.dumps(self.settings.model_dump(mode="json"), indent=1), "config.json")
+            run.log_text(json.dumps(described, indent=1), "config.json")
             try:
                 self._claim = Claim(self.artifacts.storage, f"jobs/{self.key}/driver.json", f"the job {self.key}")
                 rows = [row for found in self._all_cells() for row in found]
@@ -101,16 +102,16 @@ class Job:
         self._claim.release()
         return rows
 
+    def may_go_on(self) -> None:
+        """Raises TakenOver where the same job was started again meanwhile: that one goes on, and this one ends."""
+        self._claim.check()
+
     def _report(self, report: Callable[[str, Run], str], run: Run) -> None:
         try:
             self.report = report(self.key, run)
         except Exception as error:  # the job's work is done and kept: a page about it must not undo that
             log.error("the report could not be made: %s: %s (jobs/report.py tries it again)", type(error).__name__,
                       error, exc_info=True)
-
-    def may_go_on(self) -> None:
-        """Raises TakenOver where the same job was started again meanwhile: that one goes on, and this one ends."""
-        self._claim.check()
 
     def _all_cells(self) -> list[list[Row]]:
         """The rows of each cell, none for one that failed."""
@@ -346,23 +347,25 @@ class CellRun:
 
     def _stage2(self, run: Run, configuration: Configuration,
                 classifiers: list[tuple[Unit, dict[str, Any]]]) -> list[tuple[Unit, dict[str, Any]]]:
-        """The maps of each repeat's A, the choice of lambda in repeat 0, and the final trainings."""
+        """The maps of each repeat's A, each approach's own search in repeat 0, and the final trainings."""
         cell = self.cell
         for a, result in classifiers:
             if not result["weights"]:
                 raise WorkError(f"{cell.name}: {a.name} diverged, there is no classifier to explain")
-        maps = [cell.maps(a, result, repeat) for repeat, (a, result) in enumerate(classifiers)]
-        for unit in maps:
+        bases = [cell.basis(configuration, a, result, repeat) for repeat, (a, result) in enumerate(classifiers)]
+        approaches = cell.approaches()
+        stores = {unit.key: unit for basis in bases for approach in approaches for unit in approach.stores(basis)}
+        for unit in stores.values():
             self._explain(unit)
         models = []
-        for name, approach in self.job.settings.approaches.items():
-            weight = approach.lambdas[0]
-            if candidates := cell.stage2_trials(name, approach, configuration, classifiers[0][0], maps[0]):
-                best, found = self._search(f"stage 2 of {name}", candidates, "val_accuracy")
-                weight = best.params["lambda"]
-                self._log_selection(run, name, best, found)
-            models += [cell.stage2_model(name, approach, configuration, weight, repeat, a, maps[repeat])
-                       for repeat, (a, _) in enumerate(classifiers)]
+        for approach in approaches:
+            point = approach.points()[0]
+            if candidates := approach.trials(bases[0]):
+                best, found = self._search(f"stage 2 of {approach.name}", [unit for unit, _ in candidates],
+                                           "val_accuracy")
+                point = next(point for unit, point in candidates if unit.key == best.key)
+                self._log_selection(run, approach.name, best, found)
+            models += [approach.model(basis, point) for basis in bases]
         return list(zip(models, self._train_all(models), strict=True))
 
     def _log_selection(self, run: Run, what: str, chosen: Unit, result: dict[str, Any]) -> None:
@@ -382,6 +385,7 @@ class CellRun:
                   val_accuracy=result["best"]["val_accuracy"], test_accuracy=tested["accuracy"],
                   test_images=tested["images"], epochs=result["epochs"], train_seconds=result["seconds"],
                   paper_accuracy=paper_accuracy(cell.dataset.name, cell.model.name, approach),
-                  checkpoint=self.job.artifacts.storage.uri(model.folder), test=unit.folder)
+                  checkpoint=self.job.artifacts.storage.uri(model.folder), test=unit.folder,
+                  map_seconds=tested.get("map_seconds"))
         self.journal.tested(row)
         return row

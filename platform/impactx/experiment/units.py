@@ -18,8 +18,8 @@ from impactx.storage import Storage
 FORMAT = 1  # raised when the same recipe would give other numbers than before
 Role = Literal["trial", "model", "maps", "test"]
 RESULT, CHECKPOINT, RUNNING, PREDICTIONS = "result.json", "checkpoint.pt", "running.pt", "predictions.npz"
-MAP_SCORES = "map_scores.npz"
 STOPPED, CLAIM = "stopped.json", "claim.json"
+MAP_SCORES = "map_scores.npz"
 
 
 class WorkError(RuntimeError):

@@ -46,7 +46,7 @@ class MlflowTracker:
                  patience_seconds: float = PATIENCE_SECONDS) -> None:
         """patience_seconds: how long a finishing run waits for a server that does not answer."""
         self._uri, self._artifacts = addresses(settings.uri or os.environ.get("MLFLOW_TRACKING_URI"), output)
-        self._experiment = settings.experiment
+        self._experiment, self._ui = settings.experiment, settings.ui
         self._options = (flush_seconds, patience_seconds)
         self._known: dict[str, tuple[str, str]] = {}  # key -> run id, root's key; saves searches
         self._root: str | None = None
@@ -151,7 +151,8 @@ class MlflowTracker:
         """The command that serves the user interface, where one is needed, and what to open in it."""
         if self._uri.startswith("http"):
             address = urlsplit(self._uri)
-            base, lines = address._replace(netloc=address.netloc.rpartition("@")[2], query="").geturl(), []
+            base = self._ui or address._replace(netloc=address.netloc.rpartition("@")[2], query="").geturl()
+            lines = []
         else:
             # A password is not printed, and the shell knows where it comes from.
             shown = shlex.quote(self._uri) if redact(self._uri) == self._uri else '"$MLFLOW_TRACKING_URI"'
