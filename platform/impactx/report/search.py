@@ -45,7 +45,7 @@ def _step(cell: dict[str, Any], step: str) -> list[Block]:
         blocks.append(Items([*failed[:MOST_ROWS], *more], "warning"))
     if any(_score(u, metric) is not None for u in trials):
         blocks.append(_heat_maps(trials, chosen, metric, name) if step == STAGE1
-                      else _lambdas(trials, chosen, metric, name))
+                      else _candidates(trials, chosen, metric, name))
     blocks.append(_table(trials, chosen, metric, name, step))
     return blocks
 
@@ -59,6 +59,12 @@ def _words(metric: str) -> str:
             else "validation accuracy")
 
 
+def _candidate(unit: dict[str, Any]) -> tuple[str, float]:
+    """What an approach searches, for readers, and the trial's value of it."""
+    p = unit["params"]
+    return ("λ", p["lambda"]) if p.get("lambda") is not None else ("learning rate", p["learning_rate"])
+
+
 def _score(unit: dict[str, Any], metric: str) -> float | None:
     best = (unit["result"] or {}).get("best")
     return best[metric] if best else None
@@ -66,8 +72,8 @@ def _score(unit: dict[str, Any], metric: str) -> float | None:
 
 def _point(unit: dict[str, Any]) -> str:
     p = unit["params"]
-    if "lambda" in p:
-        return f"λ = {p['lambda']:g}"
+    if unit["step"] != STAGE1:
+        return f"{_candidate(unit)[0]} = {_candidate(unit)[1]:g}"
     return (f"learning rate {p['learning_rate']:g}, batch size {p['batch_size']}, "
             f"validation fraction {p['validation_fraction']:g}")
 
@@ -128,29 +134,31 @@ def _frame(x: int, y: int, colour: str, width: float) -> Any:
     return Rectangle((x - 0.46, y - 0.46), 0.92, 0.92, fill=False, edgecolor=colour, linewidth=width)
 
 
-def _lambdas(trials: list[dict[str, Any]], chosen: dict[str, Any] | None, metric: str, name: str) -> Figure:
-    found = sorted((u["params"]["lambda"], 100 * s) for u in trials if (s := _score(u, metric)) is not None)
+def _candidates(trials: list[dict[str, Any]], chosen: dict[str, Any] | None, metric: str, name: str) -> Figure:
+    what = _candidate(trials[0])[0]
+    found = sorted((_candidate(u)[1], 100 * s) for u in trials if (s := _score(u, metric)) is not None)
     made = figure(5.2, 2.7)
     axes = made.subplots()
     axes.plot(*zip(*found, strict=True), color="#0072B2", marker="o", linewidth=1.6)
     if chosen is not None:
-        axes.plot([chosen["params"]["lambda"]], [100 * (_score(chosen, metric) or 0)], marker="o", markersize=12,
+        axes.plot([_candidate(chosen)[1]], [100 * (_score(chosen, metric) or 0)], marker="o", markersize=12,
                   markerfacecolor="none", markeredgecolor=INK, markeredgewidth=1.6, linestyle="none")
-    axes.set_xlabel("λ")
+    axes.set_xlabel(what)
     axes.set_ylabel("validation accuracy (%)")
     axes.set_xticks([weight for weight, _ in found])
     plain(axes, grid="y")
-    return Figure(f"{name}.png", png(made), "Validation accuracy over lambda", "The ring marks the selected λ.", 520)
+    return Figure(f"{name}.png", png(made), f"Validation accuracy over {what}", "The ring marks what was selected.",
+                  520)
 
 
 def _table(trials: list[dict[str, Any]], chosen: dict[str, Any] | None, metric: str, name: str, step: str) -> Table:
-    head = [*(["λ"] if step != STAGE1 else ["learning rate", "batch size", "validation"]), "accuracy %", "best epoch",
-            "epochs", "train s", "state"]
+    searched = ["learning rate", "batch size", "validation"] if step == STAGE1 else [_candidate(trials[0])[0]]
+    head = [*searched, "accuracy %", "best epoch", "epochs", "train s", "state"]
     ordered = sorted(trials, key=lambda u: -(_score(u, metric) or -1))
     rows = []
     for unit in ordered:
         p, result = unit["params"], unit["result"] or {}
-        point = [number(p["lambda"])] if step != STAGE1 else [number(p[axis]) for axis in AXES]
+        point = [number(_candidate(unit)[1])] if step != STAGE1 else [number(p[axis]) for axis in AXES]
         rows.append([*point, percent(_score(unit, metric)), number(result.get("best_epoch")),
                      number(result.get("epochs")), f"{result['seconds']:.0f}" if "seconds" in result else NONE,
                      "selected" if unit is chosen else
