@@ -29,14 +29,14 @@ NOISE = ("Traceback", "core_worker", "DeprecationWarning", "FutureWarning", "Pro
 class Job:
     """A command under way, and what it has left in its output."""
 
-    def __init__(self, output: Path, cache: Path, *more: str) -> None:
+    def __init__(self, output: Path, cache: Path, *more: str, log: Path | None = None) -> None:
         self.output = output
         output.mkdir(parents=True, exist_ok=True)
-        self._log = output.parent / f"{output.name}-{time.monotonic_ns()}.log"
+        self._log = log or output.parent / f"{output.name}-{time.monotonic_ns()}.log"
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
-        with open(self._log, "w", encoding="utf8") as log:
+        with open(self._log, "w", encoding="utf8") as stream:
             self.process = subprocess.Popen(
-                [*COMMAND, f"output={output}", f"cache={cache}", *TINY, *more], stdout=log, stderr=subprocess.STDOUT,
+                [*COMMAND, f"output={output}", f"cache={cache}", *TINY, *more], stdout=stream, stderr=subprocess.STDOUT,
                 env=environment | {"RAY_AUTH_MODE": "disabled"}, cwd=output.parent)
 
     @property

@@ -18,6 +18,7 @@ from impactx.experiment.work import Workplace
 from impactx.explain.attribution import build_attribution
 from impactx.explain.masking import MaskerError, parse_masker
 from impactx.explain.scores import MissingPackage
+from impactx.fetching import fetch_file, is_remote
 from impactx.models import UnknownArchitecture, build_classifier, check_architecture
 from impactx.settings import (
     AttributionSettings,
@@ -26,7 +27,7 @@ from impactx.settings import (
     ModelSettings,
     parse_attribution,
 )
-from impactx.storage import Storage
+from impactx.storage import Storage, StorageError
 
 log = logging.getLogger("impactx")
 
@@ -41,26 +42,34 @@ class Prepared:
 
 def workplace(settings: ExperimentSettings) -> Workplace:
     """Where the settings say that work is done."""
-    return Workplace(Storage(settings.output).root, str(Path(settings.data_root).expanduser().absolute()),
+    return Workplace(Storage(settings.output).root, _absolute_path(settings.data_root),
                      str(Path(settings.cache).expanduser().absolute()) if settings.cache else None,
-                     settings.cluster.threads, settings.cluster.explain_memory_mb * 2**20)
+                     settings.cluster.threads, settings.cluster.explain_memory_mb * 2**20,
+                     settings.cluster.storage_patience)
+
+
+def _absolute_path(path: str) -> str:
+    return path if is_remote(path) else str(Path(path).expanduser().absolute())
 
 
 def _absolute(settings: ExperimentSettings) -> list[DatasetSettings]:
     """The data sets with absolute paths: workers do not run in the driver's folder."""
-    return [d.model_copy(update={"path": str(Path(d.path).expanduser().absolute())}) if d.path else d
+    return [d.model_copy(update={"path": _absolute_path(d.path)}) if d.path else d
             for d in settings.datasets.values()]
 
 
 def _absolute_models(settings: ExperimentSettings) -> list[ModelSettings]:
     return [m if m.weights in ("random", "hub") else m.model_copy(
-        update={"weights": str(Path(m.weights).expanduser().absolute())}) for m in settings.models.values()]
+        update={"weights": _absolute_path(m.weights)}) for m in settings.models.values()]
 
 
 def _weights_file(model: ModelSettings) -> str | None:
     if model.weights in ("random", "hub"):
         return None
-    path = Path(model.weights).expanduser()
+    try:
+        path = fetch_file(model.weights) if is_remote(model.weights) else Path(model.weights).expanduser()
+    except (FileNotFoundError, StorageError) as error:
+        raise DataError(f"models.{model.name}.weights = {model.weights!r}: {error}") from error
     if not path.is_file():
         raise DataError(f"models.{model.name}.weights = {model.weights!r}: no such file; give a .pth or .safetensors "
                         "file that every node can read, or 'hub' or 'random'")
@@ -151,7 +160,19 @@ def prepare(settings: ExperimentSettings) -> Prepared:
                     raise ConfigurationError(f"approaches.{approach.name}, for {dataset.name} x {model.name}: {error}"
                                              ) from error
             cells.append(Cell(settings, dataset, model, facts, weights_files[model.name]))
+    _check_distinct(cells)
     return Prepared(cells, place)
+
+
+def _check_distinct(cells: list[Cell]) -> None:
+    """Two cells that are the same under two names would work on the same units at once."""
+    names: dict[str, str] = {}
+    for cell in cells:
+        key = cell.stage1_trials()[0].key
+        if key in names:
+            raise ConfigurationError(f"the cells {names[key]} and {cell.name} are the same experiment (same images, "
+                                     "same model): remove one of the two")
+        names[key] = cell.name
 
 
 def _facts(data: Dataset) -> DataFacts:
@@ -160,11 +181,16 @@ def _facts(data: Dataset) -> DataFacts:
 
 
 def _facts_if_here(dataset: DatasetSettings, place: Workplace) -> tuple[DataFacts | None, str]:
+    here = dataset.model_copy(update={"download": False})
     try:
-        where = locate(dataset.model_copy(update={"download": False}), place.data_root)
-        data = load_dataset(dataset.model_copy(update={"download": False}), place.data_root, place.cache)
+        where = locate(here, place.data_root)
+        data = load_dataset(here, place.data_root, place.cache)
     except DataError as error:
-        return None, f"not here yet ({str(error).splitlines()[0]})"
+        try:
+            locate(dataset, place.data_root)
+        except DataError:
+            return None, f"not here yet ({str(error).splitlines()[0]})"
+        return None, "not here yet: would be downloaded by torchvision"
     return _facts(data), where
 
 
@@ -197,9 +223,10 @@ def _dry_cell(cell: Cell, artifacts: Artifacts, images: int | None, known: bool,
     size = cell.facts.image_size if known else (cell.dataset.image_size,) * 2 if cell.dataset.image_size else None
     searched = {a.name: n for a in approaches if (n := len(a.points())) > 1}
     trainings = repeats * (1 + len(approaches))
-    stores = _stores(cell)
-    counted = [_store_images(cell, unit, images) for unit in stores]
-    of_stores = [_evaluations(cell, unit.inputs["attribution"], unit.inputs.get("target"), size) for unit in stores]
+    stores = stores_of(cell)
+    counted = [images_of_store(cell, unit, images) for unit in stores]
+    of_stores = [evaluations_of_map(cell, unit.inputs["attribution"], unit.inputs.get("target"), size)
+                 for unit in stores]
     shards = sum(-(-n // settings.maps.shard_size) for n in counted if n)
     evaluations = sum((n or 0) * (per_map or 0) for n, per_map in zip(counted, of_stores, strict=True))
     in_training = {a.name: (a.maps_in_training(images or 0, settings.training.epochs),
@@ -230,7 +257,7 @@ def _dry_cell(cell: Cell, artifacts: Artifacts, images: int | None, known: bool,
     return lines
 
 
-def _stores(cell: Cell, bases: list[Basis] | None = None) -> list[Unit]:
+def stores_of(cell: Cell, bases: list[Basis] | None = None) -> list[Unit]:
     """The stores of maps of all approaches and repeats; without `bases`, of models that are not there yet."""
     if bases is None:
         point = cell.configurations()[0]
@@ -240,11 +267,12 @@ def _stores(cell: Cell, bases: list[Basis] | None = None) -> list[Unit]:
     return list({unit.key: unit for unit in units}.values())
 
 
-def _store_images(cell: Cell, unit: Unit, images: int | None) -> int | None:
+def images_of_store(cell: Cell, unit: Unit, images: int | None) -> int | None:
+    """How many maps a store has, of a data set with so many training images; None where that is not known."""
     return (cell.facts.test_images or None) if unit.inputs.get("part") == "test" else images
 
 
-def _evaluations(cell: Cell, described: dict, target: str | None, size: tuple[int, int] | None) -> int | None:
+def evaluations_of_map(cell: Cell, described: dict, target: str | None, size: tuple[int, int] | None) -> int | None:
     """Of one map; a sum over classes costs as many where the attribution cannot explain the weighted sum itself."""
     attribution = parse_attribution(described)
     each = attribution.evaluations(size)
@@ -265,6 +293,6 @@ def _existing(cell: Cell, artifacts: Artifacts, trials: list[Unit]) -> str:
         if (result := artifacts.result(a)) is None:
             continue
         found.append(a.name)
-        found += [unit.name for unit in _stores(cell, [cell.basis(c, a, result, repeat)])
+        found += [unit.name for unit in stores_of(cell, [cell.basis(c, a, result, repeat)])
                   if artifacts.result(unit) is not None]
     return ", ".join(found)

@@ -15,6 +15,8 @@ from typing import Any
 class Row:
     """One final model. Accuracies are fractions in [0, 1]; weight is lambda, None where there is none.
 
+    test: folder of the test unit under the output's root, where its predictions.npz lies; explanations: of the unit
+    that judged the model's maps, None where none was asked for. Both None in results of earlier versions.
     map_seconds: what a prediction costs beyond the network, where it needs a map: seconds an image of one process.
     """
 
@@ -33,6 +35,8 @@ class Row:
     train_seconds: float
     paper_accuracy: float | None
     checkpoint: str
+    test: str | None = None
+    explanations: str | None = None
     map_seconds: float | None = None
 
     def as_dict(self) -> dict[str, Any]:

@@ -19,8 +19,9 @@ from impactx.datasets import Dataset, Split, load_dataset, make_split
 from impactx.datasets.batches import DeviceData
 from impactx.datasets.entry import ImageSet
 from impactx.experiment.approaches import Bench, Trained, approach_of
+from impactx.experiment.claims import Claim
 from impactx.experiment.model_source import open_model
-from impactx.experiment.units import CHECKPOINT, PREDICTIONS, RUNNING, Artifacts, Unit, WorkError
+from impactx.experiment.units import CHECKPOINT, CLAIM, PREDICTIONS, RUNNING, Artifacts, Unit, WorkError
 from impactx.explain.attribution import build_attribution
 from impactx.explain.scores import completeness_gaps
 from impactx.explain.store import PRECISION_ERROR, MapStore, StoreError, StoreSpec
@@ -39,7 +40,8 @@ class Workplace:
     """Where units are worked on; travels to every process.
 
     output: root of the artifacts; cache: local folder of decoded images and unpacked maps, or None for
-    the data set's default; threads: of torch in this process; memory_bytes: for batches of masks.
+    the data set's default; threads: of torch in this process; memory_bytes: for batches of masks;
+    storage_patience: seconds for which a full or absent storage is waited for.
     """
 
     output: str
@@ -47,11 +49,12 @@ class Workplace:
     cache: str | None
     threads: int = 1
     memory_bytes: int = 2**29
+    storage_patience: float = 0
 
     @property
     def artifacts(self) -> Artifacts:
         """The artifacts under the output's root."""
-        return Artifacts(Storage(self.output))
+        return Artifacts(Storage(self.output, self.storage_patience))
 
     def dataset(self, settings: dict[str, Any]) -> Dataset:
         """The data set, decoded once a node, opened once a process."""
@@ -102,12 +105,13 @@ def split_of(unit: Unit, data: Dataset) -> Split:
 
 
 def train_unit(unit: Unit, place: Workplace, *, device: torch.device | str = "cpu", rank: int = 0,
-               world_size: int = 1, on_epoch: Callable[[Metrics], None] | None = None) -> dict[str, Any]:
+               world_size: int = 1, on_epoch: Callable[[Metrics], object] | None = None) -> dict[str, Any]:
     """Train a trial or model of either stage, resuming where an earlier try stopped; rank 0 keeps the result.
 
     Returns the result: best (metrics of the best epoch, or None), best_epoch, history, diverged, weights
-    (fingerprint of the best epoch's weights, None if they were not kept), seconds, and what the approach adds.
-    Raises WorkError.
+    (fingerprint of the best epoch's weights, None if they were not kept), seconds, and what the approach adds;
+    stopped where on_epoch ended it before its end. Raises WorkError, and TakenOver where another process has begun
+    the same training since.
     """
     torch.set_num_threads(place.threads)
     artifacts, recipe, inputs = place.artifacts, unit.recipe, unit.inputs
@@ -121,6 +125,12 @@ def train_unit(unit: Unit, place: Workplace, *, device: torch.device | str = "cp
     training = TrainingSettings.model_validate(inputs["training"])
     split = split_of(unit, data)
     running = f"{unit.folder}/{RUNNING}"
+    claim = Claim(artifacts.storage, f"{unit.folder}/{CLAIM}", unit.name) if rank == 0 else None
+
+    def save(state: bytes) -> None:
+        if claim is not None:
+            claim.check()
+        artifacts.storage.write(running, state)
 
     def load() -> bytes | None:
         try:
@@ -131,7 +141,7 @@ def train_unit(unit: Unit, place: Workplace, *, device: torch.device | str = "cp
     how: dict[str, Any] = {
         "learning_rate": recipe["learning_rate"], "batch_size": recipe["batch_size"], "seed": recipe["seed"],
         "augmentation": DatasetSettings.model_validate(inputs["dataset"]).augmentation, "device": device,
-        "load": load, "save": lambda state: artifacts.storage.write(running, state), "on_epoch": on_epoch,
+        "load": load, "save": save, "on_epoch": on_epoch,
         "rank": rank, "world_size": world_size}
     started = time.perf_counter()
     try:
@@ -146,7 +156,7 @@ def train_unit(unit: Unit, place: Workplace, *, device: torch.device | str = "cp
     result = trained.fit
     kept = (unit.role == "model" or training.keep_trial_weights) and result.best_state is not None
     weights, files = None, {}
-    if kept:
+    if kept and not result.stopped:
         model = trained.model.to("cpu")
         weights = weights_fingerprint(model)
         files[CHECKPOINT] = save_checkpoint(
@@ -159,8 +169,16 @@ def train_unit(unit: Unit, place: Workplace, *, device: torch.device | str = "cp
         "train_images": len(split.train), "validation_images": len(split.validation),
         "seconds": sum(row["seconds"] for row in result.history),
         "seconds_this_process": time.perf_counter() - started})
-    if rank == 0:
-        artifacts.finish(unit, summary, files)
+    if claim is None:
+        return summary
+    if (done := artifacts.result(unit)) is not None:
+        return done  # by another process, whose files belong together
+    claim.check()
+    if result.stopped:
+        artifacts.stop(unit, summary)
+        claim.release()
+        return summary | {"stopped": True}
+    artifacts.finish(unit, summary, files)
     return summary
 
 
@@ -201,6 +219,8 @@ class ShardWorker:
         """Compute and write one shard. Returns its number of maps and seconds."""
         started = time.perf_counter()
         rows = self.store.shard_indices(shard)
+        if self.store.has(shard):  # another worker, or an orphan of a job that was killed, was quicker
+            return {"shard": shard, "maps": len(rows), "seconds": time.perf_counter() - started}
         images, labels = self.images.images[rows], self.images.labels[rows]
         how = {"device": self.device, "memory_bytes": self.place.memory_bytes, "indices": rows}
         if self.class_weighted:

@@ -120,6 +120,10 @@ class MapStore:
         present = set(self.storage.names(self.folder))
         return [k for k in range(self.spec.shards) if self.shard_name(k) not in present]
 
+    def has(self, shard: int) -> bool:
+        """Whether a shard is there."""
+        return self.storage.exists(f"{self.folder}/{self.shard_name(shard)}")
+
     def write_shard(self, shard: int, labels: np.ndarray, found: Explanations) -> None:
         """Write a shard, whole or not at all. labels: of the shard's images, in their order.
 

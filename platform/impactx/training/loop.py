@@ -62,13 +62,15 @@ class FitResult:
     """What a training left. Accuracies are fractions in [0, 1]; epochs count from 1.
 
     history: one dict an epoch (epoch, train_*, val_*, common_accuracy, seconds); best_state: the state
-    dict of the epoch with the best validation accuracy (the first of equals), on the CPU.
+    dict of the epoch with the best validation accuracy (the first of equals), on the CPU; stopped: on_epoch
+    asked for the end, the training could go on.
     """
 
     history: list[Metrics] = field(default_factory=list)
     best_epoch: int = 0
     best_state: dict[str, Tensor] | None = None
     diverged: bool = False
+    stopped: bool = False
 
     @property
     def best(self) -> Metrics:
@@ -158,15 +160,15 @@ def train_epoch(model: nn.Module, batches: Iterator, loss: Loss, optimizer: torc
 def fit(model: nn.Module, loss: Loss, data: TrainingData, training: TrainingSettings, *, learning_rate: float,
         batch_size: int, augmentation: AugmentationSettings, seed: int, validation_loss: Loss | None = None,
         load: Callable[[], bytes | None] | None = None, save: Callable[[bytes], None] | None = None,
-        on_epoch: Callable[[Metrics], None] | None = None, between: BetweenEpochs | None = None, rank: int = 0,
+        on_epoch: Callable[[Metrics], object] | None = None, between: BetweenEpochs | None = None, rank: int = 0,
         world_size: int = 1) -> FitResult:
     """Train until validation accuracy has not risen for `patience` epochs, or `epochs` are done.
 
     model: on data's device; parameters with requires_grad are trained. load/save: the bytes of the last
     epoch's checkpoint (None where there is none yet); only rank 0 saves. on_epoch: called after each epoch
-    that is computed here, on rank 0; what it raises ends the training, resumable. between: what is done
-    between two epochs, on every rank. With world_size > 1 a torch process group must exist. A loss that is
-    not finite ends the training with diverged = True.
+    that is computed here, on rank 0; what it raises ends the training, resumable, and so does a true answer
+    (`stopped`), with one worker only. between: what is done between two epochs, on every rank. With world_size
+    > 1 a torch process group must exist. A loss that is not finite ends the training with diverged = True.
     Raises ResumeError where what `load` returned cannot be used.
     """
     device = data.train.device
@@ -223,8 +225,9 @@ def fit(model: nn.Module, loss: Loss, data: TrainingData, training: TrainingSett
                 save(_checkpoint(model, optimizer, result))
                 if between is not None:
                     between.saved(epoch)
-            if on_epoch is not None:
-                on_epoch(row)
+            if on_epoch is not None and on_epoch(row) and world_size == 1:
+                result.stopped = not _over(result, training)
+                break
     return result
 
 

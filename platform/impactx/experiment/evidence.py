@@ -1,0 +1,198 @@
+"""From the rows of a job to what they show: who is better, by how much, how sure, and a plain sentence a cell."""
+
+from __future__ import annotations
+
+import io
+import statistics
+import zipfile
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from impactx.evaluation.calibration import (
+    expected_calibration_error,
+    negative_log_likelihood,
+    per_class_accuracy,
+)
+from impactx.evaluation.statistics import CONFIDENCE, RESAMPLES, TwoLevelBootstrap, holm
+from impactx.experiment.plan import BASELINE
+from impactx.experiment.results import Row
+from impactx.experiment.units import PREDICTIONS, RESULT
+from impactx.storage import Storage
+
+# What a gain is measured against, by the names of the presets in configs/approach, and how a sentence calls it.
+REFERENCES = {BASELINE: "A", "lambda0": "the same network with lambda = 0",
+              "shuffled": "maps shuffled among the images"}
+# Approaches with lambda above 0 that are controls themselves: no sentence is asked of them.
+CONTROLS = {"shuffled", "shuffled_in_class", "mean_map", "class_mean_map"}
+
+
+def evidence(storage: Storage, rows: Sequence[Row], *, resamples: int = RESAMPLES, seed: int = 0,
+             confidence: float = CONFIDENCE) -> dict[str, Any]:
+    """What finished rows show, as plain JSON data. Reads predictions.npz of their test units, computes nothing else.
+
+    storage: the job's output. Accuracies and gains are fractions in [0, 1]. An *interval* is a dict with mean, spread
+    (sample standard deviation over repeats, None for one), low, high, p (of a gain, two-sided; else None), repeats,
+    images, and over ("repeats and images", or "images" where there is one repeat); see evaluation.statistics.
+    A *summary* is a dict with mean and spread. Keys:
+
+        confidence, resamples, seed     of the intervals
+        cells       a list, one for each data set and model, in the rows' order, each with
+          dataset, model, test_images
+          approaches  a list in the rows' order, each with
+            approach, weight (lambda or None), repeats (their numbers), seconds (of training, a repeat),
+            paper (fraction or None), checkpoints (by repeat, a list beside repeats)
+            accuracy          interval, on the test set
+            val_accuracy      summary
+            ece, nll          summaries: expected calibration error (15 bins), negative log likelihood in nats
+            per_class         accuracy of each class, mean over repeats, in the order of the labels (None: no image)
+            gains             by reference that the cell has ("baseline", "lambda0", "shuffled"; never itself):
+                              interval of the paired difference, and p_holm: p corrected over the cells that make
+                              the same comparison
+            explanations      by repeat, a list beside repeats: result of the unit that judged the maps
+                              (experiment.explanations), None where there is none
+          verdicts    by approach that learns explanations (lambda above 0) and is no control: {"verdict",
+                      "sentence"}, where verdict is "help", "do not help", "hurt" or "cannot tell"
+          sentence    the cell's: of "impactx", or of the first approach that has a verdict, or why there is none
+          missing     sentences about what could not be read
+
+    An approach none of whose predictions can be read is left out of the cell and named in missing.
+    """
+    cells: dict[tuple[str, str], dict[str, list[Row]]] = {}
+    for row in rows:
+        cells.setdefault((row.dataset, row.model), {}).setdefault(row.approach, []).append(row)
+    found = [_cell(storage, dataset, model, approaches, dict(resamples=resamples, seed=seed, confidence=confidence))
+             for (dataset, model), approaches in cells.items()]
+    _correct(found)
+    for cell in found:
+        _judge(cell, 1 - confidence)
+    return {"confidence": confidence, "resamples": resamples, "seed": seed, "cells": found}
+
+
+def _read(storage: Storage, row: Row, missing: list[str]) -> tuple[np.ndarray, np.ndarray] | None:
+    name = f"{row.approach} repeat {row.repeat}"
+    if row.test is None:
+        missing.append(f"{name}: its result is of an earlier version, start the same command again")
+        return None
+    path = f"{row.test}/{PREDICTIONS}"
+    try:
+        with np.load(io.BytesIO(storage.read(path))) as held:
+            return held["labels"], held["probabilities"]
+    except FileNotFoundError:
+        missing.append(f"{name}: {storage.uri(path)} is missing")
+    except (zipfile.BadZipFile, ValueError, KeyError, EOFError) as error:
+        missing.append(f"{name}: {storage.uri(path)} is damaged ({error}): delete its folder and start the same "
+                       "command again")
+    return None
+
+
+def _cell(storage: Storage, dataset: str, model: str, approaches: dict[str, list[Row]], how: dict[str, Any]
+          ) -> dict[str, Any]:
+    missing: list[str] = []
+    usable: dict[str, dict[int, tuple[Row, np.ndarray]]] = {}
+    labels: np.ndarray | None = None
+    for name, group in approaches.items():
+        for row in group:
+            if (read := _read(storage, row, missing)) is None:
+                continue
+            if labels is not None and not np.array_equal(labels, read[0]):
+                missing.append(f"{name} repeat {row.repeat}: its predictions are of other test images than the cell's")
+                continue
+            labels = read[0]
+            usable.setdefault(name, {})[row.repeat] = row, read[1]
+    cell: dict[str, Any] = {"dataset": dataset, "model": model, "test_images": 0, "approaches": [],
+                            "missing": missing}
+    if labels is None:
+        return cell
+    bootstrap = TwoLevelBootstrap({name: {repeat: p.argmax(1) == labels for repeat, (_, p) in found.items()}
+                                   for name, found in usable.items()}, **how)
+    cell["test_images"] = len(labels)
+    for name, found in usable.items():
+        in_order = [found[repeat] for repeat in sorted(found)]
+        held, probabilities = [r for r, _ in in_order], [p for _, p in in_order]
+        gains = {over: gain.as_dict() for over in REFERENCES if over in usable and over != name
+                 and name != BASELINE and (gain := bootstrap.gain(name, over)) is not None}
+        cell["approaches"].append({
+            "approach": name, "weight": held[0].weight, "repeats": [r.repeat for r in held],
+            "seconds": statistics.fmean(r.train_seconds for r in held), "paper": held[0].paper_accuracy,
+            "checkpoints": [r.checkpoint for r in held], "accuracy": bootstrap.mean(name).as_dict(),
+            "val_accuracy": _summary([r.val_accuracy for r in held]),
+            "ece": _summary([expected_calibration_error(p, labels) for p in probabilities]),
+            "nll": _summary([negative_log_likelihood(p, labels) for p in probabilities]),
+            "per_class": [None if values[0] is None else statistics.fmean(values) for values in zip(
+                *(per_class_accuracy(p, labels) for p in probabilities), strict=True)],
+            "gains": gains, "explanations": [_explanations(storage, r, missing) for r in held]})
+    return cell
+
+
+def _summary(values: Sequence[float]) -> dict[str, float | None]:
+    return {"mean": statistics.fmean(values), "spread": statistics.stdev(values) if len(values) > 1 else None}
+
+
+def _explanations(storage: Storage, row: Row, missing: list[str]) -> dict[str, Any] | None:
+    if row.explanations is None:
+        return None
+    try:
+        return storage.read_json(f"{row.explanations}/{RESULT}")
+    except FileNotFoundError:
+        missing.append(f"{row.approach} repeat {row.repeat}: {storage.uri(row.explanations)} is missing")
+        return None
+
+
+def _correct(cells: list[dict[str, Any]]) -> None:
+    """Set p_holm: over the cells that make the same comparison (approach against reference)."""
+    families: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for cell in cells:
+        for entry in cell["approaches"]:
+            for over, gain in entry["gains"].items():
+                families.setdefault((entry["approach"], over), []).append(gain)
+    for family in families.values():
+        for gain, p in zip(family, holm([g["p"] for g in family]), strict=True):
+            gain["p_holm"] = p
+
+
+def _judge(cell: dict[str, Any], alpha: float) -> None:
+    cell["verdicts"] = {}
+    for entry in cell["approaches"]:
+        if entry["weight"] and entry["approach"] not in CONTROLS:
+            verdict, sentence = _verdict(entry, alpha)
+            cell["verdicts"][entry["approach"]] = {"verdict": verdict, "sentence": sentence}
+    chosen = cell["verdicts"].get("impactx") or next(iter(cell["verdicts"].values()), None)
+    cell["sentence"] = chosen["sentence"] if chosen else "No finished model has learned from explanations."
+
+
+def _verdict(entry: dict[str, Any], alpha: float) -> tuple[str, str]:
+    name, gains = entry["approach"], entry["gains"]
+    controls = {over: g for over, g in gains.items() if over != BASELINE}
+    numbers = "; ".join(f"{_points(g)} over {REFERENCES[over]}" for over, g in gains.items())
+    if not gains:
+        return "cannot tell", f"What {name} gains cannot be told: the cell has neither A nor a control with results."
+    if next(iter(gains.values()))["over"] == "images":
+        numbers += "; one repeat: the intervals leave out how much trainings differ"
+    if not controls:
+        return "cannot tell", (f"Whether the explanations help cannot be told, no control was run "
+                               f"(approach lambda0 or shuffled); {name}: {numbers}.")
+
+    def sure(gain: dict[str, Any], sign: int) -> bool:
+        return gain["p_holm"] < alpha and sign * gain["mean"] > 0
+
+    above_a = BASELINE in gains and sure(gains[BASELINE], 1)
+    if any(sure(g, -1) for g in controls.values()):
+        return "hurt", f"The explanations hurt: {name} gains {numbers}."
+    if not all(sure(g, 1) for g in controls.values()):
+        what = "is better than A, but not surely better than its controls" if above_a else "is not surely better"
+        return "do not help", f"The explanations do not help as far as can be told: {name} {what}: {numbers}."
+    if BASELINE in gains and not above_a:
+        return "do not help", (f"The explanations help {name} against its controls, but not beyond A: {numbers}.")
+    return "help", f"The explanations help: {name} gains {numbers}."
+
+
+def _points(gain: dict[str, Any]) -> str:
+    return (f"{100 * gain['mean']:+.2f} points [{100 * gain['low']:+.2f}, {100 * gain['high']:+.2f}], "
+            f"p = {gain['p_holm']:.2g}")
+
+
+def sentences(found: dict[str, Any]) -> str:
+    """One line a cell, for the end of a job's output."""
+    return "\n".join(f"{c['dataset']} x {c['model']}: {c['sentence']}" for c in found["cells"])

@@ -1,0 +1,275 @@
+"""What an experiment costs: the work that is left of each cell, times the rates that were measured.
+
+Early stopping makes a training's length a range: patience + 1 epochs at least, `epochs` at most. What is known only
+once stage 1 is over (the selected batch size and split) is a range as well.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from impactx.experiment.approaches import Basis
+from impactx.experiment.plan import Cell, Configuration, select
+from impactx.experiment.preparation import evaluations_of_map, images_of_store, stores_of
+from impactx.experiment.rates import STAGE1, TrainingRate
+from impactx.experiment.units import Artifacts, Unit
+
+MAPS = "maps"
+HOUR = 3600.0
+
+
+@dataclass(frozen=True)
+class Range:
+    """A smallest and a largest value."""
+
+    low: float = 0.0
+    high: float = 0.0
+
+    def __add__(self, other: Range) -> Range:
+        return Range(self.low + other.low, self.high + other.high)
+
+    def __mul__(self, factor: float) -> Range:
+        return Range(self.low * factor, self.high * factor)
+
+    def say(self, text: Any) -> str:
+        """Both ends by a function, or one where they read the same."""
+        low, high = text(self.low), text(self.high)
+        return low if low == high else f"{low} to {high}"
+
+
+@dataclass(frozen=True)
+class Slots:
+    """How many pieces of work of a kind the cluster holds at once, and what each takes."""
+
+    count: int
+    cpus: float
+    gpus: float
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Something to measure: of a cell, "stage 1", an approach's name, or "maps".
+
+    batch_size: of a training; made: of maps, by what and of what they are made (`made_of`).
+    """
+
+    cell: Cell
+    what: str
+    batch_size: int = 0
+    made: str = ""
+
+
+def like(cell: Cell) -> tuple[Any, ...]:
+    """Cells that are as fast as each other have the same."""
+    return cell.model.name, cell.facts.image_size
+
+
+def probes_of(cells: Sequence[Cell]) -> list[Probe]:
+    """What must be measured to price these cells; of cells that are alike, one."""
+    found = []
+    for cell in {like(cell): cell for cell in reversed(cells)}.values():
+        sizes = cell.settings.grid.batch_size
+        found += [Probe(cell, STAGE1, size) for size in sizes]
+        for approach in cell.approaches():
+            own = getattr(approach.settings, "batch_size", None)
+            found += [Probe(cell, approach.name, size) for size in ([own] if own else sizes)]
+        found += [Probe(cell, MAPS, 0, made) for made in dict.fromkeys(made_of(unit) for unit in stores_of(cell))]
+    return found
+
+
+def made_of(unit: Unit) -> str:
+    """What the speed of making a store's maps depends on beside the model, as JSON: attribution and target."""
+    return json.dumps([unit.inputs["attribution"], unit.inputs.get("target", "label")], sort_keys=True)
+
+
+@dataclass
+class Measured:
+    """Rates by kind of slot ("trial", "model", "maps on CPUs", "maps on GPUs"), on a cluster of so many CPUs, GPUs."""
+
+    slots: dict[str, Slots]
+    cpus: float
+    gpus: float
+    _rates: dict[tuple[Any, ...], list[tuple[int, list[Any]]]] = field(default_factory=dict)
+
+    def add(self, slot: str, probe: Probe, count: int, rates: list[Any]) -> None:
+        """Rates of a probe on one kind of node, of which the cluster has `count` such slots."""
+        key = (slot, *like(probe.cell), probe.what, probe.batch_size, probe.made)
+        self._rates.setdefault(key, []).append((count, rates))
+
+    def epoch(self, slot: str, cell: Cell, what: str, batch_size: int, train: int, validation: int) -> float:
+        """Seconds of an epoch in such a slot, over the kinds of nodes (each takes as many as it is fast)."""
+        found = self._rates[slot, *like(cell), what, batch_size, ""]
+        speed = sum(count * _mean([1 / rate.seconds(train, validation, batch_size) for rate in rates])
+                    for count, rates in found)
+        return sum(count for count, _ in found) / speed
+
+    def maps(self, cell: Cell, made: str) -> dict[str, float]:
+        """Maps a second by kind of slot, of all such slots together."""
+        keys = {slot: (slot, *like(cell), MAPS, 0, made) for slot in self.slots}
+        return {slot: sum(count * _mean(rates) for count, rates in self._rates[key])
+                for slot, key in keys.items() if key in self._rates}
+
+    def lines(self) -> list[str]:
+        """What was measured, for people."""
+        found = []
+        for (slot, model, size, what, batch, made), kinds in self._rates.items():
+            for count, rates in kinds:
+                where = f"  {slot} ({count} at once): {model} on {size[0]}x{size[1]}, {what}"
+                if what == MAPS:
+                    attribution, target = json.loads(made)
+                    found.append(f"{where} by {attribution['method']} of {target}: {_mean(rates):.3g} maps/s each")
+                else:
+                    mean = TrainingRate(*(_mean([getattr(r, name) for r in rates])
+                                          for name in ("step", "image", "epoch")))
+                    found.append(f"{where}, batch {batch}: {1000 * mean.step:.3g} ms a step, "
+                                 f"{1000 * mean.image:.3g} ms a validation image")
+        return found
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+@dataclass(frozen=True)
+class Item:
+    """A step of a cell: how much of it there is, how much is left, and what that costs."""
+
+    name: str
+    what: str
+    slot: str
+    seconds: Range  # of all slots together
+    slots: int
+
+    def cpu_hours(self, measured: Measured) -> Range:
+        """CPUs held, times hours."""
+        return self.seconds * (measured.slots[self.slot].cpus / HOUR)
+
+    def gpu_hours(self, measured: Measured) -> Range:
+        """GPUs held, times hours."""
+        return self.seconds * (measured.slots[self.slot].gpus / HOUR)
+
+    def alone(self) -> Range:
+        """Seconds on the whole cluster."""
+        return self.seconds * (1 / self.slots)
+
+
+@dataclass(frozen=True)
+class CellPrice:
+    """What is left of a cell."""
+
+    cell: Cell
+    items: list[Item]
+    trials: int
+    epochs: Range
+    evaluations: int
+    map_bytes: int
+    exists: str
+
+
+def price_cell(cell: Cell, measured: Measured, artifacts: Artifacts) -> CellPrice:
+    """Count what is left of a cell and price it."""
+    trials, length = cell.stage1_trials(), _length(cell)
+    left = [unit for unit in trials if artifacts.result(unit) is None and artifacts.stopped(unit) is None]
+    # Until the search is over, any of its points may be the selected one.
+    results = {unit.key: result for unit in trials if (result := artifacts.result(unit)) is not None}
+    chosen = [select(trials, results, cell.selection_metric)[0]] if not left and results else trials
+    points = [_configuration(unit) for unit in chosen]
+    bases = _bases(cell, artifacts, points[0]) if len(points) == 1 else None
+    models = [cell.stage1_model(points[0], repeat) for repeat in range(cell.settings.repeats)] if bases else []
+    stores = stores_of(cell, bases)
+    made = [unit for unit in [*models, *(stores if bases else [])] if artifacts.result(unit) is not None]
+    there = {unit.key for unit in made}
+    searches = {approach.name: n for approach in cell.approaches() if (n := len(approach.points())) > 1}
+    trainings = cell.settings.repeats * (1 + len(cell.approaches())) - sum(unit.role == "model" for unit in made)
+    shortest = _shortest(cell)
+    stage1 = _item("stage 1", f"{len(left)} of {len(trials)} trials left", "trial", _stage1_seconds(
+        cell, left, measured), len(left), measured)
+    maps, evaluations, images = _map_items(cell, [unit for unit in stores if unit.key not in there], measured)
+    return CellPrice(
+        cell, [stage1, _models(cell, points, trainings, made, measured), *maps, *(
+            _item(f"{name}'s search", f"{n} trials", "trial", _training(cell, name, "trial", points, measured) * n, n,
+                  measured) for name, n in searches.items())],
+        len(left) + sum(searches.values()),
+        Range(shortest, length.high) * len(left) + length * (trainings + sum(searches.values())), evaluations,
+        images * math.prod(cell.facts.image_size) * 3 * 4,
+        ", ".join([f"{len(trials) - len(left)} trials", *(unit.name for unit in made)]))
+
+
+def _length(cell: Cell) -> Range:
+    """Epochs of a training."""
+    training = cell.settings.training
+    return Range(min(training.patience + 1, training.epochs), training.epochs)
+
+
+def _shortest(cell: Cell) -> float:
+    """Epochs of the shortest trial of stage 1."""
+    grid, low = cell.settings.grid, _length(cell).low
+    return min(grid.grace_epochs, low) if grid.strategy == "asha" else low
+
+
+def _stage1_seconds(cell: Cell, left: Sequence[Unit], measured: Measured) -> Range:
+    seconds, most = Range(), (cell.settings.grid.max_hours or math.inf) * HOUR
+    for unit in left:
+        epoch = _epoch(measured, "trial", cell, STAGE1, _configuration(unit))
+        seconds += Range(_shortest(cell) * epoch, _length(cell).high * epoch)
+    return Range(min(seconds.low, most), min(seconds.high, most))
+
+
+def _training(cell: Cell, what: str, slot: str, points: Sequence[Configuration], measured: Measured) -> Range:
+    """Seconds of one training, by any of these points."""
+    epochs = [_epoch(measured, slot, cell, what, point) for point in points]
+    return Range(_length(cell).low * min(epochs), _length(cell).high * max(epochs))
+
+
+def _models(cell: Cell, points: Sequence[Configuration], trainings: int, made: Sequence[Unit],
+            measured: Measured) -> Item:
+    repeats, names = cell.settings.repeats, [approach.name for approach in cell.approaches()]
+    seconds = _training(cell, STAGE1, "model", points, measured) * (
+        repeats - sum(unit.role == "model" for unit in made))
+    for name in names:
+        seconds += _training(cell, name, "model", points, measured) * repeats
+    return _item("final models", f"{trainings} trainings ({', '.join(['A', *names])}; {repeats} repeats)", "model",
+                 seconds, trainings, measured)
+
+
+def _map_items(cell: Cell, stores: Sequence[Unit], measured: Measured) -> tuple[list[Item], int, int]:
+    """Each kind of maps in each kind of slot, in proportion to its speed; evaluations and images of all."""
+    items, evaluations, images = [], 0, 0
+    for made in dict.fromkeys(made_of(unit) for unit in stores):
+        maps = sum(images_of_store(cell, unit, cell.facts.train_images) or 0
+                   for unit in stores if made_of(unit) == made)
+        attribution, target = json.loads(made)
+        a_map = evaluations_of_map(cell, attribution, target, cell.facts.image_size) or 0
+        evaluations, images = evaluations + maps * a_map, images + maps
+        speed = measured.maps(cell, made)
+        for slot, rate in speed.items():
+            share, count = rate / sum(speed.values()), measured.slots[slot].count
+            seconds = maps * share / rate * count
+            items.append(_item(slot, f"{maps * share:,.0f} by {attribution['method']}, {maps * share * a_map:,.0f} "
+                               f"evaluations at {a_map * rate:,.0f}/s", slot, Range(seconds, seconds), count, measured))
+    return items, evaluations, images
+
+
+def _configuration(unit: Unit) -> Configuration:
+    return Configuration(*(unit.params[k] for k in ("learning_rate", "batch_size", "validation_fraction")))
+
+
+def _epoch(measured: Measured, slot: str, cell: Cell, what: str, point: Configuration) -> float:
+    validation = round(cell.facts.train_images * point.validation_fraction)
+    own = getattr(cell.settings.approaches.get(what), "batch_size", None)
+    return measured.epoch(slot, cell, what, own or point.batch_size, cell.facts.train_images - validation, validation)
+
+
+def _item(name: str, what: str, slot: str, seconds: Range, pieces: int, measured: Measured) -> Item:
+    return Item(name, what, slot, seconds, max(1, min(pieces, measured.slots[slot].count)))
+
+
+def _bases(cell: Cell, artifacts: Artifacts, point: Configuration) -> list[Basis]:
+    """Of each repeat, by the selected point; weights that are not there yet are made up."""
+    units = [cell.stage1_model(point, repeat) for repeat in range(cell.settings.repeats)]
+    return [cell.basis(point, a, artifacts.result(a) or {"weights": f"of repeat {repeat}"}, repeat)
+            for repeat, a in enumerate(units)]

@@ -1,0 +1,147 @@
+"""How fast this process trains and explains: a few real steps of a cell's own trainings, and a few real maps."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from impactx.datasets import make_split
+from impactx.experiment.approaches import Approach, Bench
+from impactx.experiment.plan import Cell
+from impactx.experiment.units import Unit, WorkError
+from impactx.experiment.work import Workplace
+from impactx.explain.attribution import build_attribution
+from impactx.explain.weighted import explain_by_own_probabilities
+from impactx.models import Classifier, build_classifier
+from impactx.settings import parse_attribution
+from impactx.training import train_stage1
+
+SECONDS = 2.0  # of work that is measured; more only where one step takes longer
+STAGE1 = "stage 1"
+
+
+@dataclass(frozen=True)
+class TrainingRate:
+    """Seconds of an epoch, as they add up: a step, an image of the validation part, and what each epoch costs."""
+
+    step: float
+    image: float
+    epoch: float
+
+    def seconds(self, train: int, validation: int, batch_size: int) -> float:
+        """Of one epoch over so many images."""
+        return math.ceil(train / batch_size) * self.step + validation * self.image + self.epoch
+
+
+def measure_training(cell: Cell, place: Workplace, what: str, batch_size: int, device: str) -> TrainingRate:
+    """Train a cell's A (what: "stage 1") or one of its approaches for a few steps, each epoch saved as always.
+
+    Nothing is kept. Raises WorkError where the batch is larger than the training part.
+    """
+    torch.set_num_threads(place.threads)
+    data = place.dataset(cell.dataset.model_dump(mode="json"))
+    grid = cell.settings.grid
+    split = make_split(data.train.labels, max(grid.validation_fraction), class_names=data.class_names,
+                       common_fraction=min(grid.validation_fraction), seed=cell.settings.seed)
+    most = len(split.train) // batch_size
+    if not most:
+        raise WorkError(f"{cell.name}: {len(split.train)} training images are fewer than a batch of {batch_size}")
+    storage, scratch = place.artifacts.storage, f"plan-{uuid.uuid4().hex}/state"
+    settings = cell.settings.training.model_copy(update={"epochs": 3, "patience": 3})
+
+    def run(steps: int, images: int) -> float:
+        """Seconds of a whole epoch with so many steps and validation images; the first one warms up."""
+        ends: list[float] = []
+        part = replace(split, train=split.train[:steps * batch_size], validation=split.validation[:images])
+        how = {"learning_rate": min(grid.learning_rate), "batch_size": batch_size, "device": device,
+               "seed": cell.settings.seed, "augmentation": cell.dataset.augmentation,
+               "save": lambda state: storage.write(scratch, state), "on_epoch": lambda row: _mark(ends)}
+        with contextlib.suppress(_Enough), tempfile.TemporaryDirectory(prefix="impactx-plan-") as folder:
+            if what == STAGE1:
+                train_stage1(data, part, cell.model, settings, **how)
+            else:
+                approach = next(one for one in cell.approaches() if one.name == what)
+                approach.train(_Rehearsal(_unit(cell, approach), replace(place, output=folder), data, part, cell.model,
+                                          settings, how))
+        return ends[1] - ends[0]
+
+    try:
+        few, some = min(2, most), min(batch_size, len(split.validation))
+        short = run(few, some)
+        if short > SECONDS or most <= few:
+            # A forward pass is about a third of a step.
+            step = short / (few + some / batch_size / 3)
+            return TrainingRate(step, step / batch_size / 3, 0.0)
+        more = min(most, few + max(4, math.ceil(SECONDS / short * few)))
+        step = max((run(more, some) - short) / (more - few), 0.0)
+        images = min(len(split.validation), some + max(64, math.ceil(2 * SECONDS / short * some)))
+        image = max((run(few, images) - short) / (images - some), 0.0) if images > some else step / batch_size / 3
+        return TrainingRate(step, image, max(short - few * step - some * image, 0.0))
+    finally:
+        storage.delete(scratch)
+
+
+class _Enough(Exception):
+    """Two epochs are done."""
+
+
+def _mark(ends: list[float]) -> None:
+    ends.append(time.perf_counter())
+    if len(ends) == 2:
+        raise _Enough
+
+
+def _unit(cell: Cell, approach: Approach) -> Unit:
+    """A training of an approach, as it is planned for a model that is not there."""
+    point = cell.configurations()[0]
+    return approach.model(cell.basis(point, cell.stage1_model(point, 0), {"weights": "none"}, 0), approach.points()[-1])
+
+
+class _Rehearsal(Bench):
+    """A bench with a fresh A and made-up maps: the time does not depend on what is in them."""
+
+    def maps(self) -> tuple[np.ndarray, float | np.ndarray]:
+        """One map stands for all."""
+        shape = (1, self.data.channels, *self.data.image_size)
+        one = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+        return np.broadcast_to(one, (len(self.data.train.labels), *shape[1:])), 1.0
+
+    def classifier(self) -> Classifier:
+        """As it is built."""
+        return build_classifier(self.model, self.data.num_classes, self.data.image_size, seed=self.how["seed"])
+
+
+def measure_maps(cell: Cell, place: Workplace, attribution: Mapping[str, Any], target: str, device: str) -> float:
+    """Maps a second of one process, by an attribution of a model such as the cell's A; target: as in `Cell.maps`."""
+    torch.set_num_threads(place.threads)
+    data = place.dataset(cell.dataset.model_dump(mode="json"))
+    model = build_classifier(cell.model, data.num_classes, data.image_size, seed=cell.settings.seed)
+    model = model.eval().requires_grad_(False).to(device)
+    maker = build_attribution(parse_attribution(attribution))
+
+    def run(count: int) -> float:
+        rows = np.arange(count)
+        images, how = data.train.images[rows], {"device": device, "memory_bytes": place.memory_bytes, "indices": rows}
+        started = time.perf_counter()
+        if target == "class_weighted":
+            explain_by_own_probabilities(maker, model, images, **how)
+        else:
+            maker.explain(model, images, data.train.labels[rows], **how)
+        return time.perf_counter() - started
+
+    most = min(len(data.train.labels), cell.settings.maps.shard_size)
+    first = run(1)  # compiles, and brings the model into its fastest form
+    seconds = run(few := min(4, most))
+    if seconds > SECONDS or first > 60:
+        return few / seconds
+    count = min(most, math.ceil(few * 2 * SECONDS / seconds))
+    return count / run(count)

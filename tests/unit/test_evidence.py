@@ -1,0 +1,135 @@
+"""What finished rows show: gains with intervals, their correction over cells, the plain sentence, what is missing."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pytest
+
+from impactx.evaluation.statistics import TwoLevelBootstrap, holm
+from impactx.experiment.evidence import evidence, sentences
+from impactx.experiment.results import Row
+from impactx.storage import Storage
+
+IMAGES, CLASSES = 2000, 4
+
+
+class Lab:
+    """Rows and their test units' predictions, as a job leaves them."""
+
+    def __init__(self, folder) -> None:
+        self.storage, self.rows = Storage(folder), []
+
+    def add(self, approach, level, *, weight=None, repeats=5, dataset="cifar10", seed=0, images=IMAGES):
+        """Models that classify an image right where a number of its own (the same for all) is below the level."""
+        labels = np.random.default_rng(1).integers(0, CLASSES, images)
+        hardness = np.random.default_rng(2).random(images)
+        for repeat in range(repeats):
+            noise = np.random.default_rng([seed, repeat, len(self.rows)]).normal(0, 0.02, images)
+            right = hardness + noise < level
+            scores = np.full((images, CLASSES), 0.1, np.float32)
+            scores[np.arange(images), np.where(right, labels, (labels + 1) % CLASSES)] = 0.7
+            folder = f"tests/{dataset}-{approach}-{repeat}"
+            stream = io.BytesIO()
+            np.savez_compressed(stream, labels=labels, probabilities=scores)
+            self.storage.write(f"{folder}/predictions.npz", stream.getvalue())
+            self.rows.append(Row(dataset, "lenet5", approach, repeat, weight, 0.001, 32, 0.1, 0.7, float(right.mean()),
+                                 images, 12, 10.0, None, f"models/{approach}{repeat}", folder))
+        return self
+
+    def cell(self, index=0, **how):
+        return evidence(self.storage, self.rows, resamples=1000, **how)["cells"][index]
+
+    def hits(self, approach, dataset="cifar10"):
+        found = {}
+        for row in self.rows:
+            if (row.approach, row.dataset) == (approach, dataset):
+                with np.load(io.BytesIO(self.storage.read(f"{row.test}/predictions.npz"))) as held:
+                    found[row.repeat] = held["probabilities"].argmax(1) == held["labels"]
+        return found
+
+
+@pytest.fixture
+def lab(tmp_path):
+    return Lab(tmp_path)
+
+
+def test_a_gain_is_the_bootstraps_and_everything_is_plain_data(lab):
+    lab.add("baseline", 0.6).add("impactx", 0.7, weight=0.8).add("lambda0", 0.65, weight=0.0)
+    found = evidence(lab.storage, lab.rows, resamples=1000, seed=3)
+    assert json.loads(json.dumps(found)) == found
+    (cell,) = found["cells"]
+    assert cell["test_images"] == IMAGES and not cell["missing"]
+    base, ours, control = cell["approaches"]
+    assert (base["gains"], list(ours["gains"]), list(control["gains"])) == ({}, ["baseline", "lambda0"], ["baseline"])
+    by_hand = TwoLevelBootstrap({"a": lab.hits("baseline"), "x": lab.hits("impactx"), "0": lab.hits("lambda0")},
+                                resamples=1000, seed=3)
+    assert ours["gains"]["lambda0"] == by_hand.gain("x", "0").as_dict() | {"p_holm": by_hand.gain("x", "0").p}
+    assert ours["accuracy"]["mean"] == pytest.approx(np.mean([r.test_accuracy for r in lab.rows[5:10]]))
+    assert ours["ece"]["mean"] == pytest.approx(abs(ours["accuracy"]["mean"] - 0.7), abs=0.01)
+    assert ours["nll"]["spread"] > 0 and len(ours["per_class"]) == CLASSES and ours["repeats"] == [0, 1, 2, 3, 4]
+
+
+def test_the_sentence_says_whether_the_explanations_help(lab):
+    lab.add("baseline", 0.6).add("impactx", 0.7, weight=0.8).add("lambda0", 0.65, weight=0.0)
+    lab.add("shuffled", 0.65, weight=0.8)
+    cell = lab.cell()
+    assert cell["verdicts"]["impactx"]["verdict"] == "help" and set(cell["verdicts"]) == {"impactx"}
+    assert cell["sentence"].startswith("The explanations help: impactx gains +") and "over A; +" in cell["sentence"]
+    assert "lambda = 0; +" in cell["sentence"] and cell["sentence"].endswith("shuffled among the images.")
+    assert sentences({"cells": [cell]}) == f"cifar10 x lenet5: {cell['sentence']}"
+
+
+@pytest.mark.parametrize("ours, control, verdict, words", [
+    (0.7, 0.7, "do not help", "is better than A, but not surely better than its controls"),
+    (0.6, 0.6, "do not help", "impactx is not surely better"),
+    (0.6, 0.5, "do not help", "not beyond A"),
+    (0.6, 0.7, "hurt", "The explanations hurt")])
+def test_explanations_that_do_not_help(lab, ours, control, verdict, words):
+    lab.add("baseline", 0.6).add("impactx", ours, weight=0.8).add("lambda0", control, weight=0.0, seed=9)
+    found = lab.cell()["verdicts"]["impactx"]
+    assert found["verdict"] == verdict and words in found["sentence"]
+
+
+def test_one_repeat_and_no_control_are_said(lab):
+    lab.add("baseline", 0.6, repeats=1).add("impactx", 0.7, weight=0.8, repeats=1)
+    cell = lab.cell()
+    assert cell["verdicts"]["impactx"]["verdict"] == "cannot tell" and "no control was run" in cell["sentence"]
+    assert "one repeat: the intervals leave out" in cell["sentence"]
+
+
+def test_only_a_and_controls_have_no_verdict(lab):
+    cell = lab.add("baseline", 0.6).add("lambda0", 0.6, weight=0.0).add("shuffled", 0.6, weight=0.8).cell()
+    assert cell["verdicts"] == {} and "No finished model has learned" in cell["sentence"]
+
+
+def test_holm_runs_over_the_cells_of_one_comparison(lab):
+    for dataset, ours in (("one", 0.62), ("two", 0.605), ("three", 0.7)):
+        lab.add("baseline", 0.6, dataset=dataset).add("impactx", ours, weight=0.8, dataset=dataset, seed=1)
+    lab.add("lambda0", 0.6, dataset="three", weight=0.0)
+    cells = evidence(lab.storage, lab.rows, resamples=1000)["cells"]
+    gains = [cell["approaches"][1]["gains"]["baseline"] for cell in cells]
+    assert [g["p_holm"] for g in gains] == holm([g["p"] for g in gains]) and gains[1]["p_holm"] >= gains[1]["p"]
+    alone = cells[2]["approaches"][1]["gains"]["lambda0"]
+    assert alone["p_holm"] == alone["p"]
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_is_shown(lab):
+    lab.add("baseline", 0.6).add("impactx", 0.7, weight=0.8, repeats=3).add("other", 0.6, images=50, repeats=1)
+    rows = list(lab.rows)
+    lab.storage.delete(f"{rows[0].test}/predictions.npz")
+    lab.storage.write(f"{rows[1].test}/predictions.npz", b"PK torn")
+    rows[2] = Row(**(rows[2].as_dict() | {"test": None}))
+    cell = evidence(lab.storage, rows, resamples=100)["cells"][0]
+    told = "\n".join(cell["missing"])
+    assert f"{rows[0].test}/predictions.npz is missing" in told and "predictions.npz is damaged" in told
+    assert "baseline repeat 2: its result is of an earlier version" in told
+    assert "other repeat 0: its predictions are of other test images" in told and len(cell["missing"]) == 4
+    assert [a["approach"] for a in cell["approaches"]] == ["baseline", "impactx"]
+    # Of the three repeats of impactx none has its A any more.
+    assert cell["approaches"][1]["gains"] == {} and cell["approaches"][0]["repeats"] == [3, 4]
+    assert "What impactx gains cannot be told" in cell["sentence"]
+    nothing = evidence(lab.storage, rows[:2], resamples=100)["cells"][0]
+    assert nothing["approaches"] == [] and len(nothing["missing"]) == 2
