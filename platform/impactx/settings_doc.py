@@ -76,6 +76,8 @@ def _allowed(annotation: Any, metadata: typing.Sequence[Any] = ()) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return _allowed(arguments[0], [*arguments[1:], *metadata])
+    if kinds := tagged(annotation):
+        return f"settings of {', '.join(kinds)}"
     if origin in (typing.Union, types.UnionType):
         text = " or ".join(_allowed(a) for a in arguments if a is not type(None))
         bounds = _bounds(metadata)

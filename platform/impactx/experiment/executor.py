@@ -15,8 +15,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from impactx.experiment.explanations import judge_maps, map_metrics
 from impactx.experiment.tracker import Run, Tracker
-from impactx.experiment.units import CHECKPOINT, Unit
+from impactx.experiment.units import CHECKPOINT, MAP_SCORES, Unit
 from impactx.experiment.work import (
     ShardWorker,
     Workplace,
@@ -65,6 +66,9 @@ class Executor(Protocol):
     def evaluate(self, task: Task) -> dict[str, Any]:
         """Read the test set with one model."""
 
+    def judge(self, task: Task) -> dict[str, Any]:
+        """Judge the maps of one model on test images."""
+
     def stop(self) -> None:
         """End whatever is under way, here and elsewhere: the job failed or was interrupted. Nothing follows."""
 
@@ -100,7 +104,7 @@ def tracked_training(task: Task, place: Workplace, tracker: Tracker, *,
         run.log_metrics(final_metrics(result))
         if result["weights"]:
             if task.unit.role == "model":
-                run.log_file(_local_file(task.unit, place, Path(folder)))
+                run.log_file(_local_file(task.unit, CHECKPOINT, place, Path(folder)))
             run.set_tags({"impactx.weights": result["weights"],
                           "impactx.checkpoint": place.artifacts.storage.uri(f"{task.unit.folder}/{CHECKPOINT}")})
         return result
@@ -115,12 +119,12 @@ def _log_inputs(unit: Unit, place: Workplace, run: Run, folder: Path) -> None:
         run.log_file(folder / "split.npz")
 
 
-def _local_file(unit: Unit, place: Workplace, folder: Path) -> Path:
-    """The unit's checkpoint as a local file: where it lies, or a copy in the folder."""
-    storage, path = place.artifacts.storage, f"{unit.folder}/{CHECKPOINT}"
+def _local_file(unit: Unit, name: str, place: Workplace, folder: Path) -> Path:
+    """A file of the unit as a local one: where it lies, or a copy in the folder."""
+    storage, path = place.artifacts.storage, f"{unit.folder}/{name}"
     if not storage.remote:
         return Path(storage.uri(path))
-    copy = folder / CHECKPOINT
+    copy = folder / name
     copy.write_bytes(storage.read(path))
     return copy
 
@@ -131,6 +135,16 @@ def tracked_evaluation(task: Task, place: Workplace, tracker: Tracker, **where: 
         result = evaluate_unit(task.unit, place, **where)
         run.log_metrics({"test_accuracy": result["accuracy"], "test_standard_error": result["standard_error"],
                          "test_images": result["images"], "test_seconds": result["seconds"]})
+        return result
+
+
+def tracked_judgement(task: Task, place: Workplace, tracker: Tracker, **where: Any) -> dict[str, Any]:
+    """judge_maps with its numbers, its result (explanations.json) and map_scores.npz in the task's run."""
+    with tempfile.TemporaryDirectory(prefix="impactx-") as folder, task.open_run(tracker) as run:
+        result = judge_maps(task.unit, place, **where)
+        run.log_metrics(map_metrics(result))
+        run.log_text(json.dumps(result, indent=1), "explanations.json")
+        run.log_file(_local_file(task.unit, MAP_SCORES, place, Path(folder)))
         return result
 
 
@@ -176,6 +190,10 @@ class LocalExecutor:
     def evaluate(self, task: Task) -> dict[str, Any]:
         """See Executor.evaluate."""
         return tracked_evaluation(task, self.place, self.tracker, device=self.device)
+
+    def judge(self, task: Task) -> dict[str, Any]:
+        """See Executor.judge."""
+        return tracked_judgement(task, self.place, self.tracker, device=self.device)
 
     def stop(self) -> None:
         """Nothing is under way elsewhere."""

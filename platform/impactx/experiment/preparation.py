@@ -11,6 +11,7 @@ import torch
 
 from impactx.configuration import ConfigurationError
 from impactx.datasets import DataError, Dataset, load_dataset, locate, make_split
+from impactx.evaluation.morf import grid_of
 from impactx.experiment.plan import Cell, Configuration, DataFacts, select
 from impactx.experiment.units import Artifacts, Unit
 from impactx.experiment.work import Workplace
@@ -100,6 +101,19 @@ def check_attribution(attribution: AttributionSettings, data: Dataset | None = N
                                  f"({data.image_size[0]}x{data.image_size[1]})")
 
 
+def _check_evaluation(settings: ExperimentSettings, data: Dataset) -> None:
+    """Raise ConfigurationError where MoRF's regions or a further attribution do not fit the data's images."""
+    try:
+        grid_of(data.image_size, settings.evaluation.region)
+    except ValueError as error:
+        raise ConfigurationError(f"evaluation.region = {settings.evaluation.region}: {error} ({data.name})") from error
+    for attribution in settings.evaluation.attributions:
+        try:
+            check_attribution(attribution, data)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"evaluation.attributions: {error}") from error
+
+
 def prepare(settings: ExperimentSettings) -> Prepared:
     """Check names, storage, data, splits, masks and models; decode the data.
 
@@ -120,6 +134,7 @@ def prepare(settings: ExperimentSettings) -> Prepared:
                  *data.image_size, data.num_classes, locate(dataset, place.data_root))
         facts = _facts(data)
         check_attribution(settings.attribution, data)
+        _check_evaluation(settings, data)
         for model in settings.models.values():
             try:
                 build_classifier(model, data.num_classes, data.image_size, seed=settings.seed)
@@ -191,6 +206,10 @@ def _dry_cell(cell: Cell, artifacts: Artifacts, images: int | None, known: bool,
                   f"{shards} shards",
                   f"    stage 2: {stage2_trials} trials over lambda "
                   f"({', '.join(f'{k}: {n}' for k, n in lambdas.items())})"]
+    e = settings.evaluation
+    if e.map_images:
+        whose = "every model" if e.approaches is None else ", ".join(e.approaches)
+        lines.append(f"    judged:  maps of {whose} in {repeats} repeats, on {e.map_images} test images")
     if known and (found := _existing(cell, artifacts, trials)):
         lines.append(f"    exists:  {found}")
     return lines

@@ -14,6 +14,7 @@ from typing import Any
 
 from impactx.experiment.evidence import evidence
 from impactx.experiment.executor import Executor, Task, final_metrics
+from impactx.experiment.explanations import map_metrics
 from impactx.experiment.paper import paper_accuracy
 from impactx.experiment.plan import EXECUTION_ONLY, Cell, Configuration, select
 from impactx.experiment.results import Row, results_csv, summarise
@@ -61,7 +62,9 @@ class Job:
                 self.artifacts.storage.write_json(f"jobs/{self.key}/results.json", table)
                 self.artifacts.storage.write(f"jobs/{self.key}/results.csv", results_csv(rows).encode())
                 run.log_text(results_csv(rows), "results.csv")
-                self.evidence = evidence(self.artifacts.storage, rows)
+                e = self.settings.evaluation
+                self.evidence = evidence(self.artifacts.storage, rows, resamples=e.resamples, seed=e.seed,
+                                         confidence=e.confidence)
                 self.artifacts.storage.write_json(f"jobs/{self.key}/evidence.json", self.evidence)
                 run.log_text(json.dumps(self.evidence, indent=1), "evidence.json")
                 run.log_metrics({f"{s.approach}.{s.dataset}.{s.model}.test_accuracy": s.test_mean
@@ -109,7 +112,7 @@ class CellRun:
             return None
         if result is not None:
             task = self._task(unit)
-            final = final_metrics(result) if "history" in result else {
+            final = final_metrics(result) if "history" in result else map_metrics(result) if "morf" in result else {
                 f"{unit.role}_{k}": v for k, v in result.items() if isinstance(v, (int, float))}
             self.job.tracker.replay(task.run_key, name=unit.name, parent=self.key, params=unit.params,
                                     tags=task.tags | {"impactx.reused": "true"}, final=final,
@@ -249,6 +252,16 @@ class CellRun:
                    val_accuracy=result["best"]["val_accuracy"], test_accuracy=tested["accuracy"],
                    test_images=tested["images"], epochs=result["epochs"], train_seconds=result["seconds"],
                    paper_accuracy=paper_accuracy(cell.dataset.name, cell.model.name, approach),
-                   checkpoint=self.job.artifacts.storage.uri(model.folder), test=unit.folder)
+                   checkpoint=self.job.artifacts.storage.uri(model.folder), test=unit.folder,
+                   explanations=self._judge(model, result))
+
+    def _judge(self, model: Unit, result: dict[str, Any]) -> str | None:
+        """The folder of the unit that judged the model's maps, None where there is none."""
+        if (unit := self.cell.explanations(model, result)) is None:
+            return None
+        found = self._do(unit, self.job.executor.judge)
+        log.info("  %s: %s", unit.name, ", ".join(
+            f"{name} {order['aopc']['probability']['early']['mean']:.3f}" for name, order in found["morf"].items()))
+        return unit.folder
 
 

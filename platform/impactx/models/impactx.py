@@ -74,6 +74,10 @@ class Impactx(nn.Module):
         z = self.lep(prepared)
         return self._scores(prepared, z), self.decoder(z)
 
+    def with_maps(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The same as forward."""
+        return self(x)
+
     def classify(self, x: Tensor) -> Tensor:
         """C's logits (B, K) alone, without the decoder's work."""
         prepared = self.a.preprocess(x)
