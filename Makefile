@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export IMPACTX_DATA ?= $(if $(wildcard ../shared/data),../shared/data,data)
 
-.PHONY: demo test lint unit reference cluster-tests test-servers install clean
+.PHONY: demo test lint unit reference cluster-tests chaos test-servers audit install clean \
+  cluster-secrets cluster-image cluster-up cluster-demo cluster-down cluster-purge cluster-check
 
 demo: $(VENV)/.installed
 	$(BIN)/python jobs/full_grid.py --preset demo
@@ -14,7 +15,7 @@ test: $(VENV)/.installed lint
 	$(BIN)/python -m pytest tests -m "not full and not slow" --ignore tests/servers
 
 lint: $(VENV)/.installed
-	$(BIN)/ruff check platform jobs tests
+	$(BIN)/ruff check platform jobs tests docker
 
 unit: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/unit
@@ -26,7 +27,11 @@ reference: $(VENV)/.installed
 cluster-tests: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/cluster -m "slow or not slow" --timeout 3600
 
-# Against real servers on loopback: MLflow, S3.
+# Nodes, processes, drivers and disks fail under real jobs.
+chaos: $(VENV)/.installed
+	$(BIN)/python -m pytest tests/cluster/test_faults.py tests/cluster/test_submit.py -m "slow or not slow" --timeout 3600
+
+# Against real servers on loopback: MLflow, S3, PostgreSQL, and Ray nodes with token authentication.
 test-servers: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/servers -m "not slow"
 
@@ -36,8 +41,56 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cluster,explain,test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cluster,explain,server,test]'
 	touch $@
+
+# Known vulnerabilities of every pinned package; asks the package index about each (needs it, takes a minute).
+audit: .venv-audit/.installed
+	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
+
+.venv-audit/.installed:
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet pip-audit==2.10.1
+	touch $@
+
+# A cluster in containers on this machine: docs/cluster.md. WORKERS, WORKER_CPUS, WORKER_MEMORY, GPU=1, DEVICE=cpu, ...
+DOCKER ?= docker
+COMPOSE ?= $(DOCKER) compose
+DEVICE ?= gpu
+export SECRETS ?= $(CURDIR)/docker/secrets
+export IMAGE ?= impactx:latest
+export WORKERS ?= 2
+export WORKER_CPUS ?= $(shell n=$$(( $$(getconf _NPROCESSORS_ONLN) / $(WORKERS) )); echo $$(( n > 0 ? n : 1 )))
+CLUSTER := $(COMPOSE) --file docker/compose.yaml $(if $(GPU),--file docker/compose.gpu.yaml)
+
+cluster-secrets:
+	$(PYTHON) docker/make_secrets.py $(SECRETS)
+
+cluster-image:
+	DOCKER_BUILDKIT=1 $(DOCKER) build --file docker/Dockerfile --tag $(IMAGE) \
+	  --build-arg DEVICE=$(DEVICE) --build-arg TORCH_INDEX=$(TORCH_INDEX) \
+	  --build-arg REVISION=$$(git describe --always --dirty=+changes 2>/dev/null) .
+
+cluster-up: cluster-secrets cluster-image
+	$(CLUSTER) up --detach --no-build --wait --wait-timeout 600
+	@echo "dashboard: http://127.0.0.1:$(or $(RAY_PORT),8265)   token: $(SECRETS)/ray_token"
+	@echo "MLflow:    http://127.0.0.1:$(or $(MLFLOW_PORT),5000)"
+
+cluster-demo:
+	$(CLUSTER) exec -T head ray job submit -- python jobs/full_grid.py --preset demo
+
+# Results stay in the volumes; cluster-purge removes these, the secrets and the image.
+cluster-down:
+	$(CLUSTER) down
+
+cluster-purge:
+	$(CLUSTER) down --volumes
+	-$(DOCKER) image rm $(IMAGE)
+	rm -rf $(SECRETS)
+
+# Builds and starts all of it for real, loses a worker half-way, reads the results back, takes it down: 20 minutes.
+cluster-check: $(VENV)/.installed
+	$(PYTHON) docker/check_cluster.py
 
 clean:
 	rm -rf $(VENV) results

@@ -4,6 +4,7 @@
   python jobs/full_grid.py --preset cifar10-lenet5            one cell of Table 2, on a CPU
   python jobs/full_grid.py dataset=cifar10 model=lenet5       the paper's grid for one cell
   python jobs/full_grid.py                                    the paper's whole grid
+  python jobs/full_grid.py --plan                             what it costs on this cluster, by measurement
   ray job submit --working-dir . -- python jobs/full_grid.py  the same on a cluster
 
 The same command started again goes on where it stopped: what is finished is not computed again.
@@ -16,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "platform"))  # from a checkout, uninstalled
 
-from impactx.command import experiment_parser, main  # noqa: E402
+from impactx.command import experiment_parser, main, start_facts  # noqa: E402
 
 
 def run(arguments: list[str] | None = None) -> None:
@@ -30,10 +31,18 @@ def run(arguments: list[str] | None = None) -> None:
         return
     prepared = prepare(settings)
     from impactx.cluster.connection import connected
+
+    if options.plan:
+        with connected(settings.cluster):
+            from impactx.cluster.measuring import plan
+
+            print(plan(prepared.cells, settings.cluster, prepared.place))
+        return
     from impactx.cluster.executor import RayExecutor
     from impactx.experiment.evidence import sentences
     from impactx.experiment.results import table
     from impactx.experiment.run import Job
+    from impactx.report import write_report
     from impactx.tracking import make_tracker
     from impactx.version import code_version
 
@@ -41,11 +50,13 @@ def run(arguments: list[str] | None = None) -> None:
     tracker.prepare()
     with connected(settings.cluster):
         job = Job(settings, prepared.cells, prepared.place, RayExecutor(settings.cluster, prepared.place, tracker),
-                  tracker, tags={"impactx.code": code_version()})
-        rows = job.run()
+                  tracker, tags={"impactx.code": code_version()}, about=start_facts())
+        rows = job.run(report=lambda key, run: write_report(prepared.place.artifacts.storage, key, run=run))
     print("\n" + table(rows) + "\n\n" + sentences(job.evidence) + "\n")
-    print("\n".join([f"results: {prepared.place.artifacts.storage.uri(f'jobs/{job.key}/results.csv')}",
-                     *(f"maps:    {folder}" for folder in job.map_folders), *tracker.describe()]))
+    print("\n".join([*(f"maps:    {folder}" for folder in job.map_folders), *tracker.describe(),
+                     *([f"report:  {job.report}"] if job.report else []),
+                     f"results: {prepared.place.artifacts.storage.uri(f'jobs/{job.key}/results.csv')}"]))
+    job.check()
 
 
 if __name__ == "__main__":

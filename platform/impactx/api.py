@@ -73,6 +73,11 @@ class TrainedModel:
     history: list[Metrics] = field(default_factory=list)
     best: Metrics = field(default_factory=dict)
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the images it takes."""
+        return self.model.image_size
+
     @torch.no_grad()
     def predict(self, images: np.ndarray, *, device: str = "cpu", batch_size: int = 500) -> Prediction:
         """Labels, probabilities and, of IMPACTX, maps, by one forward pass.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -23,6 +24,7 @@ class ExperimentOptions(argparse.Namespace):
     preset: str
     overrides: list[str]
     dry_run: bool
+    plan: bool
     configs: Path
 
     def load(self) -> ExperimentSettings:
@@ -46,19 +48,22 @@ groups (dataset=cifar10, model=[lenet5,mobilenet]); the files in configs/<group>
 
 settings (training.epochs=20, grid.batch_size=[32,64], approaches.impactx.lambdas=[0.8]); those used most:
   output            folder or s3:// address of everything that is kept       (results)
-  data_root         folder of the data sets                                  ($IMPACTX_DATA, or data)
+  data_root         folder or s3:// address of the data sets                 ($IMPACTX_DATA, or data)
   repeats           trainings of each selected configuration                 (5)
   seed              of repeat 0; repeat r has seed + r                       (0)
-  grid.*            Table 1: learning_rate, batch_size, validation_fraction  (lists, or {{start, stop, step}})
+  grid.*            Table 1: learning_rate, batch_size, validation_fraction  (lists, or {{start, stop, step}});
+                    strategy (grid, random, asha), max_trials, max_hours: how much of it is done
   training.*        epochs, patience, optimizer, precision
   attribution.*     max_evals, batch_size, masker: what a map is
-  cluster.*         address, trial_cpus, trial_gpus, train_workers, use_gpu, explain_cpu_actors, threads
+  cluster.*         address, trial_cpus, trial_gpus, train_workers, use_gpu, explain_cpu_actors, cells_at_once
   tracking.*        enabled, uri (default: MLFLOW_TRACKING_URI, else sqlite in the output folder), experiment
 All of them, with defaults and meaning: docs/SETTINGS.md.""")
     parser.add_argument("overrides", nargs="*", metavar="setting=value",
                         help="change a setting, or choose from a group")
     parser.add_argument("--preset", default=DEFAULT_PRESET, help=f"one of {', '.join(presets(folder))} (%(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="list what would run and what exists; start nothing")
+    parser.add_argument("--plan", action="store_true", help=(
+        "measure a few steps of each model on this cluster and print what the job costs; train nothing"))
     parser.set_defaults(configs=folder)
     return parser
 
@@ -146,6 +151,15 @@ All of them, with defaults and meaning: docs/SETTINGS.md.""")
     return options
 
 
+def start_facts() -> dict[str, Any]:
+    """How and where this process was started, for a job's journal: command, code, machine, versions."""
+    from impactx.tracking.addresses import redact
+    from impactx.version import code_version, machine, package_versions
+
+    return {"command": redact(shlex.join(["python", *sys.argv])), "code": code_version(), "machine": machine(),
+            "versions": package_versions()}
+
+
 def main(job: Callable[[], None]) -> None:
     """Run a job's function as a program: progress on stderr, a user's mistake as one message and exit status 2.
 
@@ -179,6 +193,7 @@ def _users_errors() -> tuple[type[Exception], ...]:
     from impactx.cluster.connection import ClusterError
     from impactx.configuration import ConfigurationError
     from impactx.datasets.errors import DataError
+    from impactx.experiment.export import ExportError
     from impactx.experiment.plan import SelectionError
     from impactx.experiment.tracker import TrackingError
     from impactx.experiment.units import WorkError
@@ -188,10 +203,13 @@ def _users_errors() -> tuple[type[Exception], ...]:
     from impactx.explain.partition import AdditivityError
     from impactx.explain.sheet import SheetError
     from impactx.explain.store import StoreError
+    from impactx.prediction import PredictionError
+    from impactx.report import ReportError
     from impactx.storage import StorageError
 
-    return (AdditivityError, AttributionError, ClusterError, ConfigurationError, DataError, MaskerError,
-            PartitionError, SelectionError, SheetError, StoreError, StorageError, TrackingError, WorkError)
+    return (AdditivityError, AttributionError, ClusterError, ConfigurationError, DataError, ExportError, MaskerError,
+            PartitionError, PredictionError, ReportError, SelectionError, SheetError, StoreError, StorageError,
+            TrackingError, WorkError)
 
 
 def _failed(error: Exception) -> int:

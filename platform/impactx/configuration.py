@@ -7,6 +7,7 @@ laid over the result here, so that a wrong key is reported together with everyth
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -138,18 +139,47 @@ def _unknown_architectures(composed: dict[str, Any]) -> list[str]:
 
 
 def _compose(folder: Path, preset: str, chosen: list[str]) -> dict[str, Any]:
+    import yaml
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
     try:
+        for path in sorted(folder.rglob("*.yaml")):
+            _check_interpolations(yaml.safe_load(path.read_text(encoding="utf8")), str(path))
         with initialize_config_dir(str(folder.absolute()), version_base="1.3"):
-            plain = OmegaConf.to_container(compose(preset, overrides=chosen), resolve=True)
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+            composed = compose(preset, overrides=chosen)
+        _check_interpolations(OmegaConf.to_container(composed, resolve=False), f"preset {preset}")
+        plain = OmegaConf.to_container(composed, resolve=True)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigurationError(f"preset {preset} cannot be composed: {error}") from error
     return typing.cast(dict[str, Any], plain)
+
+
+# What a configuration may refer to: its own values, and variables of the environment that are meant for it.
+_INTERPOLATION = re.compile(r"\$\{(?:[\w.]+|oc\.env:IMPACTX_\w+(?:,[^${}]*)?)\}")
+
+
+def _check_interpolations(value: Any, where: str) -> None:
+    """Raise ConfigurationError where a file refers to anything else: somebody else's file must not read a password.
+
+    Both the files and what they compose are looked at: Hydra resolves the list of defaults before, and a file may
+    bring in a folder of its own.
+    """
+    seen: set[int] = set()
+    left = [value]
+    while left:
+        node = left.pop()
+        if isinstance(node, str):
+            for found in re.finditer(r"\$\{", node):
+                if not _INTERPOLATION.match(node, found.start()):
+                    raise ConfigurationError(
+                        f"{where}: {node!r} may not stand in a configuration; allowed are ${{setting}} and "
+                        "${oc.env:IMPACTX_NAME,default}")
+        elif isinstance(node, (dict, list)) and id(node) not in seen:
+            seen.add(id(node))
+            left += [*node, *node.values()] if isinstance(node, dict) else node
 
 
 def _lay_over(composed: dict[str, Any], values: list[tuple[str, str]]) -> list[str]:

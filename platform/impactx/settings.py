@@ -89,6 +89,7 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 LearningRate = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
 BatchSize = Annotated[int, Field(ge=1, le=65536)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Precision = Literal["float32", "tf32", "bfloat16"]
 Lambda = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -106,7 +107,7 @@ class DatasetSettings(Settings):
     source: Literal["auto", "torchvision", "parquet", "folder", "digits"] = Field(
         "auto", description=(
             "auto: Parquet files in the folder where there are any, else class folders of images, else torchvision"))
-    path: str | None = Field(None, description="folder of the files; default: data_root/<name>")
+    path: str | None = Field(None, description="folder or s3:// address of the files; default: data_root/<name>")
     torchvision_class: Literal["CIFAR10", "CIFAR100", "STL10"] | None = None
     download: bool = Field(True, description="let torchvision download what is absent")
     num_classes: int | None = Field(None, ge=2, description="checked against the labels; None: counted")
@@ -127,7 +128,8 @@ class ModelSettings(Settings):
 
     name: str = Field(min_length=1, pattern=r"^[\w.-]+$", description="the cell's name")
     architecture: str = Field(min_length=1, description="lenet5, or a model name that timm knows")
-    weights: str = Field("random", min_length=1, description="random, hub, or a .pth/.safetensors file")
+    weights: str = Field("random", min_length=1, description=(
+        "random, hub, or a .pth/.safetensors file (local path or s3:// address)"))
     weights_match: Literal["names", "order"] = Field("names", description=(
         "how tensors of a file are assigned: by name, or in the order of their keys (shapes must agree)"))
     input_size: int | None = Field(None, ge=8, le=1024, description=(
@@ -160,7 +162,7 @@ class TrainingSettings(Settings):
 
 
 class GridSettings(Settings):
-    """Table 1's search for A."""
+    """Table 1's search for A, and how much of it is done."""
 
     learning_rate: axis(LearningRate) = _expand_range({"start": 0.0001, "stop": 0.01, "step": 0.0005})
     batch_size: axis(BatchSize) = [16, 32, 64]
@@ -168,6 +170,23 @@ class GridSettings(Settings):
     select_on: Literal["common", "own"] = Field("common", description=(
         "common: trials are compared on the smallest validation part, which lies in all the others; "
         "own: each on its own part, as the paper seems to do"))
+    strategy: Literal["grid", "random", "asha"] = Field("grid", description=(
+        "grid: every point, as in the paper; random: max_trials points drawn by the seed; asha: every point, in a "
+        "drawn order, and those that fall behind are stopped early (asynchronous successive halving, Li et al. 2018)"))
+    max_trials: int | None = Field(None, ge=1, description=(
+        "budget: at most so many points of each cell, drawn by the seed; None: all"))
+    max_hours: float | None = Field(None, gt=0, allow_inf_nan=False, description=(
+        "budget: no trial of a cell is begun once its trials have trained so many hours, summed over trials; points "
+        "are then tried in an order drawn by the seed"))
+    grace_epochs: int = Field(4, ge=1, description="asha: no trial is stopped before so many epochs")
+    reduction: float = Field(3, gt=1, allow_inf_nan=False, description=(
+        "asha: of the trials that came to a rung (grace_epochs times a power of this), about one in so many goes on"))
+
+    @model_validator(mode="after")
+    def _random_needs_a_number(self) -> GridSettings:
+        if self.strategy == "random" and self.max_trials is None:
+            raise ValueError("strategy 'random' needs max_trials: how many points are drawn")
+        return self
 
 
 class _AttributionBase(Settings):
@@ -177,6 +196,10 @@ class _AttributionBase(Settings):
     def hidden_by(self) -> tuple[str, ...]:
         """What stands in for a hidden pixel: the maskers (`explain.masking`) that it uses."""
         return (self.masker,) if hasattr(self, "masker") else ()
+
+    def described(self) -> dict[str, Any]:
+        """The settings as plain data for a fingerprint: all that the maps' values depend on."""
+        return self.model_dump(mode="json")
 
     def evaluations(self, size: tuple[int, int] | None = None) -> int | None:
         """Cost of one map of an image of `size` (height, width), in forward passes of one image.
@@ -202,6 +225,14 @@ class PartitionSettings(_PartitionBase):
     """SHAP's partition explainer (paper 4.2: 2000 evaluations; the rest ours), computed in batches."""
 
     method: Literal["partition"] = "partition"
+    precision: Precision = Field("float32", description=(
+        "of the model's forward: float32 is exact; tf32 and bfloat16 are faster on a GPU and give other values, whose "
+        "distance from float32's is measured in every shard and reported"))
+
+    def described(self) -> dict[str, Any]:
+        """See _AttributionBase. Maps made before there was a choice of precision are float32's."""
+        return super().described() if self.precision != "float32" else self.model_dump(
+            mode="json", exclude={"precision"})
 
 
 class ShapPartitionSettings(_PartitionBase):
@@ -356,7 +387,13 @@ class ClusterSettings(Settings):
     trial_gpus: float = Field(0, ge=0)
     trial_workers: int = Field(1, ge=1, description=(
         "data-parallel workers of one trial, each with trial_cpus and trial_gpus; more than 1: by Ray Train"))
-    max_concurrent_trials: int | None = Field(None, ge=1)
+    max_concurrent_trials: int | None = Field(None, ge=1, description="of all cells together; None: what fits")
+    cells_at_once: int = Field(3, ge=1, description=(
+        "cells under way at once, which share the cluster; 1: one cell after the other"))
+    grows_to_cpus: int | None = Field(None, ge=1, description=(
+        "of a cluster that starts nodes on demand: how many CPUs it may come to, so that as much work is asked for; "
+        "None: it stays as it is"))
+    grows_to_gpus: int | None = Field(None, ge=1, description="the same for GPUs")
     train_workers: int = Field(1, ge=1, description="data-parallel workers of a final training (Ray Train)")
     train_cpus: float = Field(1, gt=0, description="CPUs of one such worker")
     use_gpu: bool = Field(False, description="final trainings on GPUs")
@@ -365,6 +402,8 @@ class ClusterSettings(Settings):
     explain_memory_mb: int = Field(512, ge=64, description="working memory of one actor's mask batches")
     threads: int = Field(1, ge=1, description="of torch in each process; results on a CPU may depend on it")
     max_failures: int = Field(3, ge=0, description="of one trial or training before it counts as failed")
+    storage_patience: float = Field(600, ge=0, allow_inf_nan=False, description=(
+        "seconds for which a process waits where the output is full or does not answer; then its work fails"))
 
 
 class TrackingSettings(Settings):
@@ -372,6 +411,8 @@ class TrackingSettings(Settings):
 
     enabled: bool = True
     uri: str | None = Field(None, description="None: MLFLOW_TRACKING_URI, else sqlite in the output folder")
+    ui: str | None = Field(None, description=(
+        "address at which people open the server's pages, where it is not the one that jobs use; None: that one"))
     experiment: str = Field("impactx", min_length=1)
 
 
@@ -386,7 +427,8 @@ class ExplainSettings(Settings):
     """One job that explains a model of the user's: on which images, how, and where the maps go."""
 
     output: str = Field("results", min_length=1, description="local folder or s3:// address of the store of maps")
-    data_root: str = Field("data", min_length=1, description="folder of the data sets")
+    data_root: str = Field("data", min_length=1, description=(
+        "folder of the data sets; or an s3:// address, whose files every node fetches once into its cache"))
     cache: str | None = Field(None, description="local folder of decoded images and unpacked maps, on every node")
     datasets: Annotated[dict[str, DatasetSettings], AfterValidator(_names_agree)]
     attribution: AttributionSettings = PartitionSettings()
@@ -414,7 +456,8 @@ class ExperimentSettings(Settings):
     seed: int = Field(0, ge=0, lt=2**31)
     repeats: int = Field(5, ge=1, description="trainings of the selected configuration, each with its own seed")
     output: str = Field("results", min_length=1, description="local folder or s3:// address of all artifacts")
-    data_root: str = Field("data", min_length=1, description="folder of the data sets")
+    data_root: str = Field("data", min_length=1, description=(
+        "folder of the data sets; or an s3:// address, whose files every node fetches once into its cache"))
     cache: str | None = Field(None, description=(
         "local folder of decoded images and unpacked maps, on every node; None: data_root/.cache, or the user's "
         "cache folder where that cannot be written"))
@@ -428,6 +471,13 @@ class ExperimentSettings(Settings):
     evaluation: EvaluationSettings = EvaluationSettings()
     cluster: ClusterSettings = ClusterSettings()
     tracking: TrackingSettings = TrackingSettings()
+
+    @model_validator(mode="after")
+    def _asha_stops_one_worker(self) -> ExperimentSettings:
+        if self.grid.strategy == "asha" and self.cluster.trial_workers > 1:
+            raise ValueError(f"grid.strategy 'asha' with cluster.trial_workers = {self.cluster.trial_workers}: a trial "
+                             "over several workers cannot be stopped early; set trial_workers to 1")
+        return self
 
     @field_validator("approaches")
     @classmethod

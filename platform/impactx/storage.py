@@ -10,13 +10,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 TEMPORARY = ".partial-"
+FULL = (errno.ENOSPC, errno.EDQUOT)
+log = logging.getLogger("impactx")
+T = TypeVar("T")
 
 
 class StorageError(RuntimeError):
@@ -26,16 +31,18 @@ class StorageError(RuntimeError):
 class Storage:
     """Files by their relative path under `root` (a folder, or s3://bucket/prefix). Can be pickled."""
 
-    def __init__(self, root: str | os.PathLike[str]) -> None:
+    def __init__(self, root: str | os.PathLike[str], patience: float = 0) -> None:
+        """patience: seconds for which is tried again what fails because there is no space, or S3 does not answer."""
         text = os.fspath(root)
         self.remote = "://" in text
         if self.remote and not text.startswith("s3://"):
             raise StorageError(f"storage address {text!r}: only local paths and s3:// are supported")
         self.root = text.rstrip("/") if self.remote else str(Path(text).expanduser().absolute())
+        self.patience = patience
         self._filesystem: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"root": self.root, "remote": self.remote, "_filesystem": None}
+        return self.__dict__ | {"_filesystem": None}
 
     def __repr__(self) -> str:
         return f"Storage({self.root!r})"
@@ -61,43 +68,65 @@ class Storage:
     def write(self, path: str, data: bytes) -> None:
         """Write a file whole, replacing an older one.
 
-        Raises StorageError where the storage is full, read-only or away; nothing half is left then.
+        Raises StorageError where the storage is full, read-only or away, and stays so as long as its patience lasts;
+        nothing half is left then.
         """
         try:
-            if self.remote:
-                filesystem, key = self._s3(path)
-                with filesystem.open_output_stream(key) as stream:
-                    stream.write(data)
-                return
-            target = Path(self.root, path)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex}-{target.name}")
-            try:
-                with open(temporary, "wb") as stream:
-                    stream.write(data)
-                    stream.flush()
-                    os.fsync(stream.fileno())
-                os.replace(temporary, target)
-            finally:
-                temporary.unlink(missing_ok=True)
+            self._patiently(lambda: self._write(path, data), f"{self.uri(path)} cannot be written")
         except OSError as error:
             reason = ("no space is left: free some, then start the same command again, finished work is kept"
-                      if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error))
+                      if error.errno in FULL else str(error))
             raise StorageError(f"could not write {self.uri(path)} ({len(data)} bytes): {reason}{self._remedy()}"
                                ) from error
+
+    def _patiently(self, do: Callable[[], T], what: str) -> T:
+        """Try again where the storage is full or away, as long as the patience lasts."""
+        end, pause = time.monotonic() + self.patience, 0.5
+        while True:
+            try:
+                return do()
+            except OSError as error:
+                passing = error.errno in FULL or self.remote and not isinstance(error, FileNotFoundError)
+                if not passing or time.monotonic() + pause > end:
+                    raise
+                if pause == 0.5:
+                    log.warning("%s (%s): tried again for %.0f s", what, error.strerror or error, self.patience)
+                time.sleep(pause)
+                pause = min(2 * pause, 10.0)
+
+    def _write(self, path: str, data: bytes) -> None:
+        if self.remote:
+            filesystem, key = self._s3(path)
+            with filesystem.open_output_stream(key) as stream:
+                stream.write(data)
+            return
+        target = Path(self.root, path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex}-{target.name}")
+        try:
+            with open(temporary, "wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def read(self, path: str) -> bytes:
         """The bytes of a file. Raises FileNotFoundError where it is absent, StorageError otherwise."""
         try:
-            if self.remote:
-                filesystem, key = self._s3(path)
-                with filesystem.open_input_file(key) as stream:
-                    return stream.read()
-            return Path(self.root, path).read_bytes()
+            return self._patiently(lambda: self._read(path), f"{self.uri(path)} cannot be read")
         except FileNotFoundError:
             raise FileNotFoundError(f"{self.uri(path)} does not exist") from None
         except OSError as error:
             raise StorageError(f"could not read {self.uri(path)}: {error}{self._remedy()}") from error
+
+    def _read(self, path: str) -> bytes:
+        if self.remote:
+            filesystem, key = self._s3(path)
+            with filesystem.open_input_file(key) as stream:
+                return stream.read()
+        return Path(self.root, path).read_bytes()
 
     def _remedy(self) -> str:
         if not self.remote:
@@ -135,6 +164,25 @@ class Storage:
             return []
         return sorted(p.name for p in local.iterdir() if p.is_file() and not p.name.startswith(TEMPORARY))
 
+    def files(self, folder: str) -> dict[str, tuple[int, int]]:
+        """Everything below an S3 folder: path relative to it -> (bytes, time of the last change in ns)."""
+        from pyarrow import fs
+
+        with self._asking("list", folder) as (filesystem, key):
+            found = filesystem.get_file_info(fs.FileSelector(key, allow_not_found=True, recursive=True))
+        return {info.path.removeprefix(f"{key}/"): (info.size, info.mtime_ns) for info in found if info.is_file}
+
+    def folders(self, folder: str) -> list[str]:
+        """Sorted names of the folders directly in a folder; empty where there is no such folder."""
+        if self.remote:
+            from pyarrow import fs
+
+            with self._asking("list", folder) as (filesystem, key):
+                found = filesystem.get_file_info(fs.FileSelector(key, allow_not_found=True))
+            return sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
+        local = Path(self.root, folder)
+        return sorted(p.name for p in local.iterdir() if p.is_dir()) if local.is_dir() else []
+
     def delete(self, path: str) -> None:
         """Remove a file; absent is fine."""
         if self.remote:
@@ -158,6 +206,6 @@ class Storage:
 
     def check(self) -> None:
         """Prove before the work starts that files can be written here. Raises StorageError if not."""
-        probe = f"{TEMPORARY}{uuid.uuid4().hex}"
-        self.write(probe, b"probe")
-        self.delete(probe)
+        probe, now = f"{TEMPORARY}{uuid.uuid4().hex}", Storage(self.root)
+        now.write(probe, b"probe")
+        now.delete(probe)

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # the tests' own lab.py
 
 @pytest.fixture(scope="session")
 def cluster():
-    """The resources of a running cluster that is connected to: 2 CPUs, one GPU that only the scheduler knows."""
+    """A running cluster (ray.cluster_utils) that is connected to: 2 CPUs, one GPU that only the scheduler knows."""
     os.environ["RAY_AUTH_MODE"] = "disabled"
     from ray.cluster_utils import Cluster
 
@@ -28,8 +28,8 @@ def cluster():
         except Exception as error:
             if last or "timed out during startup" not in str(error):
                 raise
-    with connected(ClusterSettings(address=node.address)) as resources:
-        yield resources
+    with connected(ClusterSettings(address=node.address)):
+        yield node
     node.shutdown()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -82,7 +83,7 @@ def until(condition: Callable[[], Any], what: str, seconds: float = 120) -> Any:
     end = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < end, f"{what}: not within {seconds} s"
-        time.sleep(0.05)
+        time.sleep(0.02)
     return value
 
 
@@ -103,6 +104,17 @@ def descendants(pid: int) -> dict[int, str]:
         new = {child for child, parent in parents.items() if parent in new} - found
         found |= new
     return {child: names[child] for child in found}
+
+
+def gone(pids: dict[int, str]) -> bool:
+    """Whether these processes have ended. A pid that another program got meanwhile does not count."""
+    left = []
+    for pid, line in pids.items():
+        with contextlib.suppress(OSError):
+            now = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip()
+            if now and now.split()[0] == line.split()[0]:
+                left.append(pid)
+    return not left
 
 
 def kill(name: str, pid: int | None = None, number: int = signal.SIGKILL) -> list[int]:

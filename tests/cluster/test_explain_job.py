@@ -7,10 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from lab import descendants, gone, until
 
+from impactx.configuration import load_settings
+from impactx.datasets import load_dataset
+from impactx.explain.attribution import build_attribution
 from impactx.explain.reading import store_at
+from impactx.models import build_classifier, save_checkpoint
+from impactx.settings import ModelSettings, PartitionSettings
 
+LENET = ModelSettings(name="lenet5", architecture="lenet5")
 JOB = Path(__file__).resolve().parents[2] / "jobs" / "explain.py"
 CODE = """
 from torch import nn
@@ -19,17 +28,57 @@ def net():
 """
 
 
+def start(folder: Path, *arguments: str, **how) -> subprocess.Popen:
+    """The job's process, in a folder, with a cluster of its own."""
+    command = [sys.executable, str(JOB), *arguments, "dataset=digits", "data_root=data", "output=out",
+               "cluster.num_cpus=2", "cluster.explain_cpu_actors=2"]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "PYTHONPATH")}
+    return subprocess.Popen(command, cwd=folder, env=environment, text=True,
+                            **({"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | how))
+
+
+@pytest.mark.timeout(300)
+def test_a_killed_driver_loses_nothing_and_repeats_nothing(tmp_path):
+    """kill -9 of the job in the middle; started again, it makes the rest, and the same maps as one process."""
+    model = build_classifier(LENET, 10, (32, 32), seed=0)
+    (tmp_path / "net.pt").write_bytes(save_checkpoint(model, model_settings=LENET, class_names=list("0123456789")))
+    arguments = ("--model", "net.pt", "datasets.digits.subset=400", "maps.shard_size=10", "attribution=partition",
+                 "attribution.batch_size=10")
+    with open(tmp_path / "log", "w") as log:  # a pipe would be held open by Ray's processes, which live on a little
+        job = start(tmp_path, *arguments, stdout=log, stderr=log)
+    written = until(lambda: list(tmp_path.glob("out/maps/*/*.parquet")), "the first shard")
+    below = descendants(job.pid)
+    job.kill()
+    job.wait()
+    until(lambda: gone(below), "the end of every process of the killed job")
+    there = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/maps/*/*.parquet")}
+    assert set(written) <= set(there) and len(there) < 40, "nothing was left to do"
+    job = start(tmp_path, *arguments)
+    _, said = job.communicate()
+    assert job.returncode == 0, said
+    assert all(path.stat().st_mtime_ns == time for path, time in there.items())
+    store = store_at(str(written[0].parent))
+    assert store.verify() == []
+    digits = load_settings(overrides=["dataset=digits", "model=lenet5", "datasets.digits.subset=400"])
+    data = load_dataset(digits.datasets["digits"], tmp_path / "data")
+    torch.set_num_threads(1)  # as cluster.threads: the sums of a product depend on it
+    expected = build_attribution(PartitionSettings(batch_size=10))
+    for shard in (0, store.spec.shards // 2, store.spec.shards - 1):
+        rows = store.shard_indices(shard)
+        maps = expected.explain(model.eval(), data.train.images[rows], data.train.labels[rows], indices=rows).maps
+        found = store.read_shard(shard)["map"].combine_chunks().flatten().to_numpy()
+        np.testing.assert_array_equal(found, maps.ravel())
+
+
 def test_a_model_of_ones_own_is_explained_by_the_pool(tmp_path):
     pytest.importorskip("captum")
     (tmp_path / "code_of_mine.py").write_text(CODE)
-    command = [sys.executable, str(JOB), "--import", "code_of_mine:net", "dataset=digits", "datasets.digits.subset=60",
-               "data_root=data", "output=out", "maps.shard_size=20", "cluster.num_cpus=2",
-               "cluster.explain_cpu_actors=2"]
     occlusion = ["attribution=occlusion", "attribution.window=16", "attribution.stride=16"]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "PYTHONPATH")}
 
     def run(*more: str) -> subprocess.CompletedProcess:
-        return subprocess.run([*command, *more], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        job = start(tmp_path, "--import", "code_of_mine:net", "datasets.digits.subset=60", "maps.shard_size=20", *more)
+        said = job.communicate()
+        return subprocess.CompletedProcess(job.args, job.returncode, *said)
 
     done = run("--sheet", "sheet.png", *occlusion)
     assert done.returncode == 0, done.stderr

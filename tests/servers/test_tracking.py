@@ -6,36 +6,19 @@ import logging
 import math
 import multiprocessing
 import os
-import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
+from services import MlflowServer, free_ports, until
 
 from impactx.experiment.tracker import TrackingError
 from impactx.settings import TrackingSettings
 from impactx.tracking import MlflowTracker
 
 PLATFORM = Path(__file__).parents[2] / "platform"
-
-
-def until(condition, seconds=60.0):
-    """Wait until a condition holds and return its value."""
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < end, f"not within {seconds} s"
-        time.sleep(0.02)
-    return value
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def child(script, *arguments):
@@ -97,36 +80,9 @@ def store(output):
     return Store(f"sqlite:///{output}/mlflow.db")
 
 
-class Server:
-    """`mlflow server` on loopback; it can be killed and started again on the same database."""
-
-    def __init__(self, folder, port):
-        self.folder, self.port, self.uri, self.process = folder, port, f"http://127.0.0.1:{port}", None
-
-    def start(self):
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1",
-             "--port", str(self.port), "--backend-store-uri", f"sqlite:///{self.folder}/server.db",
-             "--artifacts-destination", f"{self.folder}/artifacts"], start_new_session=True,
-            env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL)
-        until(self.answers, 90)
-
-    def answers(self):
-        assert self.process.poll() is None, "the server ended"
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=5) as answer:
-            return answer.status == 200
-        return False
-
-    def kill(self):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # of its own session, started above
-        self.process.wait()
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    running = Server(tmp_path_factory.mktemp("server"), free_port())
+    running = MlflowServer(tmp_path_factory.mktemp("server"))
     running.start()
     yield running
     running.kill()
@@ -241,7 +197,7 @@ def test_an_exception_fails_the_run_with_its_traceback_until_it_succeeds(tracker
     assert again.info.status == "FINISHED" and "impactx.error" not in again.data.tags
 
 
-def test_replay_makes_completes_or_leaves_a_run(tracker, store):
+def test_replay_makes_completes_or_leaves_a_run(tracker, store, tmp_path):
     history, final = [{"acc": 0.1 * e} for e in range(1, 6)], {"best_acc": 0.5}
     with tracker.run("replayed", name="job"):
         half = tracker.run("replayed/half", name="half", parent="replayed")
@@ -250,12 +206,21 @@ def test_replay_makes_completes_or_leaves_a_run(tracker, store):
         half.finish("KILLED")
         done = tracker.run("replayed/done", name="done", parent="replayed")
         done.finish()
+        asked = []
+
+        def files(folder):
+            asked.append(folder)
+            (folder / "split.npz").write_text("the split")
+            return [folder / "split.npz"]
+
         for _ in range(2):
             for key in ("new", "half", "done"):
                 tracker.replay(f"replayed/{key}", name=key, parent="replayed", params={"lr": 1},
-                               history=history, final=final)
+                               history=history, final=final, files=files)
         assert tracker.close_unfinished("replayed") == 0
     runs = store.runs("replayed")
+    assert len(asked) == 2, "files are made only for runs that are made"
+    assert store.text(runs["replayed/new"], "split.npz", tmp_path) == "the split"
     assert set(store.statuses("replayed").values()) == {"FINISHED"} and len(runs) == 4
     for key in ("new", "half"):
         assert [step for step, _ in store.points(runs[f"replayed/{key}"], "acc")] == [1, 2, 3, 4, 5]
@@ -395,7 +360,7 @@ def test_a_server_that_is_away_loses_nothing_and_stalls_nothing(server, caplog, 
 
 
 def test_a_server_that_stays_away_is_given_up_with_a_warning_and_only_once(caplog):
-    uri = f"http://127.0.0.1:{free_port()}"
+    uri = f"http://127.0.0.1:{free_ports(1)[0]}"
     tracker = MlflowTracker(TrackingSettings(uri=uri), "unused", flush_seconds=0.05, patience_seconds=1)
     run = tracker.run("gone", name="lonely")
     for epoch in range(3):
@@ -409,7 +374,7 @@ def test_a_server_that_stays_away_is_given_up_with_a_warning_and_only_once(caplo
 
 @pytest.mark.parametrize("password", ["s3cret-word", "p%40ss%2Fword"])
 def test_the_password_of_the_address_is_never_shown(password, caplog, capfd):
-    uri = f"http://user:{password}@127.0.0.1:{free_port()}/mlflow?token=t0ken-value"
+    uri = f"http://user:{password}@127.0.0.1:{free_ports(1)[0]}/mlflow?token=t0ken-value"
     tracker = MlflowTracker(TrackingSettings(uri=uri), "unused", flush_seconds=0.05, patience_seconds=0.5)
     with pytest.raises(TrackingError) as error:
         tracker.prepare()

@@ -16,6 +16,7 @@ from impactx.experiment.plan import Configuration
 from impactx.experiment.preparation import dry_run, prepare
 from impactx.experiment.tracker import NoTracker
 from impactx.explain.attribution import AttributionError, build_attribution
+from impactx.explain.precision import forward_precision, map_error
 from impactx.explain.scores import MissingPackage
 from impactx.explain.store import MapStore
 from impactx.settings import AttributionSettings, parse_attribution, tagged
@@ -102,6 +103,69 @@ def test_maps_depend_on_image_and_index_alone(method):
     assert model[0].weight.grad is None
 
 
+class Narrow(nn.Module):
+    """A model on a device with room for three images at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.refused = net(), 0
+
+    def forward(self, x):  # noqa: ANN001, ANN201
+        if len(x) > 3:
+            self.refused += 1
+            raise torch.OutOfMemoryError("no room")
+        return self.net(x)
+
+
+def test_out_of_memory_leads_to_smaller_batches(method):
+    images, labels = pictures(8)
+    narrow, indices = Narrow().eval(), np.arange(8)
+    found = attribution(method).explain(narrow, images, labels, indices=indices)
+    whole = attribution(method).explain(net(), images, labels, indices=indices)
+    assert narrow.refused > 0
+    np.testing.assert_allclose(found.maps, whole.maps, atol=1e-5 * np.abs(whole.maps).max())
+
+
+def test_a_lower_precision_is_a_choice_whose_error_is_measured():
+    images, labels = pictures(6)
+    exact = attribution("partition").explain(net(), images, labels)
+    assert exact.precision_error is None
+    found = attribution("partition", precision="bfloat16").explain(net(), images, labels)
+    apart = map_error(found.maps[:2], exact.maps[:2])
+    assert found.precision_error == pytest.approx(apart, rel=0.01) and 1e-4 < apart < 0.5
+    twice = exact.maps * np.array([1, 2, 1, 1, 1, 1], np.float32)[:, None, None, None]
+    assert map_error(twice, exact.maps) == pytest.approx(1)
+
+
+def test_the_precision_is_the_blocks_alone():
+    before = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    with forward_precision("float32"):
+        assert torch.backends.cudnn.conv.fp32_precision == torch.backends.cuda.matmul.fp32_precision == "ieee"
+        assert not torch.is_autocast_enabled("cpu")
+    with pytest.raises(ZeroDivisionError), forward_precision("tf32"):
+        assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+        raise ZeroDivisionError
+    assert (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision) == before
+
+
+def test_every_attribution_is_made_in_exact_float32(method):
+    seen = []
+
+    class Watching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x):  # noqa: ANN001, ANN202
+            seen.append((torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision))
+            return self.net(x)
+
+    # A function: a module would be traced, and its forward not run again.
+    watching = Watching().eval()
+    attribution(method).explain(watching if method == "grad_cam" else lambda x: watching(x), *pictures(2))
+    assert set(seen) == {("ieee", "ieee")}
+
+
 def test_gradient_shap_draws_by_seed_and_index():
     pytest.importorskip("captum")
     images, labels = pictures(1)
@@ -115,7 +179,7 @@ def test_a_score_that_is_not_finite_names_the_image(method):
     images[2] = 255
     masked = "masker" in parse_attribution({"method": method}).model_dump()
     maker = attribution(method, **({"masker": "0.2"} if masked else {}))
-    with pytest.raises(AttributionError, match="image 2|image 12") as caught:
+    with pytest.raises(AttributionError, match=r"image 12\b") as caught:
         maker.explain(Bad("nan").eval(), images, labels, indices=np.arange(10, 14))
     assert "nan" in str(caught.value).lower() or "finite" in str(caught.value)
 

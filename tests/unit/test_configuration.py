@@ -200,3 +200,61 @@ def test_platform_is_no_package_and_the_front_door_is_complete():
     assert sorted(itertools.chain(*impactx._HOMES.values())) == sorted(impactx.__all__)
     with pytest.raises(AttributeError, match="no_such"):
         impactx.no_such  # noqa: B018
+
+
+SECRET = "do-not-tell"
+
+
+@pytest.mark.parametrize("text", [
+    "name: ${oc.env:A_PASSWORD}",
+    'name: "\\x24{oc.env:A_PASSWORD}"',
+    "half: IMPACTX\nname: ${oc.env:${half}_X,${oc.env:A_PASSWORD}}",
+    "name: ${oc.decode:'${oc.env:A_PASSWORD}'}",
+    "name: ${hydra:runtime.cwd}",
+    "grid: {learning_rate: [0.1, '${oc.env:A_PASSWORD}']}",
+    "${oc.env:A_PASSWORD}: 1",
+    "loop: &loop [*loop, '${oc.env:A_PASSWORD}']",
+    "defaults: [full_grid, {override dataset: '${oc.env:A_PASSWORD}'}]",
+])
+def test_a_foreign_file_cannot_read_the_environment(tmp_path, monkeypatch, text):
+    monkeypatch.setenv("A_PASSWORD", SECRET)
+    folder = tmp_path / "configs"
+    shutil.copytree(CONFIGS, folder)
+    (folder / "bad.yaml").write_text(text if "defaults" in text else f"defaults: [demo, _self_]\n{text}\n")
+    found = failure(preset="bad", folder=folder)
+    assert "may not stand in a configuration" in found and "bad.yaml" in found and SECRET not in found
+
+
+def test_nor_from_a_folder_that_it_brings_along(tmp_path, monkeypatch):
+    monkeypatch.setenv("A_PASSWORD", SECRET)
+    folder = tmp_path / "configs"
+    shutil.copytree(CONFIGS, folder)
+    (tmp_path / "other" / "dataset").mkdir(parents=True)
+    (tmp_path / "other" / "dataset" / "theirs.yaml").write_text("# @package _global_\nname: ${oc.env:A_PASSWORD}\n")
+    (folder / "bad.yaml").write_text(
+        f"defaults: [full_grid, dataset/theirs, _self_]\nhydra: {{searchpath: ['file://{tmp_path}/other']}}\n")
+    found = failure(preset="bad", folder=folder)
+    assert "may not stand in a configuration" in found and SECRET not in found
+
+
+def test_a_target_is_no_call_and_an_override_no_reference(tmp_path, monkeypatch):
+    monkeypatch.setenv("A_PASSWORD", SECRET)
+    trace = tmp_path / "trace"
+    folder = tmp_path / "configs"
+    shutil.copytree(CONFIGS, folder)
+    (folder / "bad.yaml").write_text("defaults: [demo, _self_]\n"
+                                     f"training: {{_target_: os.mkdir, _args_: ['{trace}'], epochs: 3}}\n")
+    text = failure(preset="bad", folder=folder)
+    assert "training._target_ = 'os.mkdir': no such setting" in text and not trace.exists()
+    assert load_settings("demo", ["output=${oc.env:A_PASSWORD}"], CONFIGS).output == "${oc.env:A_PASSWORD}"
+
+
+def test_results_and_pages_come_from_the_environment(monkeypatch):
+    for name in ("IMPACTX_OUTPUT", "IMPACTX_MLFLOW_UI"):
+        monkeypatch.delenv(name, raising=False)
+    bare = load_settings("demo", folder=CONFIGS)
+    assert (bare.output, bare.tracking.ui) == ("results", None)
+    monkeypatch.setenv("IMPACTX_OUTPUT", "s3://bucket/results")
+    monkeypatch.setenv("IMPACTX_MLFLOW_UI", "http://127.0.0.1:5000")
+    found = load_settings("demo", folder=CONFIGS)
+    assert (found.output, found.tracking.ui) == ("s3://bucket/results", "http://127.0.0.1:5000")

@@ -511,8 +511,6 @@ def test_an_absent_data_set_says_what_was_looked_for_and_how_to_provide_it(tmp_p
             torchvision_class="CIFAR10", download=False)
     refused(tmp_path, "torchvision_class", source="torchvision")
     refused(tmp_path, str(tmp_path / "gone"), "is not a folder", path=str(tmp_path / "gone"))
-    with pytest.raises(DataError, match="data_root must be a local folder: got s3://bucket/data"):
-        load("s3://bucket/data")
 
 
 def test_auto_prefers_parquet_then_folders_then_torchvision(tmp_path):

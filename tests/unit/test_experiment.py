@@ -24,7 +24,7 @@ from impactx.experiment.executor import LocalExecutor
 from impactx.experiment.plan import SelectionError
 from impactx.experiment.preparation import dry_run, prepare
 from impactx.experiment.results import table
-from impactx.experiment.run import Job
+from impactx.experiment.run import CellsFailed, Job
 from impactx.experiment.tracker import NoRun, NoTracker
 from impactx.experiment.units import WorkError
 from impactx.experiment.work import finish_maps, train_unit
@@ -232,8 +232,8 @@ def test_an_interrupted_job_goes_on_and_ends_with_the_same_numbers(first, shared
     left = times(tmp_path)
     again = Done(tmp_path, shared).run()
     assert again.numbers() == first.numbers()
-    assert {k: v for k, v in times(tmp_path).items() if k in left and "running.pt" not in k} == {
-        k: v for k, v in left.items() if "running.pt" not in k}
+    assert {k: v for k, v in times(tmp_path).items() if k in left and not k.endswith(("running.pt", "claim.json"))} == {
+        k: v for k, v in left.items() if not k.endswith(("running.pt", "claim.json"))}
     if stop_at.startswith("maps"):
         assert again.work[0] == "maps repeat 0: 60 of 100"  # 30 lay there
     else:
@@ -416,15 +416,19 @@ class FolderRun(NoRun):
 
 class FolderTracker(NoTracker):
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.params = folder, {}
 
     def run(self, key, *, name, parent=None, params=None, tags=None):
+        self.params[name] = params
         return FolderRun(self.folder / name.replace("/", "_"))
 
 
 def test_runs_hold_the_resolved_unit_the_split_and_the_checkpoint(shared, tmp_path):
+    tracker = FolderTracker(tmp_path / "runs")
     done = Done(tmp_path / "out", shared, "approach=[impactx]", "approaches.impactx.lambdas=[0.8]",
-                tracker=FolderTracker(tmp_path / "runs")).run()
+                "tracking.uri=http://me:hidden-word@mlflow", tracker=tracker).run()
+    assert tracker.params["demo"]["tracking"]["experiment"] == "impactx" and "hidden-word" not in str(tracker.params)
+    assert not [p for p in (tmp_path / "runs").rglob("*.json") if "hidden-word" in p.read_text()]
     trial, model, two = (tmp_path / "runs" / name for name in (
         "A lr=0.002 bs=16 vf=0.2", "A repeat 0", "impactx lambda=0.8 repeat 0"))
     assert sorted(os.listdir(trial)) == ["unit.json"]
@@ -438,6 +442,88 @@ def test_runs_hold_the_resolved_unit_the_split_and_the_checkpoint(shared, tmp_pa
         np.testing.assert_array_equal(kept[part], getattr(split, part))
     for folder, row in zip((model, two), done.rows, strict=True):
         assert (folder / "checkpoint.pt").read_bytes() == Path(row.checkpoint, "checkpoint.pt").read_bytes()
+
+
+# ---- a budget
+
+HOURS = ("approach=[]", "grid.learning_rate=[0.002,0.003,0.004]")
+
+
+def test_no_trial_is_begun_once_the_hours_are_spent(shared, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "impactx"):
+        done = Done(tmp_path, shared, *HOURS, "grid.max_hours=1e-9").run()
+    order = [unit.name for unit in done.cell.stage1_trials()]
+    assert done.work == [order[0], "A repeat 0", "test of A repeat 0"]
+    assert "the budget of 1e-09 hours is spent, 2 of 3 trials were not begun" in caplog.text
+    again = Done(tmp_path, shared, *HOURS, "grid.max_hours=1e-9").run()
+    assert again.work == [] and again.numbers() == done.numbers()
+    more = Done(tmp_path, shared, *HOURS, "grid.max_hours=1").run()
+    assert more.work[:2] == order[1:]
+
+
+def test_a_trial_that_was_begun_is_finished_although_the_hours_are_spent(shared, tmp_path):
+    order = [unit.name for unit in Done(tmp_path, shared, *HOURS, "grid.max_hours=1").cell.stage1_trials()]
+    with pytest.raises(KeyboardInterrupt):
+        Done(tmp_path, shared, *HOURS, "grid.max_hours=1", stop_at=order[1]).run()
+    again = Done(tmp_path, shared, *HOURS, "grid.max_hours=1e-9").run()
+    assert again.work[0] == order[1] and order[2] not in again.work
+
+
+def test_asha_needs_a_cluster(shared, tmp_path):
+    with pytest.raises(WorkError, match="'asha' needs a Ray cluster"):
+        Done(tmp_path, shared, "approach=[]", "grid.strategy=asha").run()
+
+
+# ---- several cells
+
+class StatusTracker(NoTracker):
+    """Remembers how each run ended: name -> (status, error)."""
+
+    def __init__(self) -> None:
+        self.ended = {}
+
+    def run(self, key, *, name, parent=None, params=None, tags=None):
+        tracker = self
+
+        class Run(NoRun):
+            def finish(self, status="FINISHED", error=None):
+                tracker.ended.setdefault(name, (status, error))
+
+        return Run()
+
+
+TWO_CELLS = ("datasets.more.name=more", "datasets.more.source=digits", "datasets.more.subset=110", "approach=[]")
+
+
+def test_a_cell_that_fails_does_not_end_the_others(shared, tmp_path, caplog):
+    tracker = StatusTracker()
+    done = Done(tmp_path, shared, *TWO_CELLS, tracker=tracker)
+    for bad in done.cell.stage1_trials():
+        (tmp_path / bad.folder / "running.pt").mkdir(parents=True)  # a folder where a file must be
+    with caplog.at_level(logging.INFO, "impactx"):
+        done.run()
+    assert [r.dataset for r in done.rows] == ["more"] and list(done.job.failed) == ["digits x lenet5"]
+    with pytest.raises(CellsFailed, match=r"1 of 2 cells failed.*\n  - digits x lenet5: SelectionError: none of 2 tri"):
+        done.job.check()
+    assert tracker.ended["digits x lenet5"][0] == "FAILED" and "SelectionError" in tracker.ended["digits x lenet5"][1]
+    assert tracker.ended["more x lenet5"][0] == "FINISHED" and tracker.ended["demo"][0] == "FAILED"
+    lines = [r.getMessage() for r in caplog.records]
+    assert all(line.startswith(("digits x lenet5: ", "more x lenet5: ", "after ")) for line in lines if "trial" in line)
+    assert "digits x lenet5: failed: SelectionError: none of 2 trials" in caplog.text and "Traceback" not in caplog.text
+    kept = json.loads((tmp_path / "jobs" / done.job.key / "results.json").read_text())
+    assert [r["dataset"] for r in kept] == ["more"]
+
+
+def test_a_job_without_a_cell_left_says_so_and_writes_no_table(shared, tmp_path):
+    done = Done(tmp_path, shared, *TWO_CELLS, *DIVERGING, "grid.learning_rate=[10]")
+    with pytest.raises(CellsFailed, match="2 of 2 cells failed"):
+        done.run()
+    assert not list(tmp_path.glob("jobs/*/results.*"))
+
+
+def test_one_experiment_under_two_names_is_refused(shared, tmp_path):
+    with pytest.raises(ConfigurationError, match="digits x lenet5 and digits x same are the same experiment"):
+        Done(tmp_path, shared, "models.same.name=same", "models.same.architecture=lenet5", "models.same.input_size=32")
 
 
 # ---- front doors

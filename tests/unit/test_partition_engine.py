@@ -280,7 +280,7 @@ def test_additivity_is_checked_on_each_map() -> None:
     broken = found.values.copy()
     broken[1, 0, 0, 3, 3] += 0.01 * np.abs(broken[1]).sum()
     with pytest.raises(AdditivityError, match="image 11, output 0"):
-        check_additivity(broken, found.scores, found.base_values, first_image=10)
+        check_additivity(broken, found.scores, found.base_values, names=range(10, 13))
     with pytest.raises(AdditivityError):
         check_additivity(np.zeros_like(found.values), found.scores, found.base_values)
     with pytest.raises(AdditivityError):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from impactx.configuration import load_settings
+from impactx.configuration import ConfigurationError, load_settings
 from impactx.experiment.plan import Cell, DataFacts, SelectionError, select
 from impactx.experiment.run import job_key
 from impactx.experiment.units import Artifacts, Unit, fingerprint
@@ -163,3 +163,47 @@ def test_results_are_found_again_and_damage_is_named(tmp_path):
     path.write_text(json.dumps({"a": 1})[:-1])
     with pytest.raises(StorageError, match=f"{path} is damaged"):
         artifacts.result(u)
+
+
+# ---- how much of the grid
+
+GRID = ("grid.learning_rate=[0.001,0.002,0.003,0.004]", "grid.batch_size=[16,32]", "grid.validation_fraction=[0.1,0.2]")
+
+
+def names(*overrides):
+    return [unit.name for unit in cell(*GRID, *overrides).stage1_trials()]
+
+
+def test_a_drawn_part_of_the_grid_is_the_same_each_time_and_another_for_another_seed():
+    everything = names()
+    drawn = names("grid.strategy=random", "grid.max_trials=5")
+    assert len(drawn) == len(set(drawn)) == 5 and set(drawn) < set(everything)
+    assert drawn == names("grid.strategy=random", "grid.max_trials=5") == names("grid.max_trials=5")
+    assert drawn != names("grid.strategy=random", "grid.max_trials=5", "seed=1")
+    assert drawn == names("grid.strategy=random", "grid.max_trials=9")[:5], "a larger part holds the smaller one"
+    assert drawn != everything[:5], "the first of a grid are all alike"
+
+
+@pytest.mark.parametrize("override", ["grid.strategy=asha", "grid.max_hours=1", "grid.max_trials=99"])
+def test_a_strategy_changes_the_order_and_no_unit(override):
+    plain, other = cell(*GRID).stage1_trials(), cell(*GRID, override).stage1_trials()
+    assert [u.key for u in plain] != [u.key for u in other]
+    assert {u.key for u in plain} == {u.key for u in other} and len(plain) == 16
+
+
+def test_what_stopped_a_trial_is_known_by_all_that_decides_it():
+    def halving(*overrides):
+        return cell(*GRID, "grid.strategy=asha", *overrides).stage1_trials()[0].inputs["halving"]
+
+    assert halving() == halving("grid.strategy=asha")
+    for other in ("grid.grace_epochs=2", "grid.reduction=2", "grid.select_on=own", "training.epochs=30",
+                  "grid.batch_size=[16]"):
+        assert halving(other) != halving(), other
+    assert "halving" not in cell(*GRID).stage1_trials()[0].inputs
+
+
+def test_strategies_that_cannot_be_are_refused():
+    with pytest.raises(ConfigurationError, match="'random' needs max_trials"):
+        cell("grid.strategy=random")
+    with pytest.raises(ConfigurationError, match="'asha' with cluster.trial_workers = 2"):
+        cell("grid.strategy=asha", "cluster.trial_workers=2")

@@ -13,7 +13,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "platform" / "impactx"
 # Arrows point down this list only: jobs -> cluster -> experiment -> {training, explain, evaluation} -> ... -> settings.
 LAYERS = [
-    {"command", "api"},
+    {"command"},
+    {"prediction", "serving"},
+    {"api"},
     {"benchmarks"},
     {"cluster"},
     {"tracking", "report"},
@@ -21,6 +23,7 @@ LAYERS = [
     {"configuration", "settings_doc"},
     {"training", "explain", "evaluation"},
     {"models", "datasets"},
+    {"fetching"},
     {"settings", "storage", "timing", "version"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}

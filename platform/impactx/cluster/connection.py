@@ -36,6 +36,9 @@ def connected(settings: ClusterSettings) -> Iterator[dict[str, float]]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    # How many trials wait for their place is decided by cluster.search; a trial may end without a metric.
+    os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "1000")
+    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
     # Ctrl-C ends the job; Tune would only end the search, and the best of what is there would be selected.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     import ray
@@ -47,19 +50,28 @@ def connected(settings: ClusterSettings) -> Iterator[dict[str, float]]:
     variables = {"OMP_NUM_THREADS": str(settings.threads), "RAY_TRAIN_V2_ENABLED": "1"}
     package = Path(impactx.__file__).resolve().parent
     handler = signal.getsignal(signal.SIGTERM)  # Ray sets its own, which ends the cluster before the job
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+    if address:
+        # The package travels with the job, so every worker runs the driver's code, installed or not.
+        options |= {"address": address, "runtime_env": {"env_vars": variables, "py_modules": [str(package)]}}
+    else:
+        # Loopback and for this process alone: no dashboard, no token. A running cluster is asked for by name.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        paths = (str(package.parent), os.environ.get("PYTHONPATH"))
+        variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        options |= {"address": "local", "num_cpus": settings.num_cpus, "include_dashboard": False,
+                    "runtime_env": {"env_vars": variables}, "object_store_memory": 256 * 2**20}
     try:
-        if address:
-            # The package travels with the job, so every worker runs the driver's code, installed or not.
-            runtime_env = {"env_vars": variables, "py_modules": [str(package)]}
-            ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.WARNING)
-        else:
-            # Loopback and for this process alone: no dashboard, no token. A running cluster is asked for by name.
-            os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-            paths = (str(package.parent), os.environ.get("PYTHONPATH"))
-            variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-            ray.init(num_cpus=settings.num_cpus, include_dashboard=False, log_to_driver=False, address="local",
-                     runtime_env={"env_vars": variables}, logging_level=logging.WARNING,
-                     object_store_memory=256 * 2**20)
+        try:
+            ray.init(**options)
+        except Exception as error:
+            # Ray gives its processes 30 s to start, which a busy machine may exceed.
+            if address or "timed out" not in str(error):
+                raise
+            log.warning("the local Ray cluster did not start in time (%s): tried once more",
+                        str(error).strip().splitlines()[0])
+            ray.shutdown()
+            ray.init(**options)
     except Exception as error:  # Ray raises whatever comes, bare Exception included
         raise ClusterError(f"no Ray cluster at {address or 'this machine'}: {error}") from error
     finally:

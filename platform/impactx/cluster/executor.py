@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import atexit
-import logging
+import contextlib
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from impactx.cluster.errors import is_final, portable
 from impactx.cluster.pool import explain_on_pools, pools_of
+from impactx.cluster.search import tune_search
+from impactx.cluster.shares import Amounts, Shares
+from impactx.cluster.trial import Report
 from impactx.experiment.executor import (
+    UNLIMITED,
+    Limits,
     OnEpoch,
     OnResult,
     OnShards,
@@ -30,8 +36,6 @@ from impactx.experiment.tracker import Tracker
 from impactx.experiment.units import WorkError
 from impactx.experiment.work import Workplace, finish_maps, open_store
 from impactx.settings import ClusterSettings
-
-log = logging.getLogger("impactx")
 
 
 def _device(gpus: float) -> str:
@@ -49,9 +53,13 @@ def _train_worker(config: dict[str, Any]) -> None:
     monitor = config["monitor"]
     if ray.get(monitor.since.remote(0))[1] is not None:
         return  # started again after an error that stays
+
+    def report(row: dict[str, float]) -> None:
+        monitor.epoch.remote(row)
+
     try:
         tracked_training(config["task"], config["place"], config["tracker"], device=device, rank=rank,
-                         world_size=world, report=lambda row: monitor.epoch.remote(row))
+                         world_size=world, report=report)
     except Exception as error:
         if is_final(error):
             ray.get(monitor.fail.remote(portable(error)))
@@ -91,15 +99,22 @@ class Workers:
     max_failures: int
     scratch: str  # Tune and Train keep their own bookkeeping here; nothing of ours is in it
 
+    @property
+    def amounts(self) -> dict[str, float]:
+        """What all of them hold together."""
+        return {"CPU": self.count * self.cpus, "GPU": self.count * self.gpus}
+
 
 def _train_on_workers(task: Task, place: Workplace, tracker: Tracker, workers: Workers,
-                      on_row: Callable[[dict[str, float]], None]) -> dict[str, Any]:
+                      on_row: Callable[[dict[str, float]], object]) -> dict[str, Any]:
     """One training by Ray Train's TorchTrainer; its artifacts lie in the output when it returns."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     resources = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
-    monitor = Monitor.remote()  # type: ignore[attr-defined]
+    # Not on the machine of a worker, with which it would be lost.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    monitor = Monitor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     trainer = TorchTrainer(
         _train_worker,
         train_loop_config={"task": task, "place": place, "tracker": tracker, "monitor": monitor},
@@ -150,88 +165,68 @@ class RayExecutor:
         self.settings, self.place, self.tracker = settings, place, tracker
         self._scratch = tempfile.mkdtemp(prefix="impactx-ray-")
         atexit.register(shutil.rmtree, self._scratch, ignore_errors=True)
+        self.shares = Shares(self._capacity)
+        self._stopped = False
+        self._asked, self._have = float("-inf"), dict[str, float]()
+
+    def _capacity(self) -> dict[str, float]:
+        """What there is to share now, or what the cluster may grow to; asked of Ray once a second."""
+        now, s = time.monotonic(), self.settings
+        if now - self._asked >= 1:
+            have = ray.cluster_resources()
+            self._asked, self._have = now, {
+                "CPU": max(have.get("CPU", 0.0), s.grows_to_cpus or 0),
+                "GPU": max(have.get("GPU", 0.0), s.grows_to_gpus or 0)}
+        return self._have | ({"trials": s.max_concurrent_trials} if s.max_concurrent_trials else {})
 
     def _workers(self, count: int, cpus: float, gpus: float) -> Workers:
         return Workers(count, cpus, gpus, self.settings.max_failures, self._scratch)
 
-    def search(self, tasks: Sequence[Task], on_result: OnResult, on_epoch: OnEpoch) -> None:
+    def search(self, tasks: Sequence[Task], on_result: OnResult, on_epoch: OnEpoch,
+               limits: Limits = UNLIMITED) -> None:
         """Trials by Ray Tune: each in a process that is kept for the next, or over several by Ray Train."""
-        from ray import tune
-
         s, place, tracker = self.settings, self.place, self.tracker
-        by_key = {task.unit.key: task for task in tasks}
-        shared = ray.put(by_key)
         workers = self._workers(s.trial_workers, s.trial_cpus, s.trial_gpus)
 
-        def report(row: dict[str, float]) -> None:
-            tune.report({"epoch": row["epoch"], "val_accuracy": row["val_accuracy"]})
-
-        def trial(config: dict[str, Any]) -> None:
-            task = ray.get(shared)[config["unit"]]
-            try:
-                if workers.count > 1:
-                    _train_on_workers(task, place, tracker, workers, lambda row: None)
-                else:
-                    tracked_training(task, place, tracker, device=_device(s.trial_gpus), report=report)
-            except Exception as error:
-                if not is_final(error):
-                    raise  # Tune tries again
-                tune.report({"error": f"{type(error).__name__}: {error}"})
+        def train(task: Task, report: Report) -> None:
+            if workers.count > 1:
+                _train_on_workers(task, place, tracker, workers, report)
             else:
-                tune.report({"finished": 1})  # a trial whose result was there already reports nothing else
-
-        class OnTrials(tune.Callback):
-            def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
-                if "val_accuracy" in result:
-                    on_epoch(by_key[trial.config["unit"]].unit, result)
-
-            def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-                unit = by_key[trial.config["unit"]].unit
-                on_result(unit, place.artifacts.result(unit), trial.last_result.get("error"))
-
-            def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-                unit = by_key[trial.config["unit"]].unit
-                on_result(unit, None, _last_line(trial.error_file) or "its process died; see Ray's logs")
+                tracked_training(task, place, tracker, device=_device(s.trial_gpus), report=report)
 
         # A trial over several workers only waits for them: its own process needs next to nothing.
         held = {"CPU": s.trial_cpus, "GPU": s.trial_gpus} if workers.count == 1 else {"CPU": 0.01}
-        tuner = tune.Tuner(
-            tune.with_resources(trial, held),
-            param_space={"unit": tune.grid_search(list(by_key))},
-            tune_config=tune.TuneConfig(max_concurrent_trials=self._at_once(workers), reuse_actors=True),
-            run_config=tune.RunConfig(
-                name=f"search-{time.time_ns()}", storage_path=self._scratch, verbose=0, callbacks=[OnTrials()],
-                failure_config=tune.FailureConfig(max_failures=s.max_failures)))
-        tuner.fit()
+        with self._unless_stopped():
+            tune_search(tasks, place, train, shares=self.shares, need=workers.amounts | {"trials": 1}, held=held,
+                        max_failures=s.max_failures, scratch=self._scratch, on_result=on_result, on_epoch=on_epoch,
+                        limits=limits)
 
-    def _at_once(self, workers: Workers) -> int | None:
-        limit = self.settings.max_concurrent_trials
-        if workers.count == 1:
-            return limit  # Tune itself starts no more than there is room for
-        return min(_room(workers), limit or _room(workers))
+    def cells_at_once(self) -> int:
+        """A setting."""
+        return self.settings.cells_at_once
 
     def trainings_at_once(self) -> int:
-        """As many as the cluster has room for now."""
+        """As many as the cluster has room for."""
         s = self.settings
         return _room(self._workers(s.train_workers, s.train_cpus, float(s.use_gpu)))
 
     def train(self, task: Task, on_epoch: OnEpoch) -> dict[str, Any]:
         """A model by Ray Train on train_workers workers."""
         s = self.settings
-        return _train_on_workers(task, self.place, self.tracker,
-                                 self._workers(s.train_workers, s.train_cpus, float(s.use_gpu)),
-                                 lambda row: on_epoch(task.unit, row))
+        workers = self._workers(s.train_workers, s.train_cpus, float(s.use_gpu))
+        with self._held(task, workers.amounts):
+            return _train_on_workers(task, self.place, self.tracker, workers, lambda row: on_epoch(task.unit, row))
 
     def explain(self, task: Task, on_shards: OnShards) -> dict[str, Any]:
         """Maps by Ray Data actor pools."""
-        with task.open_run(self.tracker) as run:
+        with task.open_run(self.tracker) as run, self._unless_stopped():
             started = time.perf_counter()
             store = open_store(task.unit, self.place)
             if store.missing():
                 explain_on_pools(task.unit, self.place, pools_of(self.settings, ray.cluster_resources()),
-                                 self.settings.max_failures, on_shards)
+                                 self.settings.max_failures, on_shards, self.shares, task.parent_key)
             result = finish_maps(task.unit, self.place, time.perf_counter() - started)
-            log_maps(run, result)
+            log_maps(run, task.unit, result)
             return result
 
     def evaluate(self, task: Task) -> dict[str, Any]:
@@ -250,19 +245,31 @@ class RayExecutor:
         def work() -> dict[str, Any]:
             return how(task, place, tracker, device=_device(gpus))
 
-        return ray.get(work.remote())
+        with self._held(task, {"CPU": self.settings.trial_cpus, "GPU": gpus}):
+            return ray.get(work.remote())
+
+    @contextlib.contextmanager
+    def _held(self, task: Task, amounts: Amounts) -> Iterator[None]:
+        """Wait for the turn of the task's cell, and hold these amounts for it."""
+        with self._unless_stopped():
+            self.shares.wait(task.parent_key, task.run_key, amounts)
+            try:
+                yield
+            finally:
+                self.shares.give(task.parent_key, amounts)
+
+    @contextlib.contextmanager
+    def _unless_stopped(self) -> Iterator[None]:
+        """What goes wrong because the job has left its cluster is an interrupt, and no error of the work."""
+        try:
+            yield
+        except Exception:
+            if self._stopped:
+                raise KeyboardInterrupt from None
+            raise
 
     def stop(self) -> None:
         """Leave the cluster: everything of this job in it ends."""
+        self._stopped = True
+        self.shares.close()
         ray.shutdown()
-
-
-def _last_line(path: str | None) -> str:
-    if not path:
-        return ""
-    try:
-        with open(path, encoding="utf8") as stream:
-            lines = [line.strip() for line in stream if line.strip()]
-    except OSError:
-        return ""
-    return lines[-1] if lines else ""

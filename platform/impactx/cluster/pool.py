@@ -1,6 +1,7 @@
 """The Ray Data actor pools that make maps, on CPU and GPU workers at once.
 
-A pool is a dataset of tickets, one for each actor, mapped over by that many actors.  With its ticket an actor
+A pool is a dataset of tickets, one for each actor, mapped over by that many actors; where several cells share the
+cluster, it is cut into groups that come and go with the cell's share of it.  With its ticket an actor
 takes shard after shard from a common queue, so fast and slow workers share the work by their own pace.  A ticket
 that Ray hands to another process, because the first died, begins with the shard that was lost.  When no shard is
 left that nobody works on, free actors take over shards whose worker is late: contents are the same and the last
@@ -12,12 +13,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from impactx.cluster.errors import portable
+from impactx.cluster.shares import Shares
 from impactx.experiment.executor import OnShards
 from impactx.experiment.units import Unit, WorkError
 from impactx.experiment.work import ShardWorker, Workplace, open_store
@@ -29,12 +32,14 @@ POLL_SECONDS = 0.5  # of free actors that wait for others to be late, and of the
 
 @dataclass(frozen=True)
 class Pool:
-    """Actors of one kind: how many, on which device, and what each holds (num_cpus, num_gpus)."""
+    """Actors of one kind: how many, on which device, what each asks Ray for (num_cpus, num_gpus), and what each
+    counts for in the shares of the cluster."""
 
     name: str
     device: str
     actors: int
     resources: dict[str, float]
+    amounts: dict[str, float]
 
 
 def pools_of(settings: ClusterSettings, have: dict[str, float]) -> list[Pool]:
@@ -44,9 +49,9 @@ def pools_of(settings: ClusterSettings, have: dict[str, float]) -> list[Pool]:
     if cpus + gpus == 0:
         raise WorkError("cluster.explain_cpu_actors and explain_gpu_actors are both 0: nobody would make maps")
     # Ray Data's own tasks need CPUs as well: actors ask for a little less than a CPU, or the pool starves.
-    share = 0.75 * min(have.get("CPU", 1) / max(cpus, 1), 1)
-    pools = [Pool("cpu", "cpu", cpus, {"num_cpus": share}),
-             Pool("gpu", "cuda", gpus, {"num_cpus": 0.1, "num_gpus": 1})]
+    whole = min(have.get("CPU", 1) / max(cpus, 1), 1)
+    pools = [Pool("cpu", "cpu", cpus, {"num_cpus": 0.75 * whole}, {"CPU": whole}),
+             Pool("gpu", "cuda", gpus, {"num_cpus": 0.1, "num_gpus": 1}, {"GPU": 1})]
     return [pool for pool in pools if pool.actors]
 
 
@@ -64,6 +69,11 @@ class ShardQueue:
         self._seconds: list[float] = []
         self._maps = 0
         self._error: Exception | None = None
+        self._leaving: set[str] = set()
+
+    def leave(self, pool: str) -> None:
+        """Tickets whose name begins with this get no further shard: others need their part of the cluster."""
+        self._leaving.add(pool)
 
     def take(self, ticket: str) -> int | None:
         """The next shard of this ticket; WAIT: ask again; None: nothing is left to do.
@@ -81,6 +91,8 @@ class ShardQueue:
                                     "cluster.explain_memory_mb bounds an actor's batches)"))
                 return None
             return held
+        if ticket.rpartition("-")[0] in self._leaving:
+            return None
         shard = self._waiting.pop() if self._waiting else self._late()
         if shard is None:
             return WAIT if self._taken else None
@@ -108,6 +120,10 @@ class ShardQueue:
     def fail(self, error: Exception) -> None:
         """Stop: nothing more is handed out. The first error counts."""
         self._error = self._error or error
+
+    def waiting(self) -> int:
+        """How many shards nobody works on."""
+        return len(self._waiting)
 
     def state(self) -> tuple[int, bool, Exception | None]:
         """Maps made; whether every shard is there; what went wrong."""
@@ -140,21 +156,79 @@ class Explainer:
         return {"made": [made]}
 
 
-def explain_on_pools(unit: Unit, place: Workplace, pools: Sequence[Pool], max_failures: int,
-                     on_shards: OnShards) -> None:
+class Workforce:
+    """The groups of actors of one kind that are at work: more where the cluster has room, fewer where others wait."""
+
+    def __init__(self, pool: Pool, shares: Shares, owner: str, start: Callable[[Pool], Any]) -> None:
+        """start: begins a group of so many actors; returns a reference that is ready when the group has ended."""
+        self._pool, self._shares, self._owner, self._start = pool, shares, owner, start
+        self._groups: dict[Any, Pool] = {}
+        self._leaving: set[Any] = set()
+        self._count = 0
+        # Groups are what comes and goes: a few, for each is a process of its own beside its actors.
+        self._size = -(-pool.actors // 4)
+
+    def _amounts(self, actors: int) -> dict[str, float]:
+        return {kind: amount * actors for kind, amount in self._pool.amounts.items()}
+
+    def grow(self) -> None:
+        """Begin groups while there is room and it is the owner's turn."""
+        while (left := self._pool.actors - sum(group.actors for group in self._groups.values())) > 0:
+            size = min(self._size, left) if self._shares.shared else left
+            if not self._shares.take(self._owner, self._pool.name, self._amounts(size)):
+                return
+            self._count += 1
+            group = replace(self._pool, name=f"{self._pool.name}{self._count}", actors=size)
+            self._groups[self._start(group)] = group
+        self._shares.forget(self._owner, self._pool.name)
+
+    def shrink(self) -> str | None:
+        """The name of a group that is to leave, where others wait who hold less. The last group stays."""
+        staying = [ref for ref in self._groups if ref not in self._leaving]
+        if len(staying) < 2 or self._leaving:
+            return None
+        group = self._groups[staying[-1]]
+        if not self._shares.should_give(self._owner, self._amounts(group.actors)):
+            return None
+        self._leaving.add(staying[-1])
+        return group.name
+
+    @property
+    def running(self) -> list[Any]:
+        """The groups' references."""
+        return list(self._groups)
+
+    def ended(self, ref: Any) -> bool:
+        """A group is over: what it held is free. Returns whether it was asked to leave."""
+        self._shares.give(self._owner, self._amounts(self._groups.pop(ref).actors))
+        asked = ref in self._leaving
+        self._leaving.discard(ref)
+        return asked
+
+    def end(self) -> None:
+        """All are over."""
+        self._shares.forget(self._owner, self._pool.name)
+        for ref in self.running:
+            self.ended(ref)
+
+
+def explain_on_pools(unit: Unit, place: Workplace, pools: Sequence[Pool], max_failures: int, on_shards: OnShards,
+                     shares: Shares, owner: str) -> None:
     """Make the missing shards of a maps unit; returns when they are there. Raises what an actor raised."""
     store = open_store(unit, place)
     missing = store.missing()
     before = store.spec.images - sum(len(store.shard_indices(k)) for k in missing)
-    queue = ray.remote(num_cpus=0)(ShardQueue).remote(missing, max_failures)
-    # Each pool has a process of its own, which owns its actors: to end it ends them, whatever they are at.
-    run = ray.remote(num_cpus=0, max_retries=max_failures)(_run_pool)
-    running = [run.remote(unit, place, queue, pool, min(pool.actors, len(missing))) for pool in pools]
-    shown, waiting = 0, list(running)
+    # What must not be lost with a worker's machine lives on the driver's: without the driver there is no job anyway.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    queue = ray.remote(num_cpus=0, scheduling_strategy=here)(ShardQueue).remote(missing, max_failures)
+    # Each group has a process of its own, which owns its actors: to end it ends them, whatever they are at.
+    run = ray.remote(num_cpus=0, max_retries=max_failures, scheduling_strategy=here)(_run_pool)
+    forces = [Workforce(replace(pool, actors=min(pool.actors, len(missing))), shares, owner,
+                        lambda group: run.remote(unit, place, queue, group)) for pool in pools]
+    shown = 0
     try:
         while True:
-            ready, waiting = ray.wait(waiting, timeout=POLL_SECONDS) if waiting else ([], [])
-            made, complete, error = ray.get(queue.state.remote())
+            (made, complete, error), waiting = ray.get([queue.state.remote(), queue.waiting.remote()])
             if error is not None:
                 raise error
             if made > shown:
@@ -162,21 +236,33 @@ def explain_on_pools(unit: Unit, place: Workplace, pools: Sequence[Pool], max_fa
                 on_shards(made, before, store.spec.images)
             if complete:
                 return
-            ray.get(ready)  # raises what went wrong in Ray itself
-            if not waiting:
-                raise WorkError(f"{unit.name}: the pool ended, and {len(store.missing())} shards are missing")
+            for force in forces:
+                if waiting:
+                    force.grow()
+                if name := force.shrink():
+                    queue.leave.remote(name)
+            running = {ref: force for force in forces for ref in force.running}
+            if not running:
+                time.sleep(POLL_SECONDS)
+                continue
+            for ref in ray.wait(list(running), timeout=POLL_SECONDS)[0]:
+                ray.get(ref)  # raises what went wrong in Ray itself
+                if not running[ref].ended(ref) and ray.get(queue.state.remote())[1:] == (False, None):
+                    raise WorkError(f"{unit.name}: the pool ended, and {len(store.missing())} shards are missing")
     finally:
-        for ref in running:
-            ray.cancel(ref, force=True)
+        for force in forces:
+            for ref in force.running:
+                ray.cancel(ref, force=True)
+            force.end()
         ray.kill(queue)
 
 
-def _run_pool(unit: Unit, place: Workplace, queue: Any, pool: Pool, actors: int) -> None:
+def _run_pool(unit: Unit, place: Workplace, queue: Any, pool: Pool) -> None:
     from ray.data import ActorPoolStrategy, DataContext
     from ray.data import from_items as dataset_from_items
 
     DataContext.get_current().enable_progress_bars = False
-    rows = [{"ticket": f"{pool.name}-{k}"} for k in range(actors)]
+    rows = [{"ticket": f"{pool.name}-{k}"} for k in range(pool.actors)]
     dataset_from_items(rows, override_num_blocks=len(rows)).map_batches(
         Explainer, fn_constructor_args=(unit, place, queue, pool.device), batch_size=1,
-        compute=ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1), **pool.resources).materialize()
+        compute=ActorPoolStrategy(size=pool.actors, max_tasks_in_flight_per_actor=1), **pool.resources).materialize()

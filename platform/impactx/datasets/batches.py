@@ -142,11 +142,12 @@ class DeviceData:
             starts.pop()
         for start, end in zip(starts, [*starts[1:], len(self)], strict=True):
             rows = order[start:end]
-            share = rows[rank::world_size]
-            if len(share):
-                yield self._batch(share, active, augmentation, 1.0 / len(rows), len(rows))
-            else:  # every worker must take part in the exchange of gradients: one image of weight 0
-                yield self._batch(rows[:1], active, augmentation, 0.0, len(rows))
+            # At least two images a worker, for the same reason; a short last batch is then shared by fewer.
+            sharing = min(world_size, max(len(rows) // 2, 1))
+            if rank < sharing:
+                yield self._batch(rows[rank::sharing], active, augmentation, 1.0 / len(rows), len(rows))
+            else:  # every worker must take part in the exchange of gradients: images of weight 0
+                yield self._batch(rows[:2], active, augmentation, 0.0, len(rows))
 
     def evaluation(self, *, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """Every image once, in order, not augmented; a worker gets every world_size-th image."""

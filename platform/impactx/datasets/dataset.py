@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..fetching import is_remote, node_cache
 from ..settings import DatasetSettings
 from .cache import CacheDamaged, fetch
 from .entry import FORMAT, ImageSet, open_part, read_meta
 from .errors import DataError
 from .preparation import prepare
+from .remote import local_files, locate_remote
 from .sources import Source, find_source
 
 
@@ -59,14 +60,16 @@ def load_dataset(settings: DatasetSettings, data_root: str | Path, cache: str | 
                  progress: Callable[[str], None] | None = None) -> Dataset:
     """Load a data set, decoding training and test part if no cache holds them yet.
 
-    settings: what to load. data_root: local folder of the data sets. cache: local folder of decoded
-    images; None: data_root/.cache, or where that cannot be written, impactx in the user's cache folder.
+    settings: what to load. data_root: folder of the data sets, local or shared; or an s3:// address, whose files
+    are fetched into the cache once a node. cache: local folder of decoded images; None: data_root/.cache, or where
+    that cannot be written, impactx in the user's cache folder.
     progress: called with one line now and then while something is decoded or downloaded.
 
     Several processes may call this at once: one decodes, the others wait. A damaged cache is made anew.
     Raises DataError for every problem with the data; the message names the file, row or class.
     """
     say = progress or (lambda line: None)
+    settings, data_root = local_files(settings, data_root, cache)
     source = find_source(settings, data_root)
     source.prepare(say)
     folders = [Path(cache).expanduser().absolute()] if cache is not None else _default_caches(data_root)
@@ -80,6 +83,10 @@ def locate(settings: DatasetSettings, data_root: str | Path) -> str:
 
     Raises DataError when the data are absent or files of theirs are missing.
     """
+    if (found := locate_remote(settings, data_root)) is not None:
+        return found
+    if is_remote(data_root):
+        data_root = node_cache()
     return find_source(settings, data_root).describe()
 
 
@@ -104,10 +111,4 @@ def _key(settings: DatasetSettings, source: Source) -> str:
 
 
 def _default_caches(data_root: str | Path) -> list[Path]:
-    folders = [Path(data_root).expanduser().absolute() / ".cache"]
-    try:
-        user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folders.append(user.absolute() / "impactx")
-    except RuntimeError:  # a container's user without a home
-        pass
-    return folders
+    return [Path(data_root).expanduser().absolute() / ".cache", node_cache()]

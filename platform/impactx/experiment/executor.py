@@ -8,16 +8,17 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from impactx.experiment.explanations import judge_maps, map_metrics
+from impactx.experiment.paper import paper_accuracy
 from impactx.experiment.tracker import Run, Tracker
-from impactx.experiment.units import CHECKPOINT, MAP_SCORES, Unit
+from impactx.experiment.units import CHECKPOINT, MAP_SCORES, Unit, WorkError
 from impactx.experiment.work import (
     ShardWorker,
     Workplace,
@@ -28,7 +29,8 @@ from impactx.experiment.work import (
     train_unit,
 )
 
-OnResult = Callable[[Unit, dict[str, Any] | None, str | None], None]  # unit, result, error
+# unit, result, error; of a trial that was stopped the result has `stopped`, and what it had come to
+OnResult = Callable[[Unit, dict[str, Any] | None, str | None], None]
 OnEpoch = Callable[[Unit, dict[str, float]], None]  # unit, the epoch's metrics
 OnShards = Callable[[int, int, int], None]  # maps done now, maps that were there before, maps of all
 
@@ -48,14 +50,35 @@ class Task:
                            tags=self.tags)
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What keeps a search from training every trial to its end.
+
+    may_begin: asked before each trial, in their order; after a no nothing more is begun. halving: how trials are
+    stopped early (metric, grace_epochs, reduction, epochs), empty where none is; known: the histories of the trials
+    that ended earlier, with which the others are compared.
+    """
+
+    may_begin: Callable[[Unit], bool] = lambda unit: True
+    halving: Mapping[str, Any] = field(default_factory=dict)
+    known: Sequence[Sequence[Mapping[str, float]]] = ()
+
+
+UNLIMITED = Limits()
+
+
 class Executor(Protocol):
     """Does tasks whose results are not there yet. Results and their files are artifacts when it returns."""
 
-    def search(self, tasks: Sequence[Task], on_result: OnResult, on_epoch: OnEpoch) -> None:
+    def search(self, tasks: Sequence[Task], on_result: OnResult, on_epoch: OnEpoch,
+               limits: Limits = UNLIMITED) -> None:
         """Train many trials; on_result is called as each ends, with its result or its error."""
 
     def train(self, task: Task, on_epoch: OnEpoch) -> dict[str, Any]:
         """Train one model; raises what made it fail."""
+
+    def cells_at_once(self) -> int:
+        """How many cells, each in a thread of its own, may be under way."""
 
     def trainings_at_once(self) -> int:
         """How many calls of `train`, each in a thread of its own, there is room for."""
@@ -73,17 +96,37 @@ class Executor(Protocol):
         """End whatever is under way, here and elsewhere: the job failed or was interrupted. Nothing follows."""
 
 
-def final_metrics(result: dict[str, Any]) -> dict[str, float]:
-    """What a table of trials shows of a training: the best epoch's values and the costs."""
+STOPPED_TAG = {"impactx.stopped": "asha"}
+
+
+def final_metrics(unit: Unit, result: dict[str, Any]) -> dict[str, float]:
+    """What MLflow's table shows of a finished unit: its result's numbers by the names of its role.
+
+    Of a training: the best epoch's values and the costs; of a test: beside them the paper's accuracy, if it has one.
+    """
+    if unit.role == "maps":
+        return {f"maps_{k}" if not k.startswith("map") else k: v for k, v in _numbers(result).items()}
+    if unit.role == "test":
+        published = paper_accuracy(*(unit.params[k] for k in ("dataset", "model", "approach")))
+        return {f"test_{k}": v for k, v in _numbers(result).items()} | (
+            {} if published is None else {"paper_accuracy": published})
+    if unit.role == "explanations":
+        return map_metrics(result)
     best = result.get("best") or {}
     return {f"best_{k}": v for k, v in best.items() if k not in ("epoch", "seconds") and v is not None} | {
         "best_epoch": result["best_epoch"], "epochs": result["epochs"], "train_seconds": result["seconds"],
         "diverged": float(result["diverged"])}
 
 
+def _numbers(result: dict[str, Any]) -> dict[str, float]:
+    return {k: v for k, v in result.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+
+
 def tracked_training(task: Task, place: Workplace, tracker: Tracker, *,
-                     report: Callable[[dict[str, float]], None] | None = None, **where: Any) -> dict[str, Any]:
+                     report: Callable[[dict[str, float]], object] | None = None, **where: Any) -> dict[str, Any]:
     """train_unit with every epoch and the result in the task's run; report is called after each epoch as well.
+
+    Where it answers with something true the training stops there, resumable (see training.loop.fit).
 
     The run holds the resolved unit (unit.json) and, of a model, the split (split.npz) and the checkpoint.
     where: device, rank and world_size of train_unit. Only rank 0 tracks.
@@ -92,16 +135,18 @@ def tracked_training(task: Task, place: Workplace, tracker: Tracker, *,
         return train_unit(task.unit, place, **where)
     # The run reads its files until it ends: the folder that holds them outlives it.
     with tempfile.TemporaryDirectory(prefix="impactx-") as folder, task.open_run(tracker) as run:
-        _log_inputs(task.unit, place, run, Path(folder))
+        for file in training_files(task.unit, place, Path(folder), finished=False):
+            run.log_file(file)
 
-        def on_epoch(row: dict[str, float]) -> None:
+        def on_epoch(row: dict[str, float]) -> object:
             run.log_metrics({k: v for k, v in row.items() if k != "epoch"}, step=int(row["epoch"]))
-            if report is not None:
-                report(row)
+            return report(row) if report is not None else None
 
         result = train_unit(task.unit, place, on_epoch=on_epoch, **where)
         run.log_history([{k: v for k, v in row.items() if v is not None} for row in result["history"]])
-        run.log_metrics(final_metrics(result))
+        run.log_metrics(final_metrics(task.unit, result))
+        if result.get("stopped"):
+            run.set_tags(STOPPED_TAG)
         if result["weights"]:
             if task.unit.role == "model":
                 run.log_file(_local_file(task.unit, CHECKPOINT, place, Path(folder)))
@@ -110,13 +155,19 @@ def tracked_training(task: Task, place: Workplace, tracker: Tracker, *,
         return result
 
 
-def _log_inputs(unit: Unit, place: Workplace, run: Run, folder: Path) -> None:
-    """What a training depends on, for whoever looks at its run."""
-    run.log_text(json.dumps({"recipe": unit.recipe, "inputs": unit.inputs}, indent=1, sort_keys=True), "unit.json")
-    if unit.role == "model":
-        split = split_of(unit, place.dataset(unit.inputs["dataset"]))
-        np.savez_compressed(folder / "split.npz", train=split.train, validation=split.validation, common=split.common)
-        run.log_file(folder / "split.npz")
+def training_files(unit: Unit, place: Workplace, folder: Path, *, finished: bool = True) -> list[Path]:
+    """What a training's run holds for whoever looks at it, as files in the folder: what it depends on (unit.json),
+    and of a model its split (split.npz) and, once it is finished, its checkpoint."""
+    about = folder / "unit.json"
+    about.write_text(json.dumps({"recipe": unit.recipe, "inputs": unit.inputs}, indent=1, sort_keys=True))
+    if unit.role != "model":
+        return [about]
+    split, kept = split_of(unit, place.dataset(unit.inputs["dataset"])), folder / "split.npz"
+    np.savez_compressed(kept, train=split.train, validation=split.validation, common=split.common)
+    files = [about, kept]
+    if finished and place.artifacts.storage.exists(f"{unit.folder}/{CHECKPOINT}"):
+        files.append(_local_file(unit, CHECKPOINT, place, folder))
+    return files
 
 
 def _local_file(unit: Unit, name: str, place: Workplace, folder: Path) -> Path:
@@ -133,8 +184,7 @@ def tracked_evaluation(task: Task, place: Workplace, tracker: Tracker, **where: 
     """evaluate_unit with its result in the task's run."""
     with task.open_run(tracker) as run:
         result = evaluate_unit(task.unit, place, **where)
-        run.log_metrics({"test_accuracy": result["accuracy"], "test_standard_error": result["standard_error"],
-                         "test_images": result["images"], "test_seconds": result["seconds"]})
+        run.log_metrics(final_metrics(task.unit, result))
         return result
 
 
@@ -142,7 +192,7 @@ def tracked_judgement(task: Task, place: Workplace, tracker: Tracker, **where: A
     """judge_maps with its numbers, its result (explanations.json) and map_scores.npz in the task's run."""
     with tempfile.TemporaryDirectory(prefix="impactx-") as folder, task.open_run(tracker) as run:
         result = judge_maps(task.unit, place, **where)
-        run.log_metrics(map_metrics(result))
+        run.log_metrics(final_metrics(task.unit, result))
         run.log_text(json.dumps(result, indent=1), "explanations.json")
         run.log_file(_local_file(task.unit, MAP_SCORES, place, Path(folder)))
         return result
@@ -154,9 +204,14 @@ class LocalExecutor:
     def __init__(self, place: Workplace, tracker: Tracker, device: str = "cpu") -> None:
         self.place, self.tracker, self.device = place, tracker, device
 
-    def search(self, tasks: Sequence[Task], on_result: OnResult, on_epoch: OnEpoch) -> None:
-        """See Executor.search."""
+    def search(self, tasks: Sequence[Task], on_result: OnResult, on_epoch: OnEpoch,
+               limits: Limits = UNLIMITED) -> None:
+        """See Executor.search. Raises WorkError where trials are to be stopped early: that is Ray Tune's."""
+        if limits.halving:
+            raise WorkError("grid.strategy = 'asha' needs a Ray cluster: in one process use grid or random")
         for task in tasks:
+            if not limits.may_begin(task.unit):
+                return
             try:
                 result = self.train(task, on_epoch)
             except Exception as error:  # one bad trial must not stop the grid; it is reported by on_result
@@ -169,8 +224,12 @@ class LocalExecutor:
         return tracked_training(task, self.place, self.tracker, device=self.device,
                                 report=lambda row: on_epoch(task.unit, row))
 
-    def trainings_at_once(self) -> int:
+    def cells_at_once(self) -> int:
         """One: there is one process."""
+        return 1
+
+    def trainings_at_once(self) -> int:
+        """One."""
         return 1
 
     def explain(self, task: Task, on_shards: OnShards) -> dict[str, Any]:
@@ -184,7 +243,7 @@ class LocalExecutor:
                 done += int(worker.make(shard)["maps"])
                 on_shards(done, before, store.spec.images)
             result = finish_maps(task.unit, self.place, time.perf_counter() - started)
-            log_maps(run, result)
+            log_maps(run, task.unit, result)
             return result
 
     def evaluate(self, task: Task) -> dict[str, Any]:
@@ -199,10 +258,9 @@ class LocalExecutor:
         """Nothing is under way elsewhere."""
 
 
-def log_maps(run: Run, result: dict[str, Any]) -> None:
+def log_maps(run: Run, unit: Unit, result: dict[str, Any]) -> None:
     """Log a finished store."""
-    run.log_metrics({f"maps_{k}" if not k.startswith("map") else k: v for k, v in result.items()
-                     if isinstance(v, (int, float)) and not isinstance(v, bool)})
+    run.log_metrics(final_metrics(unit, result))
     run.set_tags({"impactx.maps": result["folder"]})
 
 

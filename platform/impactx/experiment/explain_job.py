@@ -99,7 +99,7 @@ def prepare(settings: ExplainSettings, choice: ModelChoice) -> Explained:
 
 def _unit(settings: ExplainSettings, dataset: DatasetSettings, data: Dataset, source: Mapping[str, Any], weights: str,
           about: dict[str, Any]) -> Unit:
-    described = settings.attribution.model_dump(mode="json")
+    described = settings.attribution.described()
     return Unit("maps", f"maps of {describe(source)}",
                 {"weights": weights, "data": data.fingerprint, "model": about, "attribution": described},
                 {"dataset": dataset.model_dump(mode="json"), "source": dict(source), "attribution": described,

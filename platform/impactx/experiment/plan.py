@@ -8,11 +8,12 @@ approach in each repeat; at last every final model reads the test set once.
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
-from impactx.experiment.units import Unit
+from impactx.experiment.units import Unit, fingerprint
 from impactx.settings import ApproachSettings, DatasetSettings, ExperimentSettings, ModelSettings
 
 BASELINE = "baseline"
@@ -99,9 +100,25 @@ class Cell:
         return "common_accuracy" if self.settings.grid.select_on == "common" else "val_accuracy"
 
     def configurations(self) -> list[Configuration]:
-        """Table 1's grid for A, in a fixed order."""
+        """The points of Table 1's grid that are tried for A, in the order in which they are begun.
+
+        The grid's own order where all are tried to their end; else an order drawn by the seed, for the first of a
+        grid are all alike.
+        """
         g = self.settings.grid
-        return [Configuration(*p) for p in itertools.product(g.learning_rate, g.batch_size, g.validation_fraction)]
+        points = [Configuration(*p) for p in itertools.product(g.learning_rate, g.batch_size, g.validation_fraction)]
+        if g.strategy != "grid" or g.max_trials is not None or g.max_hours is not None:
+            random.Random(self.settings.seed).shuffle(points)
+        return points[:g.max_trials]
+
+    def _halving(self) -> dict[str, Any]:
+        """What decides which trials are stopped early; {} where none is."""
+        g, training = self.settings.grid, self.settings.training
+        if g.strategy != "asha":
+            return {}
+        return {"halving": {"metric": self.selection_metric, "grace_epochs": min(g.grace_epochs, training.epochs),
+                            "reduction": g.reduction, "epochs": training.epochs,
+                            "points": fingerprint([astuple(c) for c in self.configurations()])}}
 
     def _training(self, role: str, name: str, stage: int, approach: str, c: Configuration, repeat: int,
                   recipe: dict[str, Any], inputs: dict[str, Any], params: dict[str, Any]) -> Unit:
@@ -116,8 +133,9 @@ class Cell:
 
     def stage1_trials(self) -> list[Unit]:
         """One trial a point of the grid."""
+        halving = self._halving()
         return [self._training("trial", f"A lr={c.learning_rate:g} bs={c.batch_size} vf={c.validation_fraction:g}",
-                               1, BASELINE, c, 0, {}, {}, {}) for c in self.configurations()]
+                               1, BASELINE, c, 0, {}, halving, {}) for c in self.configurations()]
 
     def stage1_model(self, c: Configuration, repeat: int) -> Unit:
         """The training of the selected configuration in one repeat: the classifier A."""
@@ -127,7 +145,7 @@ class Cell:
         """The maps of every training image, of the A that unit `a` trained."""
         recipe = {"weights": a_result["weights"], "data": self.facts.fingerprint,
                   "model": {"architecture": self.model.architecture, "input_size": self.model.input_size},
-                  "attribution": self.settings.attribution.model_dump(mode="json")}
+                  "attribution": self.settings.attribution.described()}
         return Unit("maps", f"maps repeat {repeat}", recipe,
                     {"dataset": self._inputs["dataset"], "source": {"kind": "unit", "folder": a.folder},
                      "attribution": recipe["attribution"], "shard_size": self.settings.maps.shard_size},

@@ -18,9 +18,10 @@ from impactx.experiment.work import Workplace
 from impactx.explain.attribution import build_attribution
 from impactx.explain.masking import MaskerError, parse_masker
 from impactx.explain.scores import MissingPackage
+from impactx.fetching import fetch_file, is_remote
 from impactx.models import UnknownArchitecture, build_classifier, check_architecture
 from impactx.settings import AttributionSettings, DatasetSettings, ExperimentSettings, ModelSettings
-from impactx.storage import Storage
+from impactx.storage import Storage, StorageError
 
 log = logging.getLogger("impactx")
 
@@ -35,26 +36,34 @@ class Prepared:
 
 def workplace(settings: ExperimentSettings) -> Workplace:
     """Where the settings say that work is done."""
-    return Workplace(Storage(settings.output).root, str(Path(settings.data_root).expanduser().absolute()),
+    return Workplace(Storage(settings.output).root, _absolute_path(settings.data_root),
                      str(Path(settings.cache).expanduser().absolute()) if settings.cache else None,
-                     settings.cluster.threads, settings.cluster.explain_memory_mb * 2**20)
+                     settings.cluster.threads, settings.cluster.explain_memory_mb * 2**20,
+                     settings.cluster.storage_patience)
+
+
+def _absolute_path(path: str) -> str:
+    return path if is_remote(path) else str(Path(path).expanduser().absolute())
 
 
 def _absolute(settings: ExperimentSettings) -> list[DatasetSettings]:
     """The data sets with absolute paths: workers do not run in the driver's folder."""
-    return [d.model_copy(update={"path": str(Path(d.path).expanduser().absolute())}) if d.path else d
+    return [d.model_copy(update={"path": _absolute_path(d.path)}) if d.path else d
             for d in settings.datasets.values()]
 
 
 def _absolute_models(settings: ExperimentSettings) -> list[ModelSettings]:
     return [m if m.weights in ("random", "hub") else m.model_copy(
-        update={"weights": str(Path(m.weights).expanduser().absolute())}) for m in settings.models.values()]
+        update={"weights": _absolute_path(m.weights)}) for m in settings.models.values()]
 
 
 def _weights_file(model: ModelSettings) -> str | None:
     if model.weights in ("random", "hub"):
         return None
-    path = Path(model.weights).expanduser()
+    try:
+        path = fetch_file(model.weights) if is_remote(model.weights) else Path(model.weights).expanduser()
+    except (FileNotFoundError, StorageError) as error:
+        raise DataError(f"models.{model.name}.weights = {model.weights!r}: {error}") from error
     if not path.is_file():
         raise DataError(f"models.{model.name}.weights = {model.weights!r}: no such file; give a .pth or .safetensors "
                         "file that every node can read, or 'hub' or 'random'")
@@ -141,7 +150,19 @@ def prepare(settings: ExperimentSettings) -> Prepared:
             except ValueError as error:
                 raise ConfigurationError(f"models.{model.name}, for {dataset.name}: {error}") from error
             cells.append(Cell(settings, dataset, model, facts, weights_files[model.name]))
+    _check_distinct(cells)
     return Prepared(cells, place)
+
+
+def _check_distinct(cells: list[Cell]) -> None:
+    """Two cells that are the same under two names would work on the same units at once."""
+    names: dict[str, str] = {}
+    for cell in cells:
+        key = cell.stage1_trials()[0].key
+        if key in names:
+            raise ConfigurationError(f"the cells {names[key]} and {cell.name} are the same experiment (same images, "
+                                     "same model): remove one of the two")
+        names[key] = cell.name
 
 
 def _facts(data: Dataset) -> DataFacts:
@@ -150,11 +171,16 @@ def _facts(data: Dataset) -> DataFacts:
 
 
 def _facts_if_here(dataset: DatasetSettings, place: Workplace) -> tuple[DataFacts | None, str]:
+    here = dataset.model_copy(update={"download": False})
     try:
-        where = locate(dataset.model_copy(update={"download": False}), place.data_root)
-        data = load_dataset(dataset.model_copy(update={"download": False}), place.data_root, place.cache)
+        where = locate(here, place.data_root)
+        data = load_dataset(here, place.data_root, place.cache)
     except DataError as error:
-        return None, f"not here yet ({str(error).splitlines()[0]})"
+        try:
+            locate(dataset, place.data_root)
+        except DataError:
+            return None, f"not here yet ({str(error).splitlines()[0]})"
+        return None, "not here yet: would be downloaded by torchvision"
     return _facts(data), where
 
 

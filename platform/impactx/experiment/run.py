@@ -9,17 +9,21 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
+from impactx.experiment.budget import Budget
+from impactx.experiment.claims import Claim, TakenOver
 from impactx.experiment.evidence import evidence
-from impactx.experiment.executor import Executor, Task, final_metrics
-from impactx.experiment.explanations import map_metrics
+from impactx.experiment.executor import STOPPED_TAG, Executor, Limits, Task, final_metrics, training_files
+from impactx.experiment.journal import CellJournal, note_start
 from impactx.experiment.paper import paper_accuracy
 from impactx.experiment.plan import EXECUTION_ONLY, Cell, Configuration, select
 from impactx.experiment.results import Row, results_csv, summarise
+from impactx.experiment.summary import CellLog, Summary
+from impactx.experiment.threads import run_all
 from impactx.experiment.tracker import Run, Tracker
-from impactx.experiment.units import Artifacts, Unit, WorkError, fingerprint
+from impactx.experiment.units import CHECKPOINT, Artifacts, Unit, WorkError, fingerprint
 from impactx.experiment.work import Workplace, maps_complete
 from impactx.settings import ExperimentSettings
 from impactx.timing import Progress, duration
@@ -35,29 +39,48 @@ def job_key(settings: ExperimentSettings) -> str:
     return f"{settings.name}-{fingerprint(described)[:12]}"
 
 
+class CellsFailed(WorkError):
+    """Some cells of a job failed; the message says which and why. The others are in the table."""
+
+
 class Job:
-    """An experiment under way. Finished units are reused, whoever finished them."""
+    """An experiment under way. Finished units are reused, whoever finished them.
+
+    Cells go on by themselves, several at once where the executor has it so; one that fails does not end the others.
+    """
 
     def __init__(self, settings: ExperimentSettings, cells: Sequence[Cell], place: Workplace, executor: Executor,
-                 tracker: Tracker, *, tags: dict[str, str] | None = None) -> None:
-        """tags: set on every run, such as the version of the code."""
+                 tracker: Tracker, *, tags: dict[str, str] | None = None,
+                 about: dict[str, Any] | None = None) -> None:
+        """tags: set on every run, such as the version of the code; about: plain data on how the job was started."""
         self.settings, self.cells, self.place = settings, cells, place
         self.executor, self.tracker, self.tags = executor, tracker, dict(tags or {})
-        self.key = job_key(settings)
+        self.key, self.about = job_key(settings), dict(about or {})
         self.artifacts = Artifacts(place.artifacts.storage)
         self.map_folders: list[str] = []
+        self.failed: dict[str, Exception] = {}
+        self.summary = Summary(len(cells))
+        self.report: str | None = None  # the address of the finished job's report
         self.evidence: dict[str, Any] = {"cells": []}  # see experiment.evidence, once the job is done
 
-    def run(self) -> list[Row]:
-        """Do everything; returns one row for each final model. Results are files under jobs/<key> as well."""
-        rows: list[Row] = []
-        with self.tracker.run(self.key, name=self.settings.name, params=self.settings.model_dump(mode="json"),
+    def run(self, report: Callable[[str, Run], str] | None = None) -> list[Row]:
+        """Do everything; returns one row for each final model. Results are files under jobs/<key> as well.
+
+        report: called at the end with the job's key and run, returns an address; if it fails, that is all that does.
+
+        Cells that failed are in `failed`; `check` raises for them. Where no cell is left, it is raised at once.
+        """
+        # The address of the tracker may hold a password, and the tracker is the last place that needs it.
+        described = self.settings.model_dump(mode="json", exclude={"tracking": {"uri"}})
+        note_start(self.artifacts.storage, self.key, described, self.about)
+        with self.tracker.run(self.key, name=self.settings.name, params=described,
                               tags=self.tags | {"impactx.role": "job"}) as run:
-            run.log_text(json.dumps(self.settings.model_dump(mode="json"), indent=1), "config.json")
+            run.log_text(json.dumps(described, indent=1), "config.json")
             try:
-                for number, cell in enumerate(self.cells, 1):
-                    log.info("cell %d of %d: %s", number, len(self.cells), cell.name)
-                    rows += CellRun(self, cell).run()
+                self._claim = Claim(self.artifacts.storage, f"jobs/{self.key}/driver.json", f"the job {self.key}")
+                rows = [row for found in self._all_cells() for row in found]
+                if len(self.failed) == len(self.cells):
+                    self.check()
                 table = [row.as_dict() for row in rows]
                 self.artifacts.storage.write_json(f"jobs/{self.key}/results.json", table)
                 self.artifacts.storage.write(f"jobs/{self.key}/results.csv", results_csv(rows).encode())
@@ -69,38 +92,67 @@ class Job:
                 run.log_text(json.dumps(self.evidence, indent=1), "evidence.json")
                 run.log_metrics({f"{s.approach}.{s.dataset}.{s.model}.test_accuracy": s.test_mean
                                  for s in summarise(rows)})
+                if report is not None:
+                    self._report(report, run)
+                if self.failed:
+                    run.finish("FAILED", str(self._failure()))
             except BaseException:
                 self.executor.stop()  # or what is still under way would begin runs that nobody ends
                 raise
             finally:
                 self.tracker.close_unfinished(self.key)
+        self._claim.release()
         return rows
 
+    def may_go_on(self) -> None:
+        """Raises TakenOver where the same job was started again meanwhile: that one goes on, and this one ends."""
+        self._claim.check()
 
-class EpochLines:
-    """Says at most once a minute how far the running trainings are."""
+    def _report(self, report: Callable[[str, Run], str], run: Run) -> None:
+        try:
+            self.report = report(self.key, run)
+        except Exception as error:  # the job's work is done and kept: a page about it must not undo that
+            log.error("the report could not be made: %s: %s (jobs/report.py tries it again)", type(error).__name__,
+                      error, exc_info=True)
 
-    def __init__(self, every: float = 60) -> None:
-        self._every, self._last = every, time.perf_counter()
-        self._latest: dict[str, str] = {}
+    def _all_cells(self) -> list[list[Row]]:
+        """The rows of each cell, none for one that failed."""
+        at_once = min(self.executor.cells_at_once(), len(self.cells))
+        if at_once > 1:
+            log.info("%d cells, %d at once", len(self.cells), at_once)
+        runs = [CellRun(self, cell, number) for number, cell in enumerate(self.cells, 1)]
+        outcomes = run_all([one.run for one in runs], at_once, name="cell", on_interrupt=self.executor.stop)
+        self.failed = {cell.name: outcome for cell, outcome in zip(self.cells, outcomes, strict=True)
+                       if isinstance(outcome, Exception)}
+        return [[] if isinstance(outcome, Exception) else outcome for outcome in outcomes]
 
-    def __call__(self, unit: Unit, row: dict[str, float]) -> None:
-        """An epoch of a training is done."""
-        self._latest[unit.name] = f"{unit.name}: epoch {row['epoch']:.0f}, accuracy {row['val_accuracy']:.4f}"
-        if time.perf_counter() - self._last >= self._every:
-            self._last = time.perf_counter()
-            log.info("  under way: %s", "; ".join(self._latest.values()))
-            self._latest.clear()
+    def _failure(self) -> Exception:
+        if len(self.cells) == 1:
+            return next(iter(self.failed.values()))
+        reasons = [f"{name}: {type(error).__name__}: {error}" for name, error in self.failed.items()]
+        return CellsFailed(f"{len(reasons)} of {len(self.cells)} cells failed (the same command tries them again):\n"
+                           + "\n".join(f"  - {reason}" for reason in reasons))
+
+    def check(self) -> None:
+        """Raise where a cell failed: its own error if it is the only cell, else CellsFailed."""
+        if self.failed:
+            raise self._failure()
 
 
 class CellRun:
     """One cell of a job under way."""
 
-    def __init__(self, job: Job, cell: Cell) -> None:
-        self.job, self.cell = job, cell
+    def __init__(self, job: Job, cell: Cell, number: int) -> None:
+        """number: of the cell in its job, from 1."""
+        self.job, self.cell, self.number = job, cell, number
         self.key = f"{job.key}/{cell.dataset.name}/{cell.model.name}"
+        self.journal = CellJournal(job.artifacts.storage, job.key, cell.dataset.name, cell.model.name, {
+            "class_names": list(cell.facts.class_names), "image_size": list(cell.facts.image_size),
+            "train_images": cell.facts.train_images, "selection_metric": cell.selection_metric})
+        self.log = CellLog(log, {"cell": cell.name})
 
     def _task(self, unit: Unit) -> Task:
+        self.journal.plan([unit])
         # A trial and the model of repeat 0 may have one recipe: the role keeps their runs apart.
         return Task(unit, f"{self.key}/{unit.role}-{unit.key}", self.key,
                     self.job.tags | {"impactx.role": unit.role})
@@ -108,94 +160,166 @@ class CellRun:
     def _reused(self, unit: Unit) -> dict[str, Any] | None:
         result = self.job.artifacts.result(unit)
         if result is not None and unit.role == "maps" and not maps_complete(unit, self.job.place):
-            log.warning("  %s: shards were deleted since they were finished: they are made anew", unit.name)
+            self.log.warning("%s: shards were deleted since they were finished: they are made anew", unit.name)
             return None
         if result is not None:
-            task = self._task(unit)
-            final = final_metrics(result) if "history" in result else map_metrics(result) if "morf" in result else {
-                f"{unit.role}_{k}": v for k, v in result.items() if isinstance(v, (int, float))}
-            self.job.tracker.replay(task.run_key, name=unit.name, parent=self.key, params=unit.params,
-                                    tags=task.tags | {"impactx.reused": "true"}, final=final,
-                                    history=[{k: v for k, v in row.items() if v is not None}
-                                             for row in result.get("history", [])])
+            self._replay(unit, result, {"impactx.reused": "true"})
         return result
+
+    def _replay(self, unit: Unit, result: dict[str, Any], tags: dict[str, str]) -> None:
+        """Make the tracker's run of a unit that was done earlier, where there is none."""
+        task = self._task(unit)
+        self.job.tracker.replay(task.run_key, name=unit.name, parent=self.key, params=unit.params,
+                                tags=task.tags | tags, final=final_metrics(unit, result),
+                                history=[{k: v for k, v in row.items() if v is not None}
+                                         for row in result.get("history", [])],
+                                files=partial(training_files, unit, self.job.place) if "history" in result else None)
 
     def _do(self, unit: Unit, how: Callable[[Task], dict[str, Any]]) -> dict[str, Any]:
         if (result := self._reused(unit)) is not None:
-            log.info("  %s: reused, finished earlier (%s)", unit.name, unit.folder)
+            self.log.info("%s: reused, finished earlier (%s)", unit.name, unit.folder)
             return result
+        self.job.may_go_on()
         started = time.perf_counter()
-        log.info("  %s: starts", unit.name)
-        result = how(self._task(unit))
+        self.log.info("%s: starts", unit.name)
+        self.job.summary.at(self.cell.name, unit.role)
+        try:
+            result = how(self._task(unit))
+        except Exception as error:
+            self.journal.failed(unit, f"{type(error).__name__}: {error}")
+            raise
         if result.get("best"):
-            log.info("  %s: validation accuracy %.4f at epoch %d of %d, in %s", unit.name,
+            self.log.info("%s: validation accuracy %.4f at epoch %d of %d, in %s", unit.name,
                      result["best"]["val_accuracy"], result["best_epoch"], result["epochs"],
                      duration(time.perf_counter() - started))
         return result
 
-    def _search(self, what: str, units: list[Unit], metric: str) -> tuple[Unit, dict[str, Any]]:
+    def _search(self, what: str, units: list[Unit], metric: str, hours: float | None = None
+                ) -> tuple[Unit, dict[str, Any]]:
+        """Train all units as trials, and choose. hours: of training, summed; then no other trial is begun."""
+        self.journal.plan(units, what)
         results = {u.key: r for u in units if (r := self._reused(u)) is not None}
-        if results:
-            log.info("  %s: %d of %d trials reused, finished earlier", what, len(results), len(units))
+        stopped = {u.key: r for u in units if u.key not in results and (r := self._stopped(u)) is not None}
+        if results or stopped:
+            self.log.info("%s: %d of %d trials reused, finished earlier%s", what, len(results), len(units),
+                          f"; {len(stopped)} were stopped early" if stopped else "")
+        pending = [u for u in units if u.key not in results | stopped]
+        begun = {u.key for u in pending if hours is not None and self.job.artifacts.begun(u)}
+        budget = Budget(hours, [*results.values(), *stopped.values()])
         failed: dict[str, str] = {}
-        progress = Progress(f"  {what}", "trials", len(units), before=len(results))
+        progress = Progress(f"{self.cell.name}: {what}", "trials", len(units), before=len(results) + len(stopped))
+
+        def on_epoch(unit: Unit, row: dict[str, float]) -> None:
+            budget.epoch(unit.key, row)
+            self._on_epoch(unit, row)
 
         def on_result(unit: Unit, result: dict[str, Any] | None, error: str | None) -> None:
+            best = max((r["best"][metric] for r in results.values() if r.get("best")), default=float("nan"))
             if result is None:
-                failed[unit.name] = error or "it left no result"
-                log.warning("  %s failed: %s", unit.name, error)
+                failed[unit.name] = said = error or "it left no result"
+                self.journal.failed(unit, said)
+                self.log.warning("%s failed: %s", unit.name, error)
+            elif result.get("stopped"):
+                stopped[unit.key] = result
+                said = f"stopped at epoch {result['epochs']} ({metric} {result['last'][metric]:.4f})"
             else:
                 results[unit.key] = result
+                budget.ended(unit.key, result)
                 if result["diverged"]:
-                    log.warning("  %s diverged at epoch %d (loss not finite)", unit.name, result["epochs"])
-            best = max((r["best"][metric] for r in results.values() if r.get("best")), default=float("nan"))
-            score = result["best"][metric] if result and result.get("best") else float("nan")
-            progress.step(f"{unit.name}: {metric} {score:.4f}, best so far {best:.4f}")
+                    self.log.warning("%s diverged at epoch %d (loss not finite)", unit.name, result["epochs"])
+                score = result["best"][metric] if result.get("best") else float("nan")
+                said, best = f"{metric} {score:.4f}", score if not best >= score else best
+            over = len(results) + len(stopped) + len(failed)
+            self.job.summary.ended(self.cell.name, unit.name)
+            self.job.summary.at(self.cell.name, f"{what}, {over} of {len(units)} trials")
+            progress.step(f"{unit.name}: {said}, best so far {best:.4f}")
 
-        pending = [u for u in units if u.key not in results]
         if pending:
-            self.job.executor.search([self._task(u) for u in pending], on_result, EpochLines())
+            def may_begin(unit: Unit) -> bool:
+                self.job.may_go_on()
+                return unit.key in begun or not budget.spent
+
+            limits = Limits(may_begin, units[0].inputs.get("halving", {}),
+                            [r["history"] for r in [*results.values(), *stopped.values()]])
+            pending.sort(key=lambda unit: unit.key not in begun)
+            self.job.executor.search([self._task(u) for u in pending], on_result, on_epoch, limits)
+            if left := len(units) - len(results) - len(stopped) - len(failed):
+                self.log.info("%s: the budget of %g hours is spent, %d of %d trials were not begun", what, hours, left,
+                              len(units))
+        if lost := [f"{name}: {said}" for name, said in failed.items() if said.startswith(TakenOver.__name__)]:
+            raise TakenOver("\n".join(lost))  # a choice among the rest would be another one
         chosen, result = select(units, results, metric, failed)
-        log.info("  %s: selected %s (%s %.4f)%s", what, chosen.name, metric, result["best"][metric],
-                 f"; {len(failed)} of {len(units)} trials failed" if failed else "")
+        self.journal.selected(what, chosen)
+        notes = [f"{len(failed)} of {len(units)} trials failed"] if failed else []
+        notes += [f"{len(stopped)} of {len(units)} were stopped early"] if stopped else []
+        self.log.info("%s: selected %s (%s %.4f)%s", what, chosen.name, metric, result["best"][metric],
+                      "".join(f"; {note}" for note in notes))
         return chosen, result
 
+    def _stopped(self, unit: Unit) -> dict[str, Any] | None:
+        """What a trial had come to when this search stopped it earlier."""
+        if (found := self.job.artifacts.stopped(unit)) is not None:
+            self._replay(unit, found, {"impactx.reused": "true"} | STOPPED_TAG)
+        return found
+
+    def _on_epoch(self, unit: Unit, row: dict[str, float]) -> None:
+        self.job.summary.epoch(self.cell.name, unit.name, row)
+
     def _train(self, unit: Unit) -> dict[str, Any]:
-        return self._do(unit, lambda task: self.job.executor.train(task, EpochLines()))
+        try:
+            return self._do(unit, lambda task: self.job.executor.train(task, self._on_epoch))
+        finally:
+            self.job.summary.ended(self.cell.name, unit.name)
 
     def _train_all(self, units: list[Unit]) -> list[dict[str, Any]]:
-        """Train independent models, as many at once as the executor has room for."""
-        # Two approaches may come to one recipe: that unit must not be trained by two at once.
-        unique = list({unit.key: unit for unit in units}.values())
-        at_once = min(self.job.executor.trainings_at_once(), len(unique))
-        if at_once <= 1:
-            found = [self._train(unit) for unit in unique]
-        else:
-            pool = ThreadPoolExecutor(at_once, thread_name_prefix="training")
-            try:
-                found = list(pool.map(self._train, unique))
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
-        results = {unit.key: result for unit, result in zip(unique, found, strict=True)}
+        """Train independent models."""
+        return self._all(units, self._train, "training")
+
+    def _all(self, units: list[Unit], how: Callable[[Unit], dict[str, Any]], name: str) -> list[dict[str, Any]]:
+        """Do independent units, as many at once as the executor has room for trainings; their results."""
+        # Two approaches may come to one recipe: that unit must not be done by two at once.
+        self.journal.plan(units)
+        unique = {unit.key: unit for unit in units}
+        outcomes = run_all([partial(how, unit) for unit in unique.values()],
+                           self.job.executor.trainings_at_once(), name=name, on_interrupt=self.job.executor.stop)
+        results = {}
+        for key, outcome in zip(unique, outcomes, strict=True):
+            if isinstance(outcome, Exception):
+                raise outcome
+            results[key] = outcome
         return [results[unit.key] for unit in units]
 
     def _explain(self, unit: Unit) -> dict[str, Any]:
-        progress = Progress(f"  {unit.name}", "maps", every=10)
+        progress = Progress(f"{self.cell.name}: {unit.name}", "maps", every=60)
 
         def on_shards(done: int, before: int, total: int) -> None:
             progress.at(before + done, before=before, total=total)
+            self.job.summary.at(self.cell.name, f"{unit.name}, {before + done} of {total} maps")
 
         result = self._do(unit, lambda task: self.job.executor.explain(task, on_shards))
         self.job.map_folders.append(result["folder"])
         return result
 
     def run(self) -> list[Row]:
-        """Stage 1, maps, stage 2, and the test of every final model."""
+        """Stage 1, maps, stage 2, and the test of every final model. What makes it fail is logged and raised."""
+        self.log.info("cell %d of %d", self.number, len(self.job.cells))
+        try:
+            return self._run()
+        except Exception as error:
+            self.journal.stopped(f"{type(error).__name__}: {error}")
+            if len(self.job.cells) > 1:  # the job goes on, and says it again at its end
+                named = type(error).__module__.startswith("impactx.")
+                self.log.error("failed: %s: %s", type(error).__name__, error, exc_info=not named)
+            raise
+        finally:
+            self.job.summary.ended(self.cell.name)
+
+    def _run(self) -> list[Row]:
         cell, settings = self.cell, self.job.settings
         with self.job.tracker.run(self.key, name=cell.name, parent=self.job.key, tags=self.job.tags | {
                 "impactx.role": "cell"}, params={"dataset": cell.dataset, "model": cell.model}) as run:
             trials = cell.stage1_trials()
-            chosen, found = self._search("stage 1", trials, cell.selection_metric)
+            chosen, found = self._search("stage 1", trials, cell.selection_metric, settings.grid.max_hours)
             configuration = Configuration(*(chosen.params[k] for k in (
                 "learning_rate", "batch_size", "validation_fraction")))
             self._log_selection(run, "A", chosen, found)
@@ -205,14 +329,28 @@ class CellRun:
                 finals += self._stage2(run, configuration, list(finals))
             for model, result in finals:
                 if not result["weights"]:
-                    log.warning("  %s diverged in its first epoch: it is not in the table", model.name)
+                    self.log.warning("%s diverged in its first epoch: it is not in the table", model.name)
             rows = [self._test(model, result) for model, result in finals if result["weights"]]
+            self._all([unit for model, result in finals if result["weights"]
+                       and (unit := cell.explanations(model, result)) is not None], self._judge, "judgement")
+            self._register(finals, rows)
             for s in summarise(rows):
                 run.log_metrics({f"{s.approach}.val_accuracy": s.val_mean, f"{s.approach}.test_accuracy": s.test_mean})
                 if (published := paper_accuracy(s.dataset, s.model, s.approach)) is not None:
                     run.log_metrics({f"{s.approach}.paper_accuracy": published})
             run.log_text(results_csv(rows), "results.csv")
         return rows
+
+    def _register(self, finals: list[tuple[Unit, dict[str, Any]]], rows: list[Row]) -> None:
+        """Give the tracker the final models of repeat 0, one for each approach."""
+        storage, cell = self.job.artifacts.storage, self.cell
+        tests = {row.checkpoint: row.test_accuracy for row in rows if row.repeat == 0}
+        for unit, result in finals:
+            if (accuracy := tests.get(storage.uri(unit.folder))) is not None:
+                self.job.tracker.register_model(
+                    self._task(unit).run_key, name=(cell.dataset.name, cell.model.name, unit.params["approach"]),
+                    checkpoint=partial(storage.read, f"{unit.folder}/{CHECKPOINT}"),
+                    about=unit.params | {"impactx.weights": result["weights"], "test_accuracy": accuracy})
 
     def _stage2(self, run: Run, configuration: Configuration,
                 classifiers: list[tuple[Unit, dict[str, Any]]]) -> list[tuple[Unit, dict[str, Any]]]:
@@ -242,26 +380,23 @@ class CellRun:
 
     def _test(self, model: Unit, result: dict[str, Any]) -> Row:
         cell, approach = self.cell, model.params["approach"]
-        unit = cell.test(model, result)
+        unit, judged = cell.test(model, result), cell.explanations(model, result)
         tested = self._do(unit, self.job.executor.evaluate)
-        log.info("  %s: test accuracy %.4f on %d images", model.name, tested["accuracy"], tested["images"])
-        return Row(dataset=cell.dataset.name, model=cell.model.name, approach=approach,
-                   repeat=model.params["repeat"], weight=model.params.get("lambda"),
-                   learning_rate=model.params["learning_rate"], batch_size=model.params["batch_size"],
-                   validation_fraction=model.params["validation_fraction"],
-                   val_accuracy=result["best"]["val_accuracy"], test_accuracy=tested["accuracy"],
-                   test_images=tested["images"], epochs=result["epochs"], train_seconds=result["seconds"],
-                   paper_accuracy=paper_accuracy(cell.dataset.name, cell.model.name, approach),
-                   checkpoint=self.job.artifacts.storage.uri(model.folder), test=unit.folder,
-                   explanations=self._judge(model, result))
+        self.log.info("%s: test accuracy %.4f on %d images", model.name, tested["accuracy"], tested["images"])
+        row = Row(dataset=cell.dataset.name, model=cell.model.name, approach=approach,
+                  repeat=model.params["repeat"], weight=model.params.get("lambda"),
+                  learning_rate=model.params["learning_rate"], batch_size=model.params["batch_size"],
+                  validation_fraction=model.params["validation_fraction"],
+                  val_accuracy=result["best"]["val_accuracy"], test_accuracy=tested["accuracy"],
+                  test_images=tested["images"], epochs=result["epochs"], train_seconds=result["seconds"],
+                  paper_accuracy=paper_accuracy(cell.dataset.name, cell.model.name, approach),
+                  checkpoint=self.job.artifacts.storage.uri(model.folder), test=unit.folder,
+                  explanations=judged.folder if judged is not None else None)
+        self.journal.tested(row)
+        return row
 
-    def _judge(self, model: Unit, result: dict[str, Any]) -> str | None:
-        """The folder of the unit that judged the model's maps, None where there is none."""
-        if (unit := self.cell.explanations(model, result)) is None:
-            return None
+    def _judge(self, unit: Unit) -> dict[str, Any]:
         found = self._do(unit, self.job.executor.judge)
-        log.info("  %s: %s", unit.name, ", ".join(
+        self.log.info("%s: %s", unit.name, ", ".join(
             f"{name} {order['aopc']['probability']['early']['mean']:.3f}" for name, order in found["morf"].items()))
-        return unit.folder
-
-
+        return found

@@ -15,12 +15,13 @@ import re
 import signal
 import threading
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
+Files = Callable[[Path], Sequence[Path]]
 MAX_KEY = 250
 
 
@@ -82,10 +83,20 @@ class Tracker(Protocol):
 
     def replay(self, key: str, *, name: str, parent: str | None = None,
                params: Mapping[str, Any] | None = None, tags: Mapping[str, Any] | None = None,
-               history: Sequence[Mapping[str, float]] = (), final: Mapping[str, float] | None = None) -> None:
+               history: Sequence[Mapping[str, float]] = (), final: Mapping[str, float] | None = None,
+               files: Files | None = None) -> None:
         """Make the FINISHED run of a unit whose result is known from earlier. Does nothing if there is one.
 
+        files: called with an empty folder if the run has to be made; returns the files that become its artifacts.
         It returns at once and is done in the background, at the latest by `close_unfinished`.
+        """
+
+    def register_model(self, key: str, *, name: tuple[str, ...], checkpoint: Callable[[], bytes],
+                       about: Mapping[str, Any]) -> None:
+        """Keep a final model of the run with this key where it can be loaded and served from by its name.
+
+        about: "impactx.weights", its fingerprint, and what else is said of it.  The same weights are kept under a
+        name only once.  It returns at once and is done in the background, at the latest by `close_unfinished`.
         """
 
     def close_unfinished(self, root_key: str) -> int:
@@ -176,11 +187,17 @@ class NoTracker:
 
     def replay(self, key: str, *, name: str, parent: str | None = None,
                params: Mapping[str, Any] | None = None, tags: Mapping[str, Any] | None = None,
-               history: Sequence[Mapping[str, float]] = (), final: Mapping[str, float] | None = None) -> None:
+               history: Sequence[Mapping[str, float]] = (), final: Mapping[str, float] | None = None,
+               files: Files | None = None) -> None:
         """Check the arguments."""
         with self.run(key, name=name, parent=parent, params=params, tags=tags) as run:
             run.log_history(history)
             run.log_metrics(final or {})
+
+    def register_model(self, key: str, *, name: tuple[str, ...], checkpoint: Callable[[], bytes],
+                       about: Mapping[str, Any]) -> None:
+        """Check the key."""
+        check_key(key)
 
     def close_unfinished(self, root_key: str) -> int:
         """Nothing is ever unfinished."""

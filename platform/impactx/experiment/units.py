@@ -18,6 +18,7 @@ from impactx.storage import Storage
 FORMAT = 1  # raised when the same recipe would give other numbers than before
 Role = Literal["trial", "model", "maps", "test", "explanations"]
 RESULT, CHECKPOINT, RUNNING, PREDICTIONS = "result.json", "checkpoint.pt", "running.pt", "predictions.npz"
+STOPPED, CLAIM = "stopped.json", "claim.json"
 MAP_SCORES = "map_scores.npz"
 
 
@@ -75,4 +76,27 @@ class Artifacts:
         for name, data in (files or {}).items():
             self.storage.write(f"{unit.folder}/{name}", data)
         self.storage.write_json(f"{unit.folder}/{RESULT}", {"name": unit.name, "recipe": unit.recipe} | result)
-        self.storage.delete(f"{unit.folder}/{RUNNING}")
+        for name in (RUNNING, STOPPED, CLAIM):
+            self.storage.delete(f"{unit.folder}/{name}")
+
+    def stop(self, unit: Unit, so_far: dict[str, Any]) -> None:
+        """Keep what a trial had come to when its search stopped it. It is not finished: it can go on from here."""
+        self.storage.write_json(f"{unit.folder}/{STOPPED}", {
+            "name": unit.name, "recipe": unit.recipe, "halving": unit.inputs["halving"]} | so_far)
+
+    def stopped(self, unit: Unit) -> dict[str, Any] | None:
+        """What a trial had come to when the same search stopped it, or None.
+
+        Raises StorageError where that is damaged.
+        """
+        if "halving" not in unit.inputs:
+            return None
+        try:
+            found = self.storage.read_json(f"{unit.folder}/{STOPPED}")
+        except FileNotFoundError:
+            return None
+        return found if found["halving"] == unit.inputs["halving"] else None
+
+    def begun(self, unit: Unit) -> bool:
+        """Whether somebody has begun a training."""
+        return self.storage.exists(f"{unit.folder}/{RUNNING}")

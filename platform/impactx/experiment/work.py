@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -16,11 +17,12 @@ import torch
 
 from impactx.datasets import Dataset, Split, load_dataset, make_split
 from impactx.datasets.batches import DeviceData
+from impactx.experiment.claims import Claim
 from impactx.experiment.model_source import open_model
-from impactx.experiment.units import CHECKPOINT, PREDICTIONS, RUNNING, Artifacts, Unit, WorkError
+from impactx.experiment.units import CHECKPOINT, CLAIM, PREDICTIONS, RUNNING, Artifacts, Unit, WorkError
 from impactx.explain.attribution import build_attribution
 from impactx.explain.scores import completeness_gaps
-from impactx.explain.store import MapStore, StoreError, StoreSpec, map_scale
+from impactx.explain.store import PRECISION_ERROR, MapStore, StoreError, StoreSpec, map_scale
 from impactx.models import CheckpointError, Impactx, load_checkpoint, save_checkpoint, weights_fingerprint
 from impactx.settings import (
     DatasetSettings,
@@ -33,13 +35,16 @@ from impactx.storage import Storage
 from impactx.training import train_stage1, train_stage2
 from impactx.training.loop import Metrics, ResumeError
 
+log = logging.getLogger("impactx")
+
 
 @dataclass(frozen=True)
 class Workplace:
     """Where units are worked on; travels to every process.
 
     output: root of the artifacts; cache: local folder of decoded images and unpacked maps, or None for
-    the data set's default; threads: of torch in this process; memory_bytes: for batches of masks.
+    the data set's default; threads: of torch in this process; memory_bytes: for batches of masks;
+    storage_patience: seconds for which a full or absent storage is waited for.
     """
 
     output: str
@@ -47,11 +52,12 @@ class Workplace:
     cache: str | None
     threads: int = 1
     memory_bytes: int = 2**29
+    storage_patience: float = 0
 
     @property
     def artifacts(self) -> Artifacts:
         """The artifacts under the output's root."""
-        return Artifacts(Storage(self.output))
+        return Artifacts(Storage(self.output, self.storage_patience))
 
     def dataset(self, settings: dict[str, Any]) -> Dataset:
         """The data set, decoded once a node, opened once a process."""
@@ -102,11 +108,12 @@ def split_of(unit: Unit, data: Dataset) -> Split:
 
 
 def train_unit(unit: Unit, place: Workplace, *, device: torch.device | str = "cpu", rank: int = 0,
-               world_size: int = 1, on_epoch: Callable[[Metrics], None] | None = None) -> dict[str, Any]:
+               world_size: int = 1, on_epoch: Callable[[Metrics], object] | None = None) -> dict[str, Any]:
     """Train a trial or model of either stage, resuming where an earlier try stopped; rank 0 keeps the result.
 
     Returns the result: best (metrics of the best epoch, or None), best_epoch, history, diverged, weights
-    (fingerprint of the best epoch's weights, None if they were not kept), seconds. Raises WorkError.
+    (fingerprint of the best epoch's weights, None if they were not kept), seconds; stopped where on_epoch ended it
+    before its end. Raises WorkError, and TakenOver where another process has begun the same training since.
     """
     torch.set_num_threads(place.threads)
     artifacts, recipe, inputs = place.artifacts, unit.recipe, unit.inputs
@@ -120,6 +127,12 @@ def train_unit(unit: Unit, place: Workplace, *, device: torch.device | str = "cp
     training = TrainingSettings.model_validate(inputs["training"])
     split = split_of(unit, data)
     running = f"{unit.folder}/{RUNNING}"
+    claim = Claim(artifacts.storage, f"{unit.folder}/{CLAIM}", unit.name) if rank == 0 else None
+
+    def save(state: bytes) -> None:
+        if claim is not None:
+            claim.check()
+        artifacts.storage.write(running, state)
 
     def load() -> bytes | None:
         try:
@@ -130,7 +143,7 @@ def train_unit(unit: Unit, place: Workplace, *, device: torch.device | str = "cp
     how: dict[str, Any] = {
         "learning_rate": recipe["learning_rate"], "batch_size": recipe["batch_size"], "seed": recipe["seed"],
         "augmentation": DatasetSettings.model_validate(inputs["dataset"]).augmentation, "device": device,
-        "load": load, "save": lambda state: artifacts.storage.write(running, state), "on_epoch": on_epoch,
+        "load": load, "save": save, "on_epoch": on_epoch,
         "rank": rank, "world_size": world_size}
     started = time.perf_counter()
     scale, approach = None, None
@@ -150,7 +163,7 @@ def train_unit(unit: Unit, place: Workplace, *, device: torch.device | str = "cp
                         "then starts anew") from error
     kept = (unit.role == "model" or training.keep_trial_weights) and result.best_state is not None
     weights, files = None, {}
-    if kept:
+    if kept and not result.stopped:
         model = model.to("cpu")
         weights = weights_fingerprint(model)
         files[CHECKPOINT] = save_checkpoint(
@@ -163,8 +176,16 @@ def train_unit(unit: Unit, place: Workplace, *, device: torch.device | str = "cp
         "train_images": len(split.train), "validation_images": len(split.validation),
         "seconds": sum(row["seconds"] for row in result.history),
         "seconds_this_process": time.perf_counter() - started})
-    if rank == 0:
-        artifacts.finish(unit, summary, files)
+    if claim is None:
+        return summary
+    if (done := artifacts.result(unit)) is not None:
+        return done  # by another process, whose files belong together
+    claim.check()
+    if result.stopped:
+        artifacts.stop(unit, summary)
+        claim.release()
+        return summary | {"stopped": True}
+    artifacts.finish(unit, summary, files)
     return summary
 
 
@@ -198,6 +219,8 @@ class ShardWorker:
         """Compute and write one shard. Returns its number of maps and seconds."""
         started = time.perf_counter()
         rows = self.store.shard_indices(shard)
+        if self.store.has(shard):  # another worker, or an orphan of a job that was killed, was quicker
+            return {"shard": shard, "maps": len(rows), "seconds": time.perf_counter() - started}
         labels = self.data.train.labels[rows]
         found = self.attribution.explain(self.model, self.data.train.images[rows], labels, device=self.device,
                                          memory_bytes=self.place.memory_bytes, indices=rows)
@@ -219,20 +242,27 @@ def finish_maps(unit: Unit, place: Workplace, seconds: float) -> dict[str, Any]:
     result = {"images": store.spec.images, "shards": store.spec.shards, "shape": list(store.spec.shape),
               "folder": place.artifacts.storage.uri(unit.folder), "seconds": seconds,
               "maps_per_second": store.spec.images / seconds if seconds > 0 else None,
-              "map_std": float(sample.std()), "map_abs_max": float(np.abs(sample).max())} | _completeness(store)
+              "map_std": float(sample.std()), "map_abs_max": float(np.abs(sample).max())} | _sampled(store)
     place.artifacts.finish(unit, _plain(result))
     return result
 
 
-def _completeness(store: MapStore) -> dict[str, float]:
-    """How far maps of a few shards are from summing to score - base value, where the attribution has base values."""
-    gaps = []
+def _sampled(store: MapStore) -> dict[str, float]:
+    """What a few shards say of all: how far maps are from summing to score - base value, where the attribution has
+    base values, and how far from float32's, where they were made in another precision."""
+    gaps, errors = [], []
     for shard in np.unique(np.linspace(0, store.spec.shards - 1, 4).astype(int)):
         table = store.read_shard(int(shard))
         maps = table["map"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
         gaps.append(completeness_gaps(maps, table["score"].to_numpy(), table["base_value"].to_numpy()))
+        errors += [float(v) for k, v in (table.schema.metadata or {}).items() if k.decode() == PRECISION_ERROR]
     whole = np.concatenate(gaps)
-    return {"map_gap_mean": float(whole.mean()), "map_gap_max": float(whole.max())} if np.isfinite(whole).all() else {}
+    found = {"map_gap_mean": float(whole.mean()), "map_gap_max": float(whole.max())} if np.isfinite(whole).all() else {}
+    if errors:
+        found["map_precision_error"] = max(errors)
+        log.info("  the maps' precision: up to %.1e of a map's largest value away from float32's (%d shards sampled)",
+                 max(errors), len(errors))
+    return found
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ A new attribution is a settings class in `impactx.settings`, a class here or in 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -15,20 +15,26 @@ from torch import Tensor, nn
 
 from impactx.explain.fast import fast_score
 from impactx.explain.partition import AdditivityError, PartitionError, partition_shap
-from impactx.explain.scores import AttributionError, Score
-from impactx.settings import AttributionSettings, PartitionSettings
+from impactx.explain.precision import forward_precision, map_error
+from impactx.explain.scores import AttributionError, Score, names_of
+from impactx.settings import AttributionSettings, PartitionSettings, Precision
 
 __all__ = ["Attribution", "AttributionError", "Explanations", "PartitionAttribution", "Score", "build_attribution"]
+
+
+COMPARED = 2  # images of each call that are explained in float32 as well, where that is not the precision
 
 
 @dataclass(frozen=True)
 class Explanations:
     """maps: float32 (N, C, H, W) at native size; scores, base_values: float64 (N,), the explained score
-    of the image and of its fully masked version (NaN where an attribution has no such thing)."""
+    of the image and of its fully masked version (NaN where an attribution has no such thing); precision_error: of
+    maps that were not made in float32, how far some of them are from those that are (`precision.map_error`)."""
 
     maps: np.ndarray
     scores: np.ndarray
     base_values: np.ndarray
+    precision_error: float | None = None
 
 
 class Attribution(Protocol):
@@ -62,42 +68,47 @@ class PartitionAttribution:
         """The explained score in its fastest form, made once for a model and (H, W, C): it takes a second."""
         if self._last is None or self._last[0] is not score or self._last[1] != size:
             height, width, channels = size
-            probability = self.settings.explain == "probability"
             # With a fixed context interactions are differences of four scores, and the frozen form's other rounding
             # would show: up to 1.8e-5 of a map's maximum (docs/LOG.md).
             if isinstance(score, nn.Module) and self.settings.fixed_context is None:
+                probability = self.settings.explain == "probability"
                 explained: Score = fast_score(nn.Sequential(score, nn.Softmax(1)).eval() if probability else score,
                                               (channels, height, width))
             else:
-                explained = _probabilities(score) if probability else score
+                explained = self._plain(score)
             self._last = score, size, explained
         return self._last[2]
+
+    def _plain(self, score: Score) -> Score:
+        """The explained score by the model as it is."""
+        return (lambda images: score(images).softmax(1)) if self.settings.explain == "probability" else score
 
     def explain(self, score: Score, images: np.ndarray, labels: np.ndarray, *, device: torch.device | str = "cpu",
                 memory_bytes: int = 2**29, indices: np.ndarray | None = None) -> Explanations:
         """See `Attribution.explain`."""
         try:
-            return self._explain(score, images, labels, device, memory_bytes)
+            how = device, memory_bytes, names_of(indices, len(images))
+            found = self._explain(score, images, labels, self.settings.precision, *how)
+            if self.settings.precision == "float32":
+                return found
+            exact = self._explain(score, images[:COMPARED], labels[:COMPARED], "float32", *how)
+            return replace(found, precision_error=map_error(found.maps[:COMPARED], exact.maps))
         except (PartitionError, AdditivityError) as error:
-            first = 0 if indices is None or not len(indices) else int(indices[0])
-            counted = f" (images counted from image {first} of the data set)" if first else ""
-            raise AttributionError(f"{error}{counted}") from error
+            raise AttributionError(str(error)) from error
 
-    def _explain(self, score: Score, images: np.ndarray, labels: np.ndarray, device: torch.device | str,
-                 memory_bytes: int) -> Explanations:
+    def _explain(self, score: Score, images: np.ndarray, labels: np.ndarray, precision: Precision,
+                 device: torch.device | str, memory_bytes: int, names: list[int]) -> Explanations:
         s = self.settings
-        fastest = self._fastest(score, images.shape[1:])
+        # The frozen form is float32's alone: its layouts are chosen when it is made.
+        explained = self._fastest(score, images.shape[1:]) if precision != "bfloat16" else self._plain(score)
         classes = torch.from_numpy(np.array(labels))  # a copy: labels may be a read-only file
-        found = partition_shap(fastest, _on_device(images, device), classes, masker=s.masker,
-                               max_evals=s.max_evals, batch_size=s.batch_size, fixed_context=s.fixed_context,
-                               memory_limit_bytes=memory_bytes)
+        with forward_precision(precision, device):
+            found = partition_shap(explained, _on_device(images, device), classes, masker=s.masker,
+                                   max_evals=s.max_evals, batch_size=s.batch_size, fixed_context=s.fixed_context,
+                                   memory_limit_bytes=memory_bytes, names=names[:len(images)])
         return Explanations(np.ascontiguousarray(found.values[:, 0], dtype=np.float32),
                             np.asarray(found.scores[:, 0], np.float64),
                             np.asarray(found.base_values[:, 0], np.float64))
-
-
-def _probabilities(score: Score) -> Score:
-    return lambda images: score(images).softmax(1)
 
 
 def _on_device(images: np.ndarray, device: torch.device | str) -> Tensor:

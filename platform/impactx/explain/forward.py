@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,15 @@ class Outputs:
     Args:
         spec: ``"all"``; whole numbers (N,) or (N, n), the outputs of each image; or floating point weights (N, K).
         n_images: N.
+        names: what messages call the images, (N,); default: 0 to N-1.
     """
 
-    def __init__(self, spec: object, n_images: int, device: torch.device) -> None:
+    def __init__(
+        self, spec: object, n_images: int, device: torch.device, names: Sequence[int] | None = None
+    ) -> None:
+        if names is not None and len(names) != n_images:
+            raise PartitionError(f"names: {len(names)} for {n_images} images; allowed: one an image")
+        self.names = range(n_images) if names is None else names
         self.indices: Tensor | None = None
         self.weights: Tensor | None = None
         if isinstance(spec, str):
@@ -59,8 +65,8 @@ class Outputs:
             if len(wrong):
                 image = int(wrong[0])
                 raise PartitionError(
-                    f"outputs: image {image} asks for {self.indices[image].tolist()}, the model has {n_scores} "
-                    f"scores; allowed: 0 to {n_scores - 1}"
+                    f"outputs: image {self.names[image]} asks for {self.indices[image].tolist()}, the model has "
+                    f"{n_scores} scores; allowed: 0 to {n_scores - 1}"
                 )
         if self.weights is not None and self.weights.shape[1] != n_scores:
             raise PartitionError(f"outputs: {self.weights.shape[1]} weights an image, the model has {n_scores} scores")
@@ -133,7 +139,7 @@ class Forward:
         if not bool(finite.all()):
             bad = int((~finite).nonzero()[0])
             raise PartitionError(
-                f"score returned NaN or infinite values for image {int(image[bad]) + first_image}: "
+                f"score returned NaN or infinite values for image {self.outputs.names[int(image[bad]) + first_image]}: "
                 f"{selected[bad].tolist()}; scores must be finite for every masked version of an image"
             )
         return selected

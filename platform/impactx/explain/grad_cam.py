@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from impactx.explain.attribution import Explanations
+from impactx.explain.precision import forward_precision
 from impactx.explain.scores import (
     AttributionError,
     ClassScores,
@@ -21,6 +22,7 @@ from impactx.explain.scores import (
     names_of,
     open_images,
     rows_that_fit,
+    until_it_fits,
 )
 from impactx.settings import GradCamSettings
 
@@ -40,6 +42,7 @@ class GradCamAttribution:
             raise missing_package("captum", settings.method) from error
         self.method, self.enlarge = LayerGradCam, LayerAttribution.interpolate
 
+    @forward_precision("float32")
     def explain(self, score: Score, images: np.ndarray, labels: np.ndarray, *, device: torch.device | str = "cpu",
                 memory_bytes: int = 2**29, indices: np.ndarray | None = None) -> Explanations:
         """See `Attribution.explain`. Raises AttributionError where there is no such layer, naming those there are."""
@@ -47,7 +50,10 @@ class GradCamAttribution:
         x, y = open_images(images, labels, device)
         scores = ClassScores(score, s.explain, x, y, names_of(indices, len(x)))
         layer = find_layer(score, s.layer, x[:1])
-        rows = rows_that_fit(scores, memory_bytes)
+        return until_it_fits(lambda rows: self._maps(scores, layer, rows), rows_that_fit(scores, memory_bytes))
+
+    def _maps(self, scores: ClassScores, layer: nn.Module, rows: int) -> Explanations:
+        s, x, y = self.settings, scores.images, scores.labels
         found = scores.of_class(x, rows)
         maps = []
         for part in chunks(len(x), rows):
@@ -56,7 +62,7 @@ class GradCamAttribution:
                                                          relu_attributions=s.relu).detach()
             if small.ndim != 4:
                 raise AttributionError(f"the layer {s.layer!r} gives {tuple(small.shape)} and no map of places: "
-                                       f"allowed are {_listed(_used(score, x[:1]))}")
+                                       f"allowed are {_listed(_used(scores.score, x[:1]))}")
             maps.append(self.enlarge(small, tuple(x.shape[2:]), "bilinear"))
         channels = x.shape[1]
         return Explanations(scores.finite(torch.cat(maps).expand(-1, channels, -1, -1) / channels), found,

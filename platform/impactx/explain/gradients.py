@@ -19,6 +19,7 @@ import torch
 
 from impactx.explain.attribution import Explanations
 from impactx.explain.masking import parse_masker
+from impactx.explain.precision import forward_precision
 from impactx.explain.scores import (
     AttributionError,
     ClassScores,
@@ -29,6 +30,7 @@ from impactx.explain.scores import (
     names_of,
     open_images,
     rows_that_fit,
+    until_it_fits,
 )
 from impactx.settings import GradientShapSettings, IntegratedGradientsSettings
 
@@ -50,13 +52,20 @@ class IntegratedGradientsAttribution:
         self.settings = settings
         self.captum = _captum(settings.method)
 
+    @forward_precision("float32")
     def explain(self, score: Score, images: np.ndarray, labels: np.ndarray, *, device: torch.device | str = "cpu",
                 memory_bytes: int = 2**29, indices: np.ndarray | None = None) -> Explanations:
         """See `Attribution.explain`. Raises AttributionError where `tolerance` is set and a map misses it."""
         s = self.settings
         x, y = open_images(images, labels, device)
         scores = ClassScores(score, s.explain, x, y, names_of(indices, len(x)))
-        rows = rows_that_fit(scores, memory_bytes)
+        found = until_it_fits(lambda rows: self._maps(scores, rows), rows_that_fit(scores, memory_bytes))
+        if s.tolerance is not None:
+            _check_completeness(found, s.tolerance, scores.names)
+        return found
+
+    def _maps(self, scores: ClassScores, rows: int) -> Explanations:
+        s, x, y = self.settings, scores.images, scores.labels
         baselines = parse_masker(s.masker).background(x)
         ends = scores.of_class(x, rows), scores.of_class(baselines, rows, "baseline of image")
         explainer, maps = self.captum.IntegratedGradients(scores), []
@@ -64,10 +73,7 @@ class IntegratedGradientsAttribution:
             maps.append(explainer.attribute(
                 x[part], baselines[part], target=y[part], n_steps=s.steps, method="gausslegendre",
                 internal_batch_size=rows if rows < s.steps * len(x[part]) else None).detach())
-        found = Explanations(scores.finite(torch.cat(maps)), *ends)
-        if s.tolerance is not None:
-            _check_completeness(found, s.tolerance, scores.names)
-        return found
+        return Explanations(scores.finite(torch.cat(maps)), *ends)
 
 
 class GradientShapAttribution:
@@ -83,13 +89,16 @@ class GradientShapAttribution:
         self.settings = settings
         self.captum = _captum(settings.method)
 
+    @forward_precision("float32")
     def explain(self, score: Score, images: np.ndarray, labels: np.ndarray, *, device: torch.device | str = "cpu",
                 memory_bytes: int = 2**29, indices: np.ndarray | None = None) -> Explanations:
         """See `Attribution.explain`."""
-        s = self.settings
         x, y = open_images(images, labels, device)
-        scores = ClassScores(score, s.explain, x, y, names_of(indices, len(x)))
-        rows = rows_that_fit(scores, memory_bytes)
+        scores = ClassScores(score, self.settings.explain, x, y, names_of(indices, len(x)))
+        return until_it_fits(lambda rows: self._maps(scores, rows), rows_that_fit(scores, memory_bytes))
+
+    def _maps(self, scores: ClassScores, rows: int) -> Explanations:
+        s, x, y = self.settings, scores.images, scores.labels
         baselines = torch.stack([parse_masker(name).background(x) for name in s.maskers], dim=1)  # (N, b, C, H, W)
         found = scores.of_class(x, rows)
         base = np.mean([scores.of_class(baselines[:, b], rows, "baseline of image") for b in range(len(s.maskers))], 0)

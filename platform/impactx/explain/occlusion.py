@@ -11,6 +11,7 @@ import torch
 
 from impactx.explain.attribution import Explanations
 from impactx.explain.masking import parse_masker
+from impactx.explain.precision import forward_precision
 from impactx.explain.scores import (
     AttributionError,
     ClassScores,
@@ -20,6 +21,7 @@ from impactx.explain.scores import (
     names_of,
     open_images,
     rows_that_fit,
+    until_it_fits,
 )
 from impactx.settings import OcclusionSettings
 
@@ -37,17 +39,22 @@ class OcclusionAttribution:
             raise missing_package("captum", settings.method) from error
         self.method = Occlusion
 
+    @forward_precision("float32")
     @torch.no_grad()
     def explain(self, score: Score, images: np.ndarray, labels: np.ndarray, *, device: torch.device | str = "cpu",
                 memory_bytes: int = 2**29, indices: np.ndarray | None = None) -> Explanations:
         """See `Attribution.explain`. Raises AttributionError where the window is larger than the image."""
         s = self.settings
         x, y = open_images(images, labels, device)
-        channels, height, width = x.shape[1:]
+        height, width = x.shape[2:]
         if s.window > min(height, width):
             raise AttributionError(f"attribution.window = {s.window} is larger than the images ({height}x{width})")
         scores = ClassScores(score, s.explain, x, y, names_of(indices, len(x)))
-        rows = rows_that_fit(scores, memory_bytes)
+        return until_it_fits(lambda rows: self._maps(scores, rows), rows_that_fit(scores, memory_bytes))
+
+    def _maps(self, scores: ClassScores, rows: int) -> Explanations:
+        s, x, y = self.settings, scores.images, scores.labels
+        channels, height, width = x.shape[1:]
         found = scores.of_class(x, rows)
         hidden = parse_masker(s.masker).background(x)
         squares = s.evaluations((height, width)) or 1

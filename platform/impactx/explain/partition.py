@@ -11,7 +11,7 @@ Sources: Lundberg's shap 0.51 (explainers/_partition.py, maskers/_image.py); the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,16 +49,18 @@ class PartitionResult:
 
 
 def check_additivity(
-    values: np.ndarray, scores: np.ndarray, base_values: np.ndarray, *, tolerance: float = 1e-5, first_image: int = 0
+    values: np.ndarray, scores: np.ndarray, base_values: np.ndarray, *, tolerance: float = 1e-5,
+    names: Sequence[int] | None = None,
 ) -> None:
     """Raise unless each map sums to score - base value.
 
     Args:
         values: (N, n_outputs, C, H, W). scores, base_values: (N, n_outputs).
         tolerance: allowed difference, relative to the sum of the map's absolute values.
+        names: (N,), what the message calls the images; default: 0 to N-1.
 
     Raises:
-        AdditivityError: names the first image (counted from ``first_image``) and output, and both numbers.
+        AdditivityError: names the first such image and output, and both numbers.
     """
     flat = values.reshape(*values.shape[:2], -1)
     total = flat.sum(-1, dtype=np.float64)
@@ -69,8 +71,9 @@ def check_additivity(
     if len(wrong):
         image, output = wrong[0]
         raise AdditivityError(
-            f"the map of image {image + first_image}, output {output}, sums to {total[image, output]:.9g}, but "
-            f"f(image) - f(masked) = {expected[image, output]:.9g} ({len(wrong)} of {total.size} maps differ)"
+            f"the map of image {image if names is None else names[image]}, output {output}, sums to "
+            f"{total[image, output]:.9g}, but f(image) - f(masked) = {expected[image, output]:.9g} "
+            f"({len(wrong)} of {total.size} maps differ)"
         )
 
 
@@ -89,6 +92,7 @@ def partition_shap(
     images_in_flight: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
+    names: Sequence[int] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> PartitionResult:
     """Partition SHAP maps, equal to ``shap.PartitionExplainer``'s with the same first four settings.
@@ -110,6 +114,7 @@ def partition_shap(
         images_in_flight: images in lockstep; default 32 on a CPU, 2048 elsewhere, fewer where memory demands.
         dtype: float32, or float64 to verify (``score`` must then take float64).
         device: default: that of ``images``, or of the module's parameters where images are an array.
+        names: (N,), what messages call the images, such as their indices in a data set; default: 0 to N-1.
         progress: called with the number of finished images after each group.
 
     Raises:
@@ -122,7 +127,7 @@ def partition_shap(
     n_images = len(stack)
     shape = tuple(stack.shape[1:]) if channels_first else (stack.shape[3], *stack.shape[1:3])
     tree = TreeOnDevice(build_tree(shape), place)
-    selected = Outputs(outputs, n_images, place)
+    selected = Outputs(outputs, n_images, place, names)
     room = Room.plan(tree, max_evals, batch_size, fixed_context, dtype, memory_limit_bytes, forward_batch, place)
     forward = Forward(score, selected, room.forward_batch)
     parsed = parse_masker(masker)
@@ -131,10 +136,10 @@ def partition_shap(
     first = 0
     in_flight = 1  # the first image shows how many scores there are, then the memory can be planned
     while first < n_images:
-        batch = _prepare(stack[first : first + in_flight], channels_first, first, dtype, place)
+        batch = _prepare(stack[first : first + in_flight], channels_first, selected.names[first:], dtype, place)
         group = Group(tree, forward, parsed, batch, first, room)
         part = group.explain()
-        check_additivity(part[0], part[1], part[2], first_image=first)
+        check_additivity(part[0], part[1], part[2], names=selected.names[first:])
         parts.append(part)
         first += len(batch)
         in_flight = room.images_in_flight(
@@ -180,7 +185,9 @@ def _open(images: Tensor | np.ndarray) -> tuple[Tensor, bool]:
     return stack, stack.dtype != torch.uint8
 
 
-def _prepare(part: Tensor, channels_first: bool, first: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _prepare(
+    part: Tensor, channels_first: bool, names: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """(n, C, H, W) of ``dtype`` in [0, 1] on the device."""
     part = part.to(device)
     if not channels_first:
@@ -188,5 +195,5 @@ def _prepare(part: Tensor, channels_first: bool, first: int, dtype: torch.dtype,
     outside = ~((part >= 0) & (part <= 1)).flatten(1).all(dim=1)
     if bool(outside.any()):
         image = int(outside.nonzero()[0])
-        raise PartitionError(f"images: image {image + first} has values outside [0, 1] (or NaN)")
+        raise PartitionError(f"images: image {names[image]} has values outside [0, 1] (or NaN)")
     return part.to(dtype).contiguous()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 log = logging.getLogger(__name__)
 
 Score = Callable[[Tensor], Tensor]
+T = TypeVar("T")
 
 
 class AttributionError(ValueError):
@@ -133,6 +135,23 @@ def rows_that_fit(scores: ClassScores, memory_bytes: int) -> int:
         memory_bytes, most = torch.cuda.mem_get_info(image.device)[0] // 2, 4096
     # As much again for the gradients themselves, and what a forward needs for a moment.
     return max(1, min(most, memory_bytes // (3 * kept[0] + 4 * image.nbytes)))
+
+
+def until_it_fits(work: Callable[[int], T], rows: int) -> T:
+    """work(rows), again with half as many rows where the device runs out of memory.
+
+    Raises torch.OutOfMemoryError where not even one row fits.
+    """
+    while True:
+        try:
+            return work(rows)
+        except torch.OutOfMemoryError:
+            if rows <= 1:
+                raise
+            log.warning("out of memory with %d images a forward: going on with %d", rows, rows // 2)
+            rows //= 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # after the error is gone, and with it what it still held
 
 
 def completeness_gaps(maps: np.ndarray | Tensor, scores: np.ndarray, base_values: np.ndarray) -> np.ndarray:

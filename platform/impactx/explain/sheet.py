@@ -16,13 +16,19 @@ class SheetError(RuntimeError):
     """The sheet cannot be drawn or written; the message says what to do."""
 
 
+def colour_limit(maps: np.ndarray) -> float:
+    """Where the colours end: the 99.5th percentile of the absolute values of maps (N, C, H, W) summed over C."""
+    values = np.abs(np.asarray(maps, np.float64).sum(1))
+    return float(np.percentile(values, CLIPPED)) or float(values.max()) or 1.0
+
+
 def draw_sheet(path: str | Path, images: np.ndarray, maps: np.ndarray, names: Sequence[str], *,
-               title: str = "") -> None:
+               title: str = "", limit: float | None = None) -> None:
     """Draw N examples, two a row.
 
     images: uint8 (N, H, W, 3); maps: float32 (N, C, H, W), summed over their channels; names: N class names.
-    Red speaks for the class, blue against it; the scale is the same for all, symmetric around zero, and ends at the
-    99.5th percentile of the absolute values. Raises SheetError where matplotlib is not installed or the
+    Red speaks for the class, blue against it; the scale is the same for all, symmetric around zero, and ends at
+    `limit`, by default `colour_limit` of these maps. Raises SheetError where matplotlib is not installed or the
     file cannot be written.
     """
     try:
@@ -39,16 +45,18 @@ def draw_sheet(path: str | Path, images: np.ndarray, maps: np.ndarray, names: Se
     if target.suffix != ".png" or not target.absolute().parent.is_dir():
         raise SheetError(f"the sheet {path}: give a .png file in a folder that exists")
     values = np.asarray(maps, np.float64).sum(1)
-    limit = float(np.percentile(np.abs(values), CLIPPED)) or float(np.abs(values).max()) or 1.0
-    scale = Normalize(-limit, limit)
-    rows = math.ceil(len(images) / 2)
-    figure = Figure(figsize=(11, 1.75 * rows + 1.1), layout="constrained")
+    limit = limit or colour_limit(maps)
+    scale, across = Normalize(-limit, limit), min(2, len(images))
+    rows = math.ceil(len(images) / across)
+    figure = Figure(figsize=(5.5 * across, 1.75 * rows + 1.1), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(rows, 2 * 3 + 1, squeeze=False, gridspec_kw={"width_ratios": [1, 1, 1, 0.15, 1, 1, 1]})
+    panels = figure.subplots(rows, 4 * across - 1, squeeze=False,
+                             gridspec_kw={"width_ratios": [1, 1, 1, 0.15, 1, 1, 1][:4 * across - 1]})
     for panel in panels.flat:
         panel.set_axis_off()
     for i, (image, value, name) in enumerate(zip(images, values, names, strict=True)):
-        first, second, third = panels[i // 2, (i % 2) * 4:(i % 2) * 4 + 3]
+        column = i % across * 4
+        first, second, third = panels[i // across, column:column + 3]
         first.imshow(image, interpolation="nearest")
         second.imshow(value, cmap=COLOURS, norm=scale, interpolation="nearest")
         grey = image.mean(2) / 255 * 0.7 + 0.3
@@ -56,7 +64,7 @@ def draw_sheet(path: str | Path, images: np.ndarray, maps: np.ndarray, names: Se
         third.imshow(value, cmap=COLOURS, norm=scale, interpolation="nearest",
                      alpha=np.clip(np.abs(value) / limit, 0, 1) ** 0.5 * 0.85)
         first.set_title(name if len(name) <= 24 else name[:23] + "…", fontsize=9)
-        if i < 2:
+        if i < across:
             second.set_title("map", fontsize=9, color="0.4")
             third.set_title("overlay", fontsize=9, color="0.4")
     bar = figure.colorbar(ScalarMappable(scale, COLOURS), ax=panels.ravel().tolist(), location="bottom", aspect=60,

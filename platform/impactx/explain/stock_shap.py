@@ -8,6 +8,7 @@ import torch
 from impactx.explain.attribution import Explanations
 from impactx.explain.masking import Blur, parse_masker
 from impactx.explain.partition import AdditivityError, check_additivity
+from impactx.explain.precision import forward_precision
 from impactx.explain.scores import (
     AttributionError,
     ClassScores,
@@ -16,6 +17,7 @@ from impactx.explain.scores import (
     names_of,
     open_images,
     rows_that_fit,
+    until_it_fits,
 )
 from impactx.settings import ShapPartitionSettings
 
@@ -33,14 +35,17 @@ class ShapPartitionAttribution:
             raise missing_package("shap", settings.method) from error
         self.shap = shap
 
+    @forward_precision("float32")
     @torch.no_grad()
     def explain(self, score: Score, images: np.ndarray, labels: np.ndarray, *, device: torch.device | str = "cpu",
                 memory_bytes: int = 2**29, indices: np.ndarray | None = None) -> Explanations:
         """See `Attribution.explain`. Raises AdditivityError, naming the image, where a map does not add up."""
-        s = self.settings
         x, y = open_images(images, labels, device)
-        scores = ClassScores(score, s.explain, x, y, names_of(indices, len(x)))
-        rows = rows_that_fit(scores, memory_bytes)
+        scores = ClassScores(score, self.settings.explain, x, y, names_of(indices, len(x)))
+        return until_it_fits(lambda rows: self._maps(scores, rows), rows_that_fit(scores, memory_bytes))
+
+    def _maps(self, scores: ClassScores, rows: int) -> Explanations:
+        s, x, y = self.settings, scores.images, scores.labels
         found = scores.of_class(x, rows)
         masker = parse_masker(s.masker)
         hidden = masker.background(x)
@@ -65,7 +70,7 @@ class ShapPartitionAttribution:
                 raise AttributionError(f"the map of image {name} is not finite: the model gives such scores to masked "
                                        "versions of it")
             try:
-                check_additivity(maps[None, None, i], found[None, None, i], base[None, None, i], first_image=name)
+                check_additivity(maps[None, None, i], found[None, None, i], base[None, None, i], names=[name])
             except AdditivityError as error:
                 raise AttributionError(str(error)) from error
         np.random.set_state(numbers)

@@ -30,6 +30,7 @@ from impactx.storage import Storage
 
 FORMAT = 1
 HEAD = "store.json"
+PRECISION_ERROR = "impactx.precision_error"  # of a shard whose maps are not float32's: see Explanations
 COLUMNS = ("index", "label", "map", "score", "base_value")
 
 
@@ -119,6 +120,10 @@ class MapStore:
         present = set(self.storage.names(self.folder))
         return [k for k in range(self.spec.shards) if self.shard_name(k) not in present]
 
+    def has(self, shard: int) -> bool:
+        """Whether a shard is there."""
+        return self.storage.exists(f"{self.folder}/{self.shard_name(shard)}")
+
     def write_shard(self, shard: int, labels: np.ndarray, found: Explanations) -> None:
         """Write a shard, whole or not at all. labels: of the shard's images, in their order.
 
@@ -138,7 +143,8 @@ class MapStore:
                           "base_value": pa.array(found.base_values, pa.float64())})
         table = table.replace_schema_metadata({
             "impactx.format": str(FORMAT), "impactx.fingerprint": self.spec.fingerprint,
-            "impactx.shape": json.dumps(shape), "impactx.checksum": _checksum(table)})
+            "impactx.shape": json.dumps(shape), "impactx.checksum": _checksum(table)} | (
+                {} if found.precision_error is None else {PRECISION_ERROR: repr(found.precision_error)}))
         stream = io.BytesIO()
         pq.write_table(table, stream, compression="zstd")
         self.storage.write(f"{self.folder}/{self.shard_name(shard)}", stream.getvalue())

@@ -11,6 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from impactx.fetching import fetch_file, is_remote
+from impactx.storage import StorageError
+
 CHECKPOINT_FORMAT = "impactx-checkpoint"
 SHOWN = 10  # tensors of each sort that a message lists
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # timm's order of preference
@@ -70,10 +73,17 @@ def compare_tensors(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -
 def read_weights_file(path: str | Path) -> dict[str, Tensor]:
     """The named tensors of a .pth/.pt (read with weights_only=True: no code runs) or .safetensors file.
 
+    An s3:// address is fetched once a node.
+
     A training checkpoint's {"state_dict": ...} or {"model": ...} is unwrapped (the averaged weights first, as
     timm does), and the prefix "module." that data-parallel training leaves is removed.
     Raises WeightsError: no such file, another ending, unreadable, no tensors, values that are not finite.
     """
+    if is_remote(path):
+        try:
+            path = fetch_file(str(path))
+        except (FileNotFoundError, StorageError) as error:
+            raise WeightsError(str(error)) from error
     path = Path(path).expanduser()
     if not path.is_file():
         raise WeightsError(f"no weights file at {path.absolute()}: set weights to an existing .pth, .pt or "

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import shlex
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from urllib.parse import quote, urlsplit
 
 from impactx.experiment.tracker import (
     ContextRun,
+    Files,
     NoTracker,
     Status,
     Tracker,
@@ -44,16 +46,18 @@ class MlflowTracker:
                  patience_seconds: float = PATIENCE_SECONDS) -> None:
         """patience_seconds: how long a finishing run waits for a server that does not answer."""
         self._uri, self._artifacts = addresses(settings.uri or os.environ.get("MLFLOW_TRACKING_URI"), output)
-        self._experiment = settings.experiment
+        self._experiment, self._ui = settings.experiment, settings.ui
         self._options = (flush_seconds, patience_seconds)
         self._known: dict[str, tuple[str, str]] = {}  # key -> run id, root's key; saves searches
         self._root: str | None = None
+        self._models: dict[str, str] = {}  # registered models of this job: their versions
 
     def __repr__(self) -> str:
         return f"MlflowTracker({redact(self._uri)!r}, experiment={self._experiment!r})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_known": dict(self._known)}  # a copy: the writer may add to it meanwhile
+        # Copies: the writer may add to them meanwhile.
+        return self.__dict__ | {"_known": dict(self._known), "_models": dict(self._models)}
 
     @property
     def _writer(self) -> Writer:
@@ -92,7 +96,8 @@ class MlflowTracker:
 
     def replay(self, key: str, *, name: str, parent: str | None = None,
                params: Mapping[str, Any] | None = None, tags: Mapping[str, Any] | None = None,
-               history: Sequence[Mapping[str, float]] = (), final: Mapping[str, float] | None = None) -> None:
+               history: Sequence[Mapping[str, float]] = (), final: Mapping[str, float] | None = None,
+               files: Files | None = None) -> None:
         """Make the FINISHED run of a unit whose result was reused, in the background."""
         record, flat = Record(key, name, parent, tags or {}, self._known), flatten(params or {})
         points = history_points(history) + points_of(final or {}, None)
@@ -101,9 +106,27 @@ class MlflowTracker:
             if record.begin(client, self._writer.experiment_id, unless="FINISHED"):
                 record.log_params(client, flat)
                 record.log_points(client, points)
+                if files is not None:
+                    with tempfile.TemporaryDirectory(prefix="impactx-") as folder:
+                        for file in files(Path(folder)):
+                            client.log_artifact(record.run_id, str(file))
                 record.end(client, "FINISHED")
 
         self._writer.submit(Op(record, replay, WHOLE_RUN, warns=True), later=True)
+
+    def register_model(self, key: str, *, name: tuple[str, ...], checkpoint: Callable[[], bytes],
+                       about: Mapping[str, Any]) -> None:
+        """Log and register a final model (`tracking.models`), in the background."""
+        model = ".".join(("impactx", *name))
+        record = Record(key, f"model {model}", None, {}, {})
+
+        def do(client: Any) -> None:
+            from impactx.tracking.models import register  # brings torch with it
+
+            version = register(client, self._writer.experiment_id(client), key, model, checkpoint(), about)
+            self._models[model] = version
+
+        self._writer.submit(Op(record, do, f"the registered model {model}", "artifacts", warns=True), later=True)
 
     def close_unfinished(self, root_key: str) -> int:
         """Wait for what is in the background, then end the job's runs that are still RUNNING as KILLED."""
@@ -128,7 +151,8 @@ class MlflowTracker:
         """The command that serves the user interface, where one is needed, and what to open in it."""
         if self._uri.startswith("http"):
             address = urlsplit(self._uri)
-            base, lines = address._replace(netloc=address.netloc.rpartition("@")[2], query="").geturl(), []
+            base = self._ui or address._replace(netloc=address.netloc.rpartition("@")[2], query="").geturl()
+            lines = []
         else:
             # A password is not printed, and the shell knows where it comes from.
             shown = shlex.quote(self._uri) if redact(self._uri) == self._uri else '"$MLFLOW_TRACKING_URI"'
@@ -146,7 +170,9 @@ class MlflowTracker:
         view, search = view_key(self._root), quote(f"tags.`{ROOT}` = '{self._root}'")
         return [*lines, f"all runs:   {runs}&searchFilter={search}",
                 f"trials:     {runs}&viewStateShareKey={view}",
-                f"comparison: {runs}&viewStateShareKey={view}&compareRunsMode=CHART"]
+                f"comparison: {runs}&viewStateShareKey={view}&compareRunsMode=CHART",
+                *([f"models:     {base}/#/models, such as {'/'.join(('models:', *model))}"
+                   for model in list(self._models.items())[-1:]])]
 
 
 class MlflowRun(ContextRun):

@@ -49,13 +49,15 @@ class FitResult:
     """What a training left. Accuracies are fractions in [0, 1]; epochs count from 1.
 
     history: one dict an epoch (epoch, train_*, val_*, common_accuracy, seconds); best_state: the state
-    dict of the epoch with the best validation accuracy (the first of equals), on the CPU.
+    dict of the epoch with the best validation accuracy (the first of equals), on the CPU; stopped: on_epoch
+    asked for the end, the training could go on.
     """
 
     history: list[Metrics] = field(default_factory=list)
     best_epoch: int = 0
     best_state: dict[str, Tensor] | None = None
     diverged: bool = False
+    stopped: bool = False
 
     @property
     def best(self) -> Metrics:
@@ -145,14 +147,14 @@ def train_epoch(model: nn.Module, batches: Iterator, loss: Loss, optimizer: torc
 def fit(model: nn.Module, loss: Loss, data: TrainingData, training: TrainingSettings, *, learning_rate: float,
         batch_size: int, augmentation: AugmentationSettings, seed: int, validation_loss: Loss | None = None,
         load: Callable[[], bytes | None] | None = None, save: Callable[[bytes], None] | None = None,
-        on_epoch: Callable[[Metrics], None] | None = None, rank: int = 0, world_size: int = 1) -> FitResult:
+        on_epoch: Callable[[Metrics], object] | None = None, rank: int = 0, world_size: int = 1) -> FitResult:
     """Train until validation accuracy has not risen for `patience` epochs, or `epochs` are done.
 
     model: on data's device; parameters with requires_grad are trained. load/save: the bytes of the last
     epoch's checkpoint (None where there is none yet); only rank 0 saves. on_epoch: called after each epoch
-    that is computed here, on rank 0; what it raises ends the training, resumable. With world_size > 1 a
-    torch process group must exist. A loss that is not finite ends the training with diverged = True.
-    Raises ResumeError where what `load` returned cannot be used.
+    that is computed here, on rank 0; what it raises ends the training, resumable, and so does a true answer
+    (`stopped`), with one worker only. With world_size > 1 a torch process group must exist. A loss that is not
+    finite ends the training with diverged = True. Raises ResumeError where what `load` returned cannot be used.
     """
     device = data.train.device
     model.to(memory_format=torch.channels_last)  # as the batches are: 1.4 times faster on a CPU (docs/LOG.md)
@@ -202,8 +204,10 @@ def fit(model: nn.Module, loss: Loss, data: TrainingData, training: TrainingSett
         if rank == 0:
             if save is not None:
                 save(_checkpoint(model, optimizer, result))
-            if on_epoch is not None:
-                on_epoch(row)
+            if on_epoch is not None and on_epoch(row) and world_size == 1:
+                over = epoch == training.epochs or epoch - result.best_epoch >= training.patience
+                result.stopped = not (over or result.diverged)
+                break
     return result
 
 

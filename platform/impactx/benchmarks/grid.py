@@ -1,0 +1,96 @@
+"""What a trial costs beside its training: short trials through the whole stack (Tune, storage, MLflow).
+
+A slot is busy with a trial from the end of the one before it to its own end. What is left after the seconds of its
+epochs, as the loop itself counts them under the same load, is overhead: Tune's hand-over, the models and data that
+are set up, the result's files, and the tracker's run. The first trial of each slot starts a process and is left out.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from impactx.cluster.connection import connected
+from impactx.experiment.executor import Task
+from impactx.experiment.preparation import prepare
+from impactx.experiment.tracker import NoTracker, Tracker
+from impactx.experiment.units import Unit
+from impactx.settings import ExperimentSettings
+from impactx.tracking import make_tracker
+
+
+@dataclass(frozen=True)
+class Case:
+    """Seconds: until every slot had its first trial done; of a trial's epochs; beside them, a trial. In means."""
+
+    tracked: bool
+    trials: int
+    slots: int
+    start: float
+    loop: float
+    overhead: float
+
+    def line(self) -> str:
+        """A table row."""
+        return (f"{'MLflow (sqlite)' if self.tracked else 'no tracking':16} {self.trials:7d} {self.slots:6d} "
+                f"{self.start:9.2f} {self.loop:8.2f} {self.overhead:12.3f}")
+
+
+HEAD = f"{'tracking':16} {'trials':>7} {'slots':>6} {'start s':>9} {'loop s':>8} {'overhead s':>12}"
+
+
+def experiment(folder: Path, trials: int, epochs: int, images: int) -> ExperimentSettings:
+    """Trials on the embedded digits that differ in their learning rates."""
+    return ExperimentSettings.model_validate({
+        "name": "benchmark", "output": str(folder / "output"), "data_root": str(folder), "cache": str(folder / "cache"),
+        "datasets": {"digits": {"name": "digits", "source": "digits", "subset": images}},
+        "models": {"lenet5": {"name": "lenet5", "architecture": "lenet5"}},
+        "grid": {"learning_rate": [round(0.001 + 1e-5 * k, 6) for k in range(trials)], "batch_size": [32],
+                 "validation_fraction": [0.2]},
+        "training": {"epochs": epochs, "patience": epochs}})
+
+
+def measure(folder: Path, *, trials: int, epochs: int, images: int, slots: int, tracked: bool) -> Case:
+    """Run the trials on the connected cluster. Raises RuntimeError where one of them fails."""
+    from impactx.cluster.executor import RayExecutor
+
+    settings = experiment(folder, trials, epochs, images)
+    prepared = prepare(settings)
+    tracker: Tracker = make_tracker(settings) if tracked else NoTracker()
+    tracker.prepare()
+    cell, ends, loops = prepared.cells[0], [], []
+
+    def on_result(unit: Unit, result: dict[str, Any] | None, error: str | None) -> None:
+        if result is None:
+            raise RuntimeError(f"{unit.name}: {error}")
+        ends.append(time.perf_counter())
+        loops.append(result["seconds"])
+
+    with tracker.run("benchmark", name="benchmark"):
+        tasks = [Task(unit, f"benchmark/{unit.key}", "benchmark", {}) for unit in cell.stage1_trials()]
+        started = time.perf_counter()
+        executor = RayExecutor(settings.cluster, prepared.place, tracker)
+        executor.search(tasks, on_result, lambda unit, row: None)
+        tracker.close_unfinished("benchmark")
+    later = trials - slots
+    loop = sum(loops[slots:]) / later
+    return Case(tracked, trials, slots, ends[slots - 1] - started, loop,
+                (ends[-1] - ends[slots - 1]) * slots / later - loop)
+
+
+def run(*, trials: int, epochs: int, images: int, cpus: int) -> list[Case]:
+    """Measure with and without tracking on a local cluster of so many CPUs, and print a line for each."""
+    from impactx.settings import ClusterSettings
+
+    print(f"{trials} trials of {epochs} epochs over {images} images, one CPU each\n{HEAD}")
+    cases = []
+    with connected(ClusterSettings(num_cpus=cpus)):
+        for tracked in (False, True):
+            with tempfile.TemporaryDirectory(prefix="impactx-benchmark-") as folder:
+                cases.append(measure(Path(folder), trials=trials, epochs=epochs, images=images, slots=cpus,
+                                     tracked=tracked))
+            print(cases[-1].line(), flush=True)
+    return cases

@@ -1,0 +1,10 @@
+"""The report of a job: one HTML page that needs nothing beside it, and its pictures and tables as files.
+
+It is made from the plain data of `impactx.experiment.export` and holds no statistics of its own.
+"""
+
+from __future__ import annotations
+
+from impactx.report.build import ReportError, build_report, write_report
+
+__all__ = ["ReportError", "build_report", "write_report"]

@@ -1,0 +1,258 @@
+"""The maps as explanations: MoRF curves, fidelity to what they learn, what one costs, and examples (paper, 5.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from impactx.explain.sheet import COLOURS, colour_limit
+from impactx.report.blocks import Block, Figure, Section, Table, Text
+from impactx.report.numbers import NONE, percent
+from impactx.report.results import named
+from impactx.report.style import INK, SOFT, figure, plain, png, shown
+
+Arrays = Mapping[str, np.ndarray]
+EXAMPLES = 8  # images of a figure
+RANDOM, LEAST = "random", "least_relevant_first"
+OWN = ("decoder", "attention")  # what a model makes itself, in one forward pass
+# Colour, line style and width of an order: its own colour and dash wherever it is drawn.
+_LOOKS: dict[str, tuple[str, Any, float]] = {
+    "decoder": ("#0072B2", "-", 2.4), "attention": ("#0072B2", "-", 2.4), "shap_predicted": ("#D55E00", "--", 1.8),
+    "shap_true": ("#E69F00", "-.", 1.6), "shap_of_a": ("#009E73", (0, (5, 1, 1, 1, 1, 1)), 1.6),
+    "mean_map": ("#CC79A7", (0, (3, 1)), 1.6), RANDOM: ("#57606a", ":", 2.0), LEAST: ("#1b1f24", (0, (1, 1)), 1.2)}
+_OTHERS = [("#56B4E9", "-.", 1.6), ("#000000", (0, (3, 1, 1, 1)), 1.4), ("#999999", "--", 1.4)]
+
+
+def order_name(order: str, approach: str) -> str:
+    """An order for readers. Which model and which class are explained is always said."""
+    names = {"decoder": f"{shown(approach)}'s own map", "attention": f"{shown(approach)}'s attention",
+             "mean_map": "mean training map", RANDOM: "random order", LEAST: "least relevant first"}
+    for end, words in (("_predicted", "of this model, predicted class"), ("_true", "of this model, true class"),
+                       ("_of_a", "of A, true class")):
+        if order.endswith(end):
+            method = order.removesuffix(end)
+            return f"{'SHAP' if method == 'shap' else method.replace('_', ' ')} {words}"
+    return names.get(order, order.replace("_", " "))
+
+
+def map_sections(export: Mapping[str, Any], arrays: Callable[[str], Arrays | None]) -> list[Section]:
+    """One part for each cell and approach whose maps were judged.
+
+    arrays: what a unit that judged maps left, image by image, by its folder; None where it is gone.
+    """
+    folders = {(row["dataset"], row["model"], row["approach"], row["repeat"]): row.get("explanations")
+               for cell in export["cells"] for row in cell["rows"]}
+    made = []
+    for cell in export["evidence"]["cells"]:
+        for entry in cell["approaches"]:
+            judged = [(r, found) for r, found in zip(entry["repeats"], entry["explanations"], strict=True) if found]
+            if judged:
+                folder = folders.get((cell["dataset"], cell["model"], entry["approach"], judged[0][0]))
+                made.append(Section(f"{named(cell)}: {shown(entry['approach'])}", _judged(
+                    judged, entry["approach"], f"{cell['dataset']}-{cell['model']}-{entry['approach']}",
+                    cell_names(export, cell), arrays(folder) if folder else None), level=2))
+    if not made:
+        return []
+    return [Section("The maps as explanations", [Text(
+        "MoRF (most relevant first, Samek et al.): the regions of an image are replaced by noise in the order that a "
+        "map gives, and the probability of the class predicted for the whole image is followed. The faster it falls, "
+        "the better the map says what the model looks at. Every order is judged on the model that it is drawn for, "
+        "beside random order and the model's first map read backwards.")]), *made]
+
+
+def cell_names(export: Mapping[str, Any], cell: Mapping[str, Any]) -> list[str]:
+    """The class names of a cell of the evidence."""
+    return next(c["class_names"] for c in export["cells"]
+                if (c["dataset"], c["model"]) == (cell["dataset"], cell["model"]))
+
+
+def _judged(judged: list[tuple[int, Mapping[str, Any]]], approach: str, tail: str, names: list[str],
+            arrays: Arrays | None) -> list[Block]:
+    repeat, found = judged[0]
+    said = (f"Repeat {repeat}, {found['images']:,} test images, {found['regions']} regions of {found['region']}×"
+            f"{found['region']} pixels. Intervals are over the images of this one model")
+    blocks: list[Block] = [Text(sentence(found, approach), "lead"), _curves(found, approach, tail),
+                           _aopc(judged, approach, tail), Text(f"{said}; the CSV has every repeat.", "note")]
+    if found.get("fidelity"):
+        blocks.append(_fidelity(judged, tail))
+    if arrays is not None and len(arrays.get("shown", ())):
+        blocks.append(_examples(arrays, approach, tail, names))
+    return blocks
+
+
+def sentence(found: Mapping[str, Any], approach: str) -> str:
+    """What the model's own map is worth, in words; of SHAP's where it makes none."""
+    morf = found["morf"]
+    main = next((order for order in (*OWN, *morf) if order in morf and order not in (RANDOM, LEAST)), None)
+    if main is None or RANDOM not in morf:
+        return "There is no map here to be judged against a random order."
+    name = order_name(main, approach)
+    gap = morf[main]["aopc_over_random"]["probability"]["early"]
+    if gap["low"] > 0:
+        words = f"{name} finds what the model looks at better than chance: "
+    elif gap["high"] < 0:
+        words = f"{name} is worse than a random order: "
+    else:
+        words = f"{name} cannot be told from a random order: "
+    words += f"the area over its MoRF curve is {_change(gap)} of that of random order (first 16 % of the regions)"
+    against = next((key for key in morf[main] if key.startswith("aopc_over_") and key != "aopc_over_random"), None)
+    if against:
+        other = morf[main][against]["probability"]["early"]
+        words += f", and {_change(other)} of that of {order_name(against.removeprefix('aopc_over_'), approach)}"
+    return f"{words}. {_cost(found, main, approach)}".strip()
+
+
+def _change(gap: Mapping[str, float]) -> str:
+    side = "ahead" if gap["mean"] >= 0 else "short"
+    return f"{100 * abs(gap['mean']):.1f} points {side} [{_signed(gap['low'])}, {_signed(gap['high'])}]"
+
+
+def _signed(value: float) -> str:
+    return f"{100 * value:+.1f}".replace("-", "−")
+
+
+def _cost(found: Mapping[str, Any], main: str, approach: str) -> str:
+    seconds, evaluations = found["seconds_per_map"], found["evaluations_per_map"]
+    dear = max((o for o in seconds if o not in OWN), key=lambda o: seconds[o], default=None)
+    if main not in OWN or main not in seconds or dear is None:
+        return ""
+    return (f"One such map costs {evaluations.get(main) or 1} forward pass ({1000 * seconds[main]:.2f} ms), one by "
+            f"{order_name(dear, approach)} {evaluations.get(dear) or 'an unknown number'} ({1000 * seconds[dear]:.0f} "
+            f"ms): {seconds[dear] / seconds[main]:,.0f} times as long.")
+
+
+def _look(order: str, orders: list[str]) -> tuple[str, Any, float]:
+    others = [o for o in orders if o not in _LOOKS]
+    return _LOOKS[order] if order in _LOOKS else _OTHERS[others.index(order) % len(_OTHERS)]
+
+
+def _curves(found: Mapping[str, Any], approach: str, tail: str) -> Figure:
+    made = figure(8.6, 3.9)
+    axes, orders = made.subplots(), list(found["morf"])
+    share = 100 * np.arange(found["regions"] + 1) / found["regions"]
+    axes.axvspan(0, share[found["early_regions"]], color="#eef1f4", linewidth=0)
+    for order in orders:
+        colour, dash, width = _look(order, orders)
+        band = found["morf"][order]["probability"]
+        axes.fill_between(share, band["low"], band["high"], color=colour, alpha=0.15, linewidth=0)
+        axes.plot(share, band["mean"], color=colour, linestyle=dash, linewidth=width,
+                  label=order_name(order, approach))
+    axes.set_xlabel("regions replaced by noise (%)")
+    axes.set_ylabel("probability of the predicted class")
+    axes.set_xlim(0, 100)
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8.5, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    plain(axes, grid="y")
+    return Figure(f"morf-{tail}.png", png(made), "MoRF curves: probability of the predicted class as regions go",
+                  "Means over the images with their intervals; shaded: the first 16 % of the regions.", 900)
+
+
+def _aopc(judged: list[tuple[int, Mapping[str, Any]]], approach: str, tail: str) -> Table:
+    rows = []
+    for repeat, found in judged:
+        for order, of in found["morf"].items():
+            area, over = of["aopc"]["probability"], of.get("aopc_over_random", {}).get("probability", {}).get("early")
+            seconds = found["seconds_per_map"].get(order)
+            rows.append([order_name(order, approach), _value(area["early"]), _bounds(area["early"]),
+                         _value(area["all"]), NONE if over is None else _signed(over["mean"]),
+                         NONE if over is None else f"[{_signed(over['low'])}, {_signed(over['high'])}]",
+                         NONE if "tied_images" not in of else f"{100 * of['tied_images']:.0f}",
+                         str(found["evaluations_per_map"].get(order) or NONE),
+                         NONE if seconds is None else f"{1000 * seconds:.2f}", str(repeat)])
+    head = ["order by", "area, first 16 %", "interval", "area, all", "over random", "interval", "images with ties %",
+            "forward passes a map", "ms a map", "repeat"]
+    return Table(f"morf-{tail}", head, rows, frozenset(range(1, len(head))), frozenset({0}),
+                 "Area over the MoRF curve (AOPC), in points of probability: larger is better",
+                 shown_rows=len(judged[0][1]["morf"]))
+
+
+def _value(estimate: Mapping[str, float]) -> str:
+    return f"{100 * estimate['mean']:.1f}"
+
+
+def _bounds(estimate: Mapping[str, float]) -> str:
+    return f"[{100 * estimate['low']:.1f}, {100 * estimate['high']:.1f}]"
+
+
+_PREDICTORS = {"decoder": "the decoder", "mean_map": "the mean training map, for every image",
+               "class_mean_of_true": "the mean map of the true class",
+               "class_mean_of_predicted": "the mean map of the predicted class",
+               "random_decoder": "a decoder with random weights"}
+
+
+def _fidelity(judged: list[tuple[int, Mapping[str, Any]]], tail: str) -> Table:
+    rows = []
+    for repeat, found in judged:
+        for name, of in (found.get("fidelity") or {"predictors": {}})["predictors"].items():
+            rows.append([_PREDICTORS.get(name, name), _plain(of["mse"]), _plain(of["correlation"]),
+                         _plain(of["overlap"]), str(repeat)])
+    about = judged[0][1]["fidelity"]
+    return Table(f"fidelity-{tail}", ["predictor of the map", "MSE", "correlation",
+                                      f"overlap of the top {percent(about['top_share'], 0)} %", "repeat"],
+                 rows, frozenset({1, 2, 3, 4}), frozenset({0}),
+                 f"How well {order_name(about['target'], '')} is predicted on test images (maps scaled: "
+                 f"{about['scale']}); the decoder is worth something where it beats the mean maps",
+                 shown_rows=len(about["predictors"]))
+
+
+def _plain(estimate: Mapping[str, float | None]) -> str:
+    if estimate["mean"] is None:
+        return NONE
+    return f"{estimate['mean']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]".replace("-", "−")
+
+
+def _examples(arrays: Arrays, approach: str, tail: str, names: list[str]) -> Figure:
+    """Rows like those of the paper's figures 3 to 5: image, class and score, SHAP map, own map, MoRF curves."""
+    orders = [key.removeprefix("maps.") for key in arrays if key.startswith("maps.")]
+    own = [order for order in orders if order in OWN]
+    shap = [order for order in orders if order.endswith("_predicted")][:1]
+    places, columns = np.asarray(arrays["shown"])[:EXAMPLES], shap + own
+    drawn = columns + [RANDOM] if f"curve.{RANDOM}" in arrays else columns
+    limits = {order: colour_limit(arrays[f"maps.{order}"]) for order in columns}
+    made = figure(1.5 * (1 + len(columns)) + 2.6, 1.42 * len(places) + 0.9)
+    panels = made.subplots(len(places), 2 + len(columns), squeeze=False,
+                           gridspec_kw={"width_ratios": [1] * (1 + len(columns)) + [1.7]})
+    for i, (row, place) in enumerate(zip(panels, places, strict=True)):
+        predicted, label = int(arrays["predicted"][place]), int(arrays["labels"][place])
+        row[0].imshow(arrays["images"][i], interpolation="nearest")
+        score = arrays[f"curve.{drawn[0]}"][place, 0] if drawn else float("nan")
+        row[0].set_title(f"{_short(names[predicted])} {score:.2f}"
+                         + ("" if predicted == label else f"\n(is {_short(names[label])})"), fontsize=9)
+        for panel, order in zip(row[1:], columns, strict=False):
+            panel.imshow(arrays[f"maps.{order}"][i].sum(0), cmap=COLOURS, vmin=-limits[order], vmax=limits[order],
+                         interpolation="nearest")
+            if i == 0:
+                panel.set_title(order_name(order, approach).replace(" of this model,", "\n").replace("'s ", "'s\n"),
+                                fontsize=8.5, color=SOFT)
+        for panel in row[:-1]:
+            panel.set_axis_off()
+        _small_curves(row[-1], arrays, drawn, int(place), approach, first=i == 0, last=i == len(places) - 1)
+    return Figure(f"examples-{tail}.png", png(made), "Test images with their class and score, maps and MoRF curves",
+                  "Test images, one of each class first, none picked by hand. Red speaks for the predicted class, blue "
+                  "against it; each column has one scale, symmetric around zero. Right: this image's MoRF curves "
+                  "(probability of the predicted class over the regions replaced).",
+                  int(100 * (1.5 * (1 + len(columns)) + 2.6)))
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 16 else name[:15] + "…"
+
+
+def _small_curves(axes: Any, arrays: Arrays, orders: list[str], place: int, approach: str, *, first: bool,
+                  last: bool) -> None:
+    for order in orders:
+        colour, dash, width = _look(order, orders)
+        curve = arrays[f"curve.{order}"][place]
+        axes.plot(np.linspace(0, 100, len(curve)), curve, color=colour, linestyle=dash, linewidth=0.75 * width,
+                  label=order_name(order, approach))
+    axes.set_ylim(0, 1.02)
+    axes.set_xlim(0, 100)
+    axes.set_yticks([0, 1])
+    plain(axes)
+    axes.tick_params(labelsize=7.5, labelbottom=last, colors=INK)
+    if first:
+        axes.legend(fontsize=7.5, frameon=False, loc="lower left", bbox_to_anchor=(0, 1.0))
+    if last:
+        axes.set_xlabel("regions replaced (%)", fontsize=8)

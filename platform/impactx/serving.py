@@ -1,0 +1,34 @@
+"""A final model as MLflow loads it (`mlflow.pyfunc`, `mlflow models serve`): weights only, no pickled code.
+
+`impactx.tracking.models` names this module as the loader of what it logs and puts the package's own source beside the
+checkpoint, so the loading machine needs neither Ray nor an installed impactx.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from impactx.api import TrainedModel, load_model
+
+
+class ServedModel:
+    """A trained model behind MLflow's interface."""
+
+    def __init__(self, model: TrainedModel) -> None:
+        self.model = model
+
+    def predict(self, images: Any) -> dict[str, np.ndarray]:
+        """label: int64 (N,); scores: float32 (N, K), probabilities; of IMPACTX map: float32 (N, C, H, W) as well.
+
+        images: uint8 (N, H, W, 3) of the model's size; MLflow checks it against the signature before.
+        """
+        found = self.model.predict(np.ascontiguousarray(images))
+        output = {"label": found.labels, "scores": found.probabilities}
+        return output if found.maps is None else output | {"map": found.maps}
+
+
+def _load_pyfunc(path: str) -> ServedModel:
+    """MLflow's name for a loader's function; path: of the checkpoint."""
+    return ServedModel(load_model(path))

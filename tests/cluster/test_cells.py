@@ -1,0 +1,83 @@
+"""Several cells at once on one cluster: each goes on by itself, and all end with what they have one by one."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import replace
+
+import pytest
+from lab import experiment
+
+from impactx.experiment.executor import LocalExecutor
+from impactx.experiment.preparation import prepare
+from impactx.experiment.run import Job
+from impactx.experiment.tracker import NoTracker
+from impactx.experiment.units import RUNNING
+from impactx.settings import ClusterSettings
+
+pytestmark = pytest.mark.usefixtures("cluster")
+DIGITS = {"source": "digits", "augmentation": {"flip": False, "shift": 2}}
+
+
+def job(folder, cache, executor, **changes):
+    """A job of two cells; the second has more images, so its first stage takes longer."""
+    settings = experiment(**{"datasets": {
+        "few": DIGITS | {"name": "few", "subset": 40}, "many": DIGITS | {"name": "many", "subset": 240}},
+        "output": str(folder), "cache": str(cache), "data_root": str(folder / "no-data"),
+        "training": {"epochs": 8, "patience": 8, "memory_mb": 64},
+        "grid": {"learning_rate": [0.002, 0.004, 0.003, 0.001], "batch_size": [8], "validation_fraction": [0.25]},
+        "maps": {"shard_size": 5}} | changes)
+    prepared = prepare(settings)
+    return Job(settings, prepared.cells, prepared.place, executor(prepared.place), NoTracker())
+
+
+def ray(place, **settings):
+    from impactx.cluster.executor import RayExecutor
+
+    return RayExecutor(ClusterSettings(**settings), place, NoTracker())
+
+
+def numbers(rows):
+    return [replace(row, train_seconds=0, checkpoint="") for row in rows]
+
+
+def test_cells_at_once_equal_cells_one_by_one_and_overlap(tmp_path, cache, caplog):
+    here = job(tmp_path / "one", cache, lambda place: LocalExecutor(place, NoTracker())).run()
+    with caplog.at_level(logging.INFO, "impactx"):
+        there = job(tmp_path / "two", cache, lambda place: ray(place, cells_at_once=2)).run()
+    assert numbers(there) == numbers(here) and len(here) == 4
+    lines = caplog.messages
+
+    def at(text):
+        return next(k for k, line in enumerate(lines) if text in line)
+
+    assert at("few x lenet5: maps repeat 0: starts") < at("many x lenet5: stage 1: selected")
+    assert at("few x lenet5: maps repeat 0: 40 of 40 maps") < at("many x lenet5: maps repeat 0: starts")
+    assert threading.active_count() < 60
+
+
+def test_one_trial_at_a_time_over_all_cells(tmp_path, cache):
+    under_way, most = set(), [0]
+    executor = []
+
+    two = job(tmp_path, cache, lambda place: executor.append(ray(place, cells_at_once=2, max_concurrent_trials=1))
+              or executor[0], approaches={}, training={"epochs": 2, "patience": 2, "memory_mb": 64})
+    storage = two.place.artifacts.storage
+    keys = [unit for cell in two.cells for unit in cell.stage1_trials()]
+    over = threading.Event()
+
+    def watch():
+        while not over.wait(0.02):
+            under_way.clear()
+            under_way.update(u.key for u in keys if storage.exists(f"{u.folder}/{RUNNING}"))
+            most[0] = max(most[0], len(under_way))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        assert len(two.run()) == 2
+    finally:
+        over.set()
+        thread.join()
+    assert most == [1]

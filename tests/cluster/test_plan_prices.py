@@ -1,0 +1,74 @@
+"""--plan: its measured rates are those of a real run on the same cluster."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+from lab import Lab, ignore, task
+
+from impactx.experiment.plan import Configuration
+from impactx.experiment.pricing import MAPS, probes_of
+from impactx.experiment.rates import STAGE1
+from impactx.experiment.threads import run_all
+
+JOB = Path(__file__).resolve().parents[2] / "jobs" / "full_grid.py"
+LONGER = {"datasets": {"digits": {"name": "digits", "source": "digits", "augmentation": {"flip": False, "shift": 2}}},
+          "training": {"epochs": 4, "patience": 4}, "maps": {"shard_size": 60},
+          "grid": {"learning_rate": [0.002, 0.003, 0.004, 0.005], "batch_size": [32], "validation_fraction": [0.2]},
+          "attribution": {"method": "partition", "max_evals": 500, "batch_size": 50}}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_rates_are_within_30_percent_of_a_real_run(lab):
+    from impactx.cluster.executor import RayExecutor
+    from impactx.cluster.measuring import measure
+
+    one: Lab = lab(**LONGER)
+    executor: RayExecutor = one.ray(explain_cpu_actors=2, explain_gpu_actors=0)
+    cell, point = one.cell, Configuration(0.004, 32, 0.2)
+    measured = measure(probes_of([cell]), executor.settings, one.place)
+    images = cell.facts.train_images
+    validation = round(images * 0.2)
+
+    ratios, results = {}, []
+    executor.search([task(unit) for unit in cell.stage1_trials()], lambda unit, result, error: results.append(result),
+                    ignore)
+    ratios[STAGE1] = measured.epoch("trial", cell, STAGE1, 32, images - validation, validation) / epoch(results)
+
+    a = one.a()
+    executor.train(task(a), ignore)
+    maps = one.maps(a)
+    executor.explain(task(maps), ignore)
+    # From the shard on that both workers have made one: before it processes start, which the plan says it leaves out.
+    written = sorted(path.stat().st_mtime for path in Path(one.place.output, maps.folder).glob("*.parquet"))
+    real = (images - 2 * 60) / (written[-1] - written[1])
+    ratios[MAPS] = real / measured.maps(cell)["maps on CPUs"]
+
+    nets = [one.cell.stage2_model("impactx", one.settings.approaches["impactx"], point, weight, 0, a, maps)
+            for weight in (0.4, 0.8)]
+    done = run_all([partial(executor.train, task(net), ignore) for net in nets], 2)
+    ratios["impactx"] = measured.epoch("model", cell, "impactx", 32, images - validation, validation) / epoch(done)
+    print({name: round(ratio, 2) for name, ratio in ratios.items()})
+    assert all(0.7 < ratio < 1.3 for ratio in ratios.values()), ratios
+
+
+def epoch(results):
+    """Mean seconds of an epoch, without each training's first."""
+    return fmean(row["seconds"] for result in results for row in result["history"][1:])
+
+
+@pytest.mark.slow
+def test_the_command_prints_prices_and_trains_nothing(tmp_path):
+    done = subprocess.run([sys.executable, str(JOB), "--preset", "demo", "--plan", f"output={tmp_path / 'out'}",
+                           f"cache={tmp_path / 'cache'}", "datasets.digits.subset=200", "cluster.num_cpus=2"],
+                          cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert "digits x lenet5   (exists: 0 trials)" in done.stdout and "in all: 6 trials" in done.stdout
+    assert "ms a step" in done.stdout and "maps/s each" in done.stdout and "CPU-hours" in done.stdout
+    assert not list((tmp_path / "out").rglob("*.pt")) and not list((tmp_path / "out").rglob("result.json"))

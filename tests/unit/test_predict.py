@@ -1,0 +1,141 @@
+"""jobs/predict.py on real image files, with real models: which model, which pixels, what is said, what is drawn."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from impactx.api import TrainedModel, load_model
+from impactx.command import main
+from impactx.datasets import DataError
+from impactx.models import build_classifier, build_impactx
+from impactx.prediction import ModelChoice, PredictionError, read_images
+from impactx.settings import ImpactxSettings, ModelSettings
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = ("cat", "dog", "ship", "plane")
+LENET = ModelSettings(name="lenet5", architecture="lenet5")
+
+
+def trained(approach: str, seed: int = 0) -> TrainedModel:
+    a = build_classifier(LENET, len(NAMES), (32, 32), seed=seed)
+    if approach == "baseline":
+        return TrainedModel(a.eval(), LENET, NAMES)
+    settings = ImpactxSettings()
+    return TrainedModel(build_impactx(settings, LENET, a, seed=seed, channels=3).eval(), LENET, NAMES, settings, 0.5)
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    """The output folder of a job with two cells, as a job leaves it, and moved since it was written."""
+    root = tmp_path_factory.mktemp("moved")
+    rows = []
+    for seed, (model, approach, repeat) in enumerate([
+            ("lenet5", "baseline", 0), ("lenet5", "impactx", 0), ("lenet5", "impactx", 1), ("other", "baseline", 0)]):
+        (root / f"models/k{seed}").mkdir(parents=True)
+        trained(approach, seed).save(root / f"models/k{seed}/checkpoint.pt")
+        rows.append({"dataset": "pets", "model": model, "approach": approach, "repeat": repeat,
+                     "checkpoint": f"/where/it/was/models/k{seed}"})
+    (root / "jobs/one-1").mkdir(parents=True)
+    (root / "jobs/one-1/results.json").write_text(json.dumps(rows))
+    return root
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A 32x32 RGB image, a larger one with transparency, and a file that is none."""
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(tmp_path / "plain.png")
+    Image.fromarray(rng.integers(0, 256, (40, 80, 4), np.uint8), "RGBA").save(tmp_path / "wide.png")
+    (tmp_path / "note.txt").write_text("no image")
+    return tmp_path
+
+
+@pytest.fixture
+def predict(monkeypatch, pictures):
+    """The job as a program; it runs in the folder of the pictures."""
+    spec = importlib.util.spec_from_file_location("predict_job", ROOT / "jobs/predict.py")
+    job = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(job)
+    monkeypatch.chdir(pictures)
+    return lambda *arguments: main(lambda: job.run([str(a) for a in arguments]))
+
+
+def same(model: TrainedModel, path: Path) -> bool:
+    pairs = zip(model.model.state_dict().values(), load_model(path).model.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize(("address", "options", "key"), [
+    ("models/k2/checkpoint.pt", {}, "k2"), ("models/k2", {}, "k2"),
+    ("jobs/one-1", {"cell": "pets/lenet5"}, "k1"), ("", {"cell": "pets/lenet5", "repeat": 1}, "k2"),
+    ("", {"cell": "pets/lenet5", "approach": "baseline"}, "k0"), ("", {"cell": "pets/other"}, "k3")])
+def test_the_model_that_is_meant(output, address, options, key):
+    assert same(ModelChoice(str(output / address), **options).load(), output / f"models/{key}/checkpoint.pt")
+
+
+@pytest.mark.parametrize(("address", "options", "says"), [
+    ("jobs/one-1", {}, "2 cells: give --cell, one of pets/lenet5, pets/other"),
+    ("jobs/one-1", {"cell": "pets/lenet5", "approach": "abn"}, "--approach abn.*baseline, impactx"),
+    ("jobs/one-1", {"cell": "pets/lenet5", "repeat": 7}, r"--repeat 7.*\[0, 1\]"),
+    ("models", {}, "no checkpoint file"), ("jobs/one-1/results.json", {}, "is no checkpoint")])
+def test_no_such_model(output, address, options, says):
+    with pytest.raises(PredictionError, match=says):
+        ModelChoice(str(output / address), **options).load()
+
+
+def test_several_jobs_are_named(output, tmp_path):
+    for job in ("a", "b"):
+        (tmp_path / "jobs" / job).mkdir(parents=True)
+        (tmp_path / "jobs" / job / "results.json").write_text("[]")
+    with pytest.raises(PredictionError, match=r"2 jobs: give one of\n.*jobs/a\n.*jobs/b"):
+        ModelChoice(str(tmp_path)).load()
+
+
+def test_images_are_converted_as_a_data_set_does_and_it_is_said(pictures, caplog):
+    caplog.set_level(logging.INFO, "impactx")
+    images = read_images([pictures / "plain.png", pictures / "wide.png"], (32, 32))
+    np.testing.assert_array_equal(images[0], np.asarray(Image.open(pictures / "plain.png")))
+    rgba = Image.open(pictures / "wide.png")
+    black = Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba).convert("RGB")
+    np.testing.assert_array_equal(images[1], np.asarray(black.resize((32, 32), Image.Resampling.BILINEAR)))
+    assert "plain.png" not in caplog.text
+    assert "converted from RGBA to RGB; resized from 80x40 to 32x32 pixels, its proportions are changed" in caplog.text
+
+
+def test_every_bad_image_is_named(pictures):
+    with pytest.raises(DataError, match=r"(?s)note.txt cannot be read as an image.*absent.png: no such file"):
+        read_images([pictures / "plain.png", pictures / "note.txt", pictures / "absent.png"], (32, 32))
+
+
+def test_classes_scores_and_pictures(predict, output, pictures, capsys):
+    predict("plain.png", "wide.png", "--model", output / "models/k1", "--out", "seen")
+    lines = capsys.readouterr().out.splitlines()
+    found = load_model(output / "models/k1/checkpoint.pt").predict(
+        read_images([pictures / "plain.png", pictures / "wide.png"], (32, 32)))
+    for line, name, scores in zip(lines, ("plain", "wide"), found.probabilities, strict=True):
+        ranked = sorted(zip(scores, NAMES, strict=True), reverse=True)[:3]
+        assert line == f"{name}.png: {', '.join(f'{n} {s:.3f}' for s, n in ranked)}  -> seen/{name}-map.png"
+        with Image.open(pictures / f"seen/{name}-map.png") as drawn:
+            assert drawn.width > drawn.height > 100
+
+
+def test_a_model_without_maps_gives_classes_and_says_so(predict, output, pictures, capsys):
+    predict("plain.png", "--model", output / "models/k0")
+    out = capsys.readouterr().out
+    assert out.startswith("plain.png: ") and "this model gives classes only" in out
+    assert not (pictures / "predictions").exists()
+
+
+def test_a_mistake_is_one_message(predict, output, capsys):
+    with pytest.raises(SystemExit) as end:
+        predict("absent.png", "--model", output / "models/k0")
+    assert end.value.code == 2
+    assert "absent.png: no such file" in capsys.readouterr().err

@@ -1,0 +1,267 @@
+"""Reports of real jobs on digits, finished and not: what stands in them is what the job left."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import importlib.util
+import io
+import json
+import logging
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from impactx.command import main
+from impactx.configuration import load_settings
+from impactx.experiment.executor import LocalExecutor
+from impactx.experiment.export import ExportError, export_job, find_job, map_scores
+from impactx.experiment.preparation import prepare
+from impactx.experiment.run import Job
+from impactx.experiment.tracker import NoRun, NoTracker
+from impactx.report import build_report, write_report
+from impactx.report.blocks import Code, Figure, Items, Table, Text, html
+from impactx.report.maps import map_sections, sentence
+from impactx.storage import Storage, StorageError
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ("datasets.digits.subset=100", "grid.learning_rate=[0.002,0.004]", "grid.batch_size=[16,32]",
+        "grid.validation_fraction=[0.2]", "training.epochs=2", "attribution.max_evals=50", "maps.shard_size=50",
+        "approaches.impactx.lambdas=[0.4,0.8]", "repeats=2")
+ABOUT = {"command": "python jobs/full_grid.py --preset demo", "code": "0.1.0+gabc", "machine": "2 × test",
+         "versions": {"torch": "2.15.0"}}
+BROKEN, STOPPED = "A lr=0.004 bs=32 vf=0.2", "lambda0 lambda=0 repeat 1"
+
+
+class Unlucky(LocalExecutor):
+    """One trial fails; the last training is interrupted."""
+
+    def train(self, task, on_epoch):
+        if task.unit.name == BROKEN:
+            raise ValueError("out of <memory>")
+        if task.unit.name == STOPPED:
+            raise KeyboardInterrupt
+        return super().train(task, on_epoch)
+
+
+class Texts(NoRun):
+    """A run that keeps the texts it is given."""
+
+    def __init__(self) -> None:
+        self.texts: dict[str, str] = {}
+
+    def log_text(self, text, path):
+        self.texts[path] = text
+
+
+def job(output: Path, shared: Path, executor: type[LocalExecutor]) -> Job:
+    settings = load_settings("demo", [*TINY, f"output={output}", f"cache={shared}", f"data_root={shared}"],
+                             ROOT / "configs")
+    prepared, tracker = prepare(settings), NoTracker()
+    return Job(settings, prepared.cells, prepared.place, executor(prepared.place, tracker), tracker, about=ABOUT)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """The output of a job that was interrupted, and what goes on from it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    output, shared = tmp_path_factory.mktemp("stopped"), tmp_path_factory.mktemp("shared")
+    with pytest.raises(KeyboardInterrupt):
+        job(output, shared, Unlucky).run()
+    yield Storage(output), shared
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def finished(stopped, tmp_path_factory):
+    """The job started again, to its end; its storage, rows and report's run."""
+    output = tmp_path_factory.mktemp("finished") / "results"
+    shutil.copytree(stopped[0].root, output)
+    run, storage = Texts(), Storage(output)
+    done = job(output, stopped[1], LocalExecutor)
+    rows = done.run(report=lambda key, _: write_report(storage, key, run=run))
+    return storage, done, rows, run
+
+
+def text_of(page: bytes) -> str:
+    return re.sub(r"<[^>]*>", " ", re.sub(r"data:image/png;base64,[\w+/=]*", "", page.decode()))
+
+
+def report(storage: Storage) -> dict[str, bytes]:
+    return build_report(export_job(storage, find_job(storage)), lambda folder: map_scores(storage, folder))
+
+
+def table(files: dict[str, bytes], name: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(files[f"{name}.csv"].decode())))
+
+
+def test_a_job_that_was_stopped_says_what_is_missing_and_shows_the_rest(stopped):
+    export = export_job(stopped[0], find_job(stopped[0]))
+    files = build_report(export, lambda folder: None)
+    text = text_of(files["report.html"])
+    assert "This job is not complete" in text
+    for approach in ("baseline", "impactx", "lambda0"):
+        assert f"{approach}: no final model is tested yet" in text
+    assert "No final model has read the test set yet" in text
+    # What is there: the search, with its failed trial and the reason, and the finished trainings.
+    assert "stage-1-digits-lenet5.png" in files and "training-digits-lenet5.png" in files
+    assert f"{BROKEN}: ValueError: out of &lt;memory&gt;" in text
+    assert "Stage 1: 3 of 4 trials finished; selected" in text
+    states = {unit["name"]: unit["state"] for unit in export["cells"][0]["units"]}
+    assert states[BROKEN] == "failed" and states[STOPPED] == "missing" and states["A repeat 1"] == "finished"
+
+
+def test_a_finished_job_hides_nothing_and_its_numbers_are_its_own(finished):
+    storage, done, rows, run = finished
+    files = report(storage)
+    assert "not complete" not in text_of(files["report.html"])
+    found = table(files, "table2")
+    assert [r["approach"] for r in found] == ["A (baseline)", "IMPACTX", "control λ = 0"]
+    for row, approach in zip(found, ("baseline", "impactx", "lambda0"), strict=True):
+        mine = [r.test_accuracy for r in rows if r.approach == approach]
+        assert row["test accuracy %"] == f"{100 * np.mean(mine):.2f}" and row["repeats"] == "2"
+    a, b = ({r.repeat: r.test_accuracy for r in rows if r.approach == x} for x in ("impactx", "lambda0"))
+    gain = next(r for r in table(files, "gains") if (r["approach"], r["over"]) == ("IMPACTX", "same network, λ = 0"))
+    expected = 100 * np.mean([a[k] - b[k] for k in a])
+    assert gain["gain (points)"] == f"{expected:+.2f}"
+    assert done.evidence["cells"][0]["sentence"] in text_of(files["report.html"])
+    assert len(table(files, "stage-1-digits-lenet5")) == 4 and len(table(files, "classes-digits-lenet5")) == 10
+
+
+def test_the_finished_job_made_it_and_logged_it(finished):
+    storage, done, _, run = finished
+    assert done.report == storage.uri(f"jobs/{done.key}/report/report.html")
+    kept = {p.name: p for p in Path(done.report).parent.iterdir()}
+    assert {"report.html", "table2.csv", "table2.png", "gains.png"} <= kept.keys()
+    assert run.texts["report/report.html"] == kept["report.html"].read_text()
+    assert set(run.texts) == {f"report/{name}" for name in kept if not name.endswith(".png")}
+
+
+def test_everything_that_is_needed_to_repeat_it(finished):
+    text = text_of(report(finished[0])["report.html"])
+    for part in (ABOUT["command"], ABOUT["code"], ABOUT["machine"], "2.15.0", "max_evals", "learning_rate"):
+        assert part in text
+
+
+def test_the_page_needs_nothing_beside_it_and_shows_its_files(finished):
+    files = report(finished[0])
+    page = files["report.html"].decode()
+    assert not re.search(r"<(script|link|iframe)|(src|href)=\"(?!data:|#)|url\(", page)
+    embedded = [base64.b64decode(data) for data in re.findall(r"data:image/png;base64,([\w+/=]*)", page)]
+    assert len(embedded) >= 5 and embedded == [files[name] for name in re.findall(r'<figure id="([^"]*)"', page)]
+    assert all(re.search(r'alt="[^"]{10,}"', image) for image in re.findall("<img[^>]*>", page))
+
+
+def test_a_report_that_fails_is_an_error_line_and_the_job_stands(finished, stopped, tmp_path, caplog):
+    shutil.copytree(finished[0].root, tmp_path / "again")
+
+    def fails(key, run):
+        raise OSError("the disk is full")
+
+    with caplog.at_level(logging.ERROR, "impactx"):
+        again = job(tmp_path / "again", stopped[1], LocalExecutor)
+        assert len(again.run(report=fails)) == len(finished[2])
+    assert "the report could not be made: OSError: the disk is full" in caplog.text and again.report is None
+
+
+def test_which_job(finished, tmp_path):
+    storage, done = finished[:2]
+    assert find_job(storage, done.key) == find_job(storage, "demo") == find_job(storage)
+    with pytest.raises(ExportError, match=f"no job 'other': give one of\n  {done.key}"):
+        find_job(storage, "other")
+    with pytest.raises(ExportError, match="holds no job"):
+        find_job(Storage(tmp_path))
+    for name in ("a-1", "a-2"):
+        Storage(tmp_path).write_json(f"jobs/{name}/job.json", {})
+    with pytest.raises(ExportError, match="2 jobs: give one of\n  a-1\n  a-2"):
+        find_job(Storage(tmp_path), "a")
+
+
+def test_a_cell_that_has_not_begun_is_named(finished, tmp_path):
+    shutil.copytree(Path(finished[0].root, "jobs"), tmp_path / "jobs")
+    path = tmp_path / "jobs" / finished[1].key / "job.json"
+    about = json.loads(path.read_text())
+    about["settings"]["models"]["other"] = about["settings"]["models"]["lenet5"]
+    path.write_text(json.dumps(about))
+    text = text_of(build_report(export_job(Storage(tmp_path), finished[1].key), lambda folder: None)["report.html"])
+    assert "digits × other: everything: it has not begun" in text
+    # The units' results are gone as well: that is said, not hidden.
+    assert "digits × lenet5: stage 1: 4 of 4 trials are not finished" in text
+
+
+@pytest.mark.parametrize("block", [
+    Text("<b>&\"'"), Items(["<b>&\"'"]), Code("<b>&\"'", closed="<i>&\"'"),
+    Table("t", ["<b>&\"'"], [["<b>&\"'"]], caption="<b>"), Figure("<b>.png", b"x", "<b>&\"'", "<b>&\"'")])
+def test_no_text_becomes_markup(block):
+    assert "<b>" not in html(block) and "<i>" not in html(block) and "&lt;b&gt;" in html(block)
+
+
+def test_as_a_program(finished, stopped, tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("report_job", ROOT / "jobs/report.py")
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    main(lambda: program.run([finished[0].root, "--to", str(tmp_path / "here")]))
+    assert capsys.readouterr().out == f"report: {tmp_path}/here/report.html\n"
+    assert (tmp_path / "here" / "table2.csv").is_file()
+    with pytest.raises(SystemExit) as end:
+        main(lambda: program.run([str(tmp_path)]))
+    assert end.value.code == 2 and "holds no job" in capsys.readouterr().err
+
+
+def judged(gap: float, own: str = "decoder") -> dict:
+    """A result of experiment.explanations, small."""
+    area = {"mean": 0.3, "low": 0.2, "high": 0.4}
+    over = {"mean": gap, "low": gap - 0.1, "high": gap + 0.1}
+    order = {q: {k: [0.9, 0.5, 0.1] for k in ("mean", "low", "high")} for q in ("probability", "logit")} | {
+        "aopc": {q: {p: area for p in ("early", "all")} for q in ("probability", "logit")}}
+    compared = {f"aopc_over_{o}": {q: {p: over for p in ("early", "all")} for q in ("probability", "logit")}
+                for o in ("random", "shap_predicted")}
+    value = {"mean": 0.5, "low": 0.4, "high": 0.6, "images": 4}
+    return {"images": 4, "region": 4, "regions": 2, "early_regions": 1, "over": "images", "seconds": 1.0,
+            "morf": {own: order | compared | {"tied_images": 0.25, "tied_regions": 2.0}, "random": order,
+                     "shap_predicted": order | {"aopc_over_random": compared["aopc_over_random"]}},
+            "fidelity": {"target": "shap_of_a", "scale": "std", "top_share": 0.1, "predictors": {
+                name: {m: value for m in ("mse", "correlation", "overlap")} for name in (own, "mean_map")}},
+            "seconds_per_map": {own: 0.001, "shap_predicted": 0.2},
+            "evaluations_per_map": {own: 1, "shap_predicted": 2000}}
+
+
+@pytest.mark.parametrize(("gap", "says"), [(0.2, "better than chance"), (-0.2, "worse than a random order"),
+                                           (0.05, "cannot be told from a random order")])
+def test_what_is_said_of_maps(gap, says):
+    said = sentence(judged(gap), "impactx")
+    assert says in said and "IMPACTX's own map" in said and "200 times as long" in said
+    assert f"{100 * abs(gap):.1f} points {'ahead' if gap > 0 else 'short'}" in said
+
+
+def test_the_part_on_maps_and_its_examples(finished):
+    """With what the unit leaves, image by image: one row an example, misclassified ones say so."""
+    export = export_job(finished[0], finished[1].key)
+    for entry in export["evidence"]["cells"][0]["approaches"]:
+        entry["explanations"] = [judged(0.2) if entry["approach"] == "impactx" else None, None]
+    for row in export["cells"][0]["rows"]:
+        row["explanations"] = f"explanations/{row['approach']}-{row['repeat']}"
+    rng = np.random.default_rng(0)
+    arrays = {"predicted": np.array([1, 2, 3, 4]), "labels": np.array([1, 2, 3, 5]), "shown": np.array([2, 3]),
+              "images": rng.integers(0, 256, (2, 32, 32, 3), np.uint8), "rows": np.arange(4)}
+    for order in ("decoder", "shap_predicted", "random"):
+        arrays[f"curve.{order}"] = rng.random((4, 3)).astype(np.float32)
+        arrays[f"maps.{order}"] = rng.normal(size=(2, 3, 32, 32)).astype(np.float32)
+    asked = []
+    sections = map_sections(export, lambda folder: asked.append(folder) or arrays)
+    assert asked == ["explanations/impactx-0"] and len(sections) == 2
+    names = [block.name for block in sections[1].blocks if isinstance(block, (Figure, Table))]
+    tail = "digits-lenet5-impactx"
+    assert names == [f"morf-{tail}.png", f"morf-{tail}", f"fidelity-{tail}", f"examples-{tail}.png"]
+
+
+def test_damaged_scores_are_named(tmp_path):
+    Storage(tmp_path).write("explanations/k/map_scores.npz", b"PK no")
+    with pytest.raises(StorageError, match="explanations/k/map_scores.npz is damaged"):
+        map_scores(Storage(tmp_path), "explanations/k")
+    assert map_scores(Storage(tmp_path), "explanations/absent") is None
