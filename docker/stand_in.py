@@ -27,7 +27,7 @@ as() { setpriv --reuid=postgres --regid=postgres --clear-groups "$@"; }
 if [ ! -s "$PGDATA/PG_VERSION" ]; then
   chown postgres:postgres "$PGDATA"
   chmod 700 "$PGDATA"
-  as initdb --username="$POSTGRES_USER" --auth=trust --pwfile="$POSTGRES_PASSWORD_FILE"
+  as initdb --username="$POSTGRES_USER" --encoding=UTF8 --auth=trust --pwfile="$POSTGRES_PASSWORD_FILE"
   echo "host all all all scram-sha-256" >> "$PGDATA/pg_hba.conf"
   as pg_ctl --wait --options="-h ''" start
   as createdb --username="$POSTGRES_USER" "$POSTGRES_DB"

@@ -125,7 +125,7 @@ def postgres(password: str) -> Iterator[tuple[int, Path]]:
             os.chown(path, user.pw_uid, user.pw_gid)
     (port,) = free_ports(1)
     try:
-        subprocess.run([programs / "initdb", f"--pgdata={folder}/data", "--username=mlflow", "--auth=scram-sha-256",
+        subprocess.run([programs / "initdb", f"--pgdata={folder}/data", "--username=mlflow", "--auth=scram-sha-256", "--encoding=UTF8",
                         f"--pwfile={folder}/password", "--no-sync"], check=True, capture_output=True, cwd=folder,
                        **become)
         with open(folder / "log", "wb") as log:
