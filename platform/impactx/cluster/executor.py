@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import shutil
 import tempfile
 import threading
@@ -264,4 +265,6 @@ class RayExecutor:
         """Leave the cluster: everything of this job in it ends."""
         self._stopped = True
         self.shares.close()
+        # Threads of Tune and Train that lose their cluster now would each say so, with a traceback.
+        logging.getLogger("ray").setLevel(logging.CRITICAL)
         ray.shutdown()
