@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import io
 import time
+import zipfile
 from typing import Any, Protocol
 
 import numpy as np
@@ -98,7 +99,7 @@ class SelfExplanation:
         try:
             with np.load(io.BytesIO(self.files.read(_file(made)))) as kept:
                 self.maps[kept["indices"]] = kept["maps"]
-        except (FileNotFoundError, KeyError, ValueError, EOFError, OSError, IndexError) as error:
+        except (OSError, KeyError, ValueError, EOFError, IndexError, zipfile.BadZipFile) as error:
             raise ResumeError(f"its maps, {_file(made)}, are missing or damaged ({error})") from error
         self.taught.teach(self.maps, self._factor())
 
@@ -171,7 +172,8 @@ def train_single_stage(data: Dataset, split: Split, model: ModelSettings, traini
     parts = TrainingData(train, validation, np.isin(split.validation, split.common))
     result = fit_best(net, single_stage_loss(weight, approach.auxiliary), parts, training, seed=seed,
                       validation_loss=_classification, between=between, rank=rank, world_size=world_size, **how)
-    between.forget(len(result.history))
+    if not result.stopped:
+        between.forget(len(result.history))
     return net, result
 
 
