@@ -23,7 +23,7 @@ DIGITS = {"source": "digits", "augmentation": {"flip": False, "shift": 2}}
 def job(folder, cache, executor, **changes):
     """A job of two cells; the second has more images, so its first stage takes longer."""
     settings = experiment(**{"repeats": 1, "datasets": {
-        "few": DIGITS | {"name": "few", "subset": 40}, "many": DIGITS | {"name": "many", "subset": 240}},
+        "few": DIGITS | {"name": "few", "subset": 40}, "many": DIGITS | {"name": "many", "subset": 400}},
         "output": str(folder), "cache": str(cache), "data_root": str(folder / "no-data"),
         "training": {"epochs": 8, "patience": 8, "memory_mb": 64},
         "grid": {"learning_rate": [0.002, 0.004, 0.003, 0.001], "batch_size": [8], "validation_fraction": [0.25]},
@@ -52,9 +52,9 @@ def test_cells_at_once_equal_cells_one_by_one_and_overlap(tmp_path, cache, caplo
     def at(text):
         return next(k for k, line in enumerate(lines) if text in line)
 
-    assert at("few x lenet5: maps repeat 0: starts") < at("many x lenet5: stage 1: selected")
-    assert at("few x lenet5: maps repeat 0: 40 of 40 maps") < at("many x lenet5: maps repeat 0: starts")
-    assert threading.active_count() < 60
+    assert at("many x lenet5: stage 1: 1 of 4 trials") < at("few x lenet5: stage 1: selected"), "both at once"
+    assert at("few x lenet5: A repeat 0: starts") < at("many x lenet5: stage 1: selected"), "nobody waits for many"
+    assert at("few x lenet5: maps repeat 0: starts") < at("many x lenet5: maps repeat 0: starts")
 
 
 def test_one_trial_at_a_time_over_all_cells(tmp_path, cache):

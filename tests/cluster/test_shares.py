@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from impactx.cluster.pool import Pool, Workforce
 from impactx.cluster.shares import Closed, Shares
 
 ONE = {"CPU": 1}
@@ -132,3 +133,78 @@ def test_waiting_ends_with_what_is_given_back_and_with_the_job():
     assert got == ["b", "c closed"]
     with pytest.raises(Closed):
         of.take("a", "k", ONE)
+
+
+# ---- groups of map makers, which come and go with a cell's share
+
+class Groups:
+    """Starts groups that do nothing."""
+
+    def __init__(self) -> None:
+        self.started: list[Pool] = []
+
+    def __call__(self, group: Pool) -> str:
+        self.started.append(group)
+        return group.name
+
+
+def force(of: Shares, actors: int) -> tuple[Workforce, Groups]:
+    groups = Groups()
+    return Workforce(Pool("cpu", "cpu", actors, {"num_cpus": 0.75}, ONE), of, "maps", groups), groups
+
+
+def test_alone_all_actors_are_one_group():
+    of = shares(CPU=8)
+    makers, groups = force(of, 8)
+    makers.grow()
+    assert [g.actors for g in groups.started] == [8]
+    makers.end()
+    assert taken(of, "other") == 8
+
+
+def test_beside_another_cell_maps_take_their_half_and_grow_into_what_is_free():
+    of = shares(CPU=8)
+    assert taken(of, "trials") == 8
+    makers, groups = force(of, 8)
+    makers.grow()
+    assert groups.started == [], "nothing is free"
+    for freed in range(4):
+        assert of.should_give("trials", ONE)
+        of.give("trials", ONE)
+        assert not of.take("trials", "k", ONE), "the maps hold less"
+        makers.grow()
+        assert sum(g.actors for g in groups.started) == 2 * ((freed + 1) // 2), "in groups of a quarter"
+    assert not of.should_give("trials", ONE), "half and half"
+    of.forget("trials", "k")
+    for _ in range(4):
+        of.give("trials", ONE)
+    makers.grow()
+    assert [g.actors for g in groups.started] == [2, 2, 2, 2]
+
+
+def test_maps_that_hold_everything_make_room_group_by_group():
+    of = shares(CPU=8)
+    assert of.take("trials", "k", ONE)
+    makers, groups = force(of, 7)
+    makers.grow()
+    of.give("trials", ONE)
+    makers.grow()
+    assert [g.actors for g in groups.started] == [2, 2, 2, 1]
+    assert makers.shrink() is None, "nobody waits"
+    of.take("trials", "k", ONE)
+    assert taken_or_waits(of)
+    left = makers.shrink()
+    assert left == groups.started[-1].name and makers.shrink() is None, "one group at a time"
+    assert makers.ended(left) and of.take("trials", "k", ONE)
+
+
+def taken_or_waits(of: Shares) -> bool:
+    """The trials take what is free, and wait for more."""
+    return taken_all(of) >= 0 and not of.take("trials", "k", ONE)
+
+
+def taken_all(of: Shares) -> int:
+    count = 0
+    while of.take("trials", "k", ONE):
+        count += 1
+    return count

@@ -132,6 +132,16 @@ def test_search_equals_local_search_and_survives_a_trial_that_raises(lab):
     assert {(u.name, e) for u in units[1:] for e in (1, 2, 3)} >= set(epochs) >= {(u.name, 3) for u in units[1:]}
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the cluster's GPU is one in name only, and must stay one")
+def test_trials_that_share_a_gpu_are_placed_and_say_that_torch_finds_none(lab):
+    """Four quarters of a logical GPU: Ray places them; what they would compute, only a machine with a GPU can show."""
+    two = lab("two", grid={"learning_rate": [0.001, 0.002, 0.003, 0.004], "batch_size": [32],
+                           "validation_fraction": [0.2]})
+    found, _ = search(two, two.ray(trial_gpus=0.25, trial_cpus=0.5), two.cell.stage1_trials())
+    assert len(found) == 4
+    assert all(result is None and "Ray gave this process 0.25 GPU" in error for result, error in found.values())
+
+
 def test_a_killed_trial_is_tried_again_and_goes_on(lab):
     # Long enough to be met under way.
     changes = {"training": {"epochs": 60, "patience": 60, "memory_mb": 64}}

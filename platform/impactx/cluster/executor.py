@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import shutil
+import socket
 import tempfile
 import threading
 import time
@@ -39,7 +41,15 @@ from impactx.settings import ClusterSettings
 
 
 def _device(gpus: float) -> str:
-    return "cuda" if gpus else "cpu"
+    """The device of this process, to which Ray gave so many GPUs. Raises WorkError where torch finds none."""
+    if not gpus:
+        return "cpu"
+    import torch
+
+    if not torch.cuda.is_available():
+        raise WorkError(f"Ray gave this process {gpus:g} GPU on {socket.gethostname()}, where torch finds none: its "
+                        "driver is missing, or the node was started with a number of GPUs that it does not have")
+    return "cuda"
 
 
 def _train_worker(config: dict[str, Any]) -> None:
@@ -272,4 +282,6 @@ class RayExecutor:
         """Leave the cluster: everything of this job in it ends."""
         self._stopped = True
         self.shares.close()
+        # Threads of Tune and Train that lose their cluster now would each say so, with a traceback.
+        logging.getLogger("ray").setLevel(logging.CRITICAL)
         ray.shutdown()
