@@ -192,9 +192,10 @@ def run_demo(cluster: Cluster) -> str:
         printed.append(line)
         if line.strip():
             say(f"  | {line.rstrip()}")
-        if not killed and KILL_AT.search(line):
+        if "A repeat 0: starts" in line:
             used = run(cluster.docker, "stats", "--no-stream", "--format", "{{.Name}} {{.MemUsage}}")
             say("  memory: " + ", ".join(used.replace("impactx-check-", "").split("\n")).rstrip(", "))
+        if not killed and KILL_AT.search(line):
             run(cluster.docker, "kill", "--signal", "KILL", victim)
             killed = True
             say(f"  {victim} was killed")
