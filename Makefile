@@ -88,7 +88,7 @@ cluster-purge:
 	-$(DOCKER) image rm $(IMAGE)
 	rm -rf $(SECRETS)
 
-# Builds and starts all of it for real, loses a worker half-way, reads the results back, takes it down: 20 minutes.
+# Builds and starts all of it for real, loses a worker half-way, reads the results back, takes it down: 10 to 15 minutes.
 cluster-check: $(VENV)/.installed
 	$(PYTHON) docker/check_cluster.py
 

@@ -86,7 +86,8 @@ class MlflowServer:
         self.uri, self.log, self.process = f"http://127.0.0.1:{self.port}", folder / "mlflow.log", None
         self.stores = ["--backend-store-uri", backend or f"sqlite:///{folder}/server.db",
                        "--artifacts-destination", artifacts or f"{folder}/artifacts"]
-        self.environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"} | (environment or {})
+        self.environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true",
+                                         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"} | (environment or {})
 
     def start(self) -> None:
         """Start it, and wait until it answers."""

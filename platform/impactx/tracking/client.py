@@ -25,7 +25,8 @@ def connect(uri: str, create: bool = False) -> Any:
                                 "prepare() first; for several machines set MLFLOW_TRACKING_URI to a server")
     # Retries are the writer's; mlflow's own would hold it up for minutes.
     for name, value in {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-                        "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}.items():
+                        "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+                        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
