@@ -124,7 +124,7 @@ def test_a_finished_job_hides_nothing_and_its_numbers_are_its_own(finished):
     assert [r["approach"] for r in found] == ["A (baseline)", "IMPACTX", "control λ = 0"]
     for row, approach in zip(found, ("baseline", "impactx", "lambda0"), strict=True):
         mine = [r.test_accuracy for r in rows if r.approach == approach]
-        assert row["test accuracy %"] == f"{100 * np.mean(mine):.2f}" and row["repeats"] == "2"
+        assert row["test %"] == f"{100 * np.mean(mine):.2f}" and row["repeats"] == "2"
     a, b = ({r.repeat: r.test_accuracy for r in rows if r.approach == x} for x in ("impactx", "lambda0"))
     gain = next(r for r in table(files, "gains") if (r["approach"], r["over"]) == ("IMPACTX", "same network, λ = 0"))
     expected = 100 * np.mean([a[k] - b[k] for k in a])
