@@ -172,7 +172,8 @@ def train_single_stage(data: Dataset, split: Split, model: ModelSettings, traini
     parts = TrainingData(train, validation, np.isin(split.validation, split.common))
     result = fit_best(net, single_stage_loss(weight, approach.auxiliary), parts, training, seed=seed,
                       validation_loss=_classification, between=between, rank=rank, world_size=world_size, **how)
-    between.forget(len(result.history))
+    if not result.stopped:
+        between.forget(len(result.history))
     return net, result
 
 
