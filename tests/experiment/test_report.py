@@ -31,7 +31,8 @@ from impactx.storage import Storage, StorageError
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("datasets.digits.subset=100", "grid.learning_rate=[0.002,0.004]", "grid.batch_size=[16,32]",
         "grid.validation_fraction=[0.2]", "training.epochs=2", "attribution.max_evals=50", "maps.shard_size=50",
-        "approaches.impactx.lambdas=[0.4,0.8]", "repeats=2")
+        "approaches.impactx.lambdas=[0.4,0.8]", "repeats=2",
+        "evaluation={map_images: 12, resamples: 200}")
 ABOUT = {"command": "python jobs/full_grid.py --preset demo", "code": "0.1.0+gabc", "machine": "2 × test",
          "versions": {"torch": "2.15.0"}}
 BROKEN, STOPPED = "A lr=0.004 bs=32 vf=0.2", "lambda0 lambda=0 repeat 1"
@@ -124,12 +125,15 @@ def test_a_finished_job_hides_nothing_and_its_numbers_are_its_own(finished):
     assert [r["approach"] for r in found] == ["A (baseline)", "IMPACTX", "control λ = 0"]
     for row, approach in zip(found, ("baseline", "impactx", "lambda0"), strict=True):
         mine = [r.test_accuracy for r in rows if r.approach == approach]
-        assert row["test accuracy %"] == f"{100 * np.mean(mine):.2f}" and row["repeats"] == "2"
+        assert row["test %"] == f"{100 * np.mean(mine):.2f}" and row["repeats"] == "2"
     a, b = ({r.repeat: r.test_accuracy for r in rows if r.approach == x} for x in ("impactx", "lambda0"))
     gain = next(r for r in table(files, "gains") if (r["approach"], r["over"]) == ("IMPACTX", "same network, λ = 0"))
     expected = 100 * np.mean([a[k] - b[k] for k in a])
     assert gain["gain (points)"] == f"{expected:+.2f}"
     assert done.evidence["cells"][0]["sentence"] in text_of(files["report.html"])
+    for approach in ("baseline", "impactx", "lambda0"):  # the judgement of maps that the job itself made
+        assert {f"{part}-digits-lenet5-{approach}.png" for part in ("morf", "examples")} <= files.keys()
+    assert [r["predictor of the map"] for r in table(files, "fidelity-digits-lenet5-impactx")].count("the decoder") == 1
     assert len(table(files, "stage-1-digits-lenet5")) == 4 and len(table(files, "classes-digits-lenet5")) == 10
 
 

@@ -64,9 +64,10 @@ def export_job(storage: Storage, job: str) -> dict[str, Any]:
         for model in about["settings"]["models"]:
             journal = known.get(f"{dataset}.{model}.json")
             cells.append(_cell(storage, about["settings"], journal) if journal else _unbegun(dataset, model))
-    rows = [Row(**row) for cell in cells for row in cell["rows"]]
+    rows, e = [Row(**row) for cell in cells for row in cell["rows"]], about["settings"]["evaluation"]
     return {"job": job, "made": now(), "output": storage.root, **about, "cells": cells,
-            "evidence": evidence(storage, rows)}
+            "evidence": evidence(
+        storage, rows, resamples=e["resamples"], seed=e["seed"], confidence=e["confidence"])}
 
 
 def _unbegun(dataset: str, model: str) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def map_sections(export: Mapping[str, Any], arrays: Callable[[str], Arrays | Non
         for entry in cell["approaches"]:
             # Curves, costs and examples are those of one model; areas and fidelity are over all repeats.
             found = next(((r, e) for r, e in zip(entry["repeats"], entry["explanations"], strict=True) if e), None)
-            if entry.get("maps") and found:
+            if entry["maps"] and found:
                 folder = folders.get((cell["dataset"], cell["model"], entry["approach"], found[0]))
                 made.append(Section(f"{named(cell)}: {shown(entry['approach'])}", _judged(
                     entry, *found, f"{cell['dataset']}-{cell['model']}-{entry['approach']}", cell_names(export, cell),

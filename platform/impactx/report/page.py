@@ -12,7 +12,7 @@ _STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: #fff; color: var(--ink); font: 16px/1.55 system-ui, "Segoe UI", Roboto, "Helvetica Neue",
   Arial, "Liberation Sans", sans-serif; }
-main { max-width: 1000px; margin: 0 auto; padding: 40px 28px 80px; }
+main { max-width: 1040px; margin: 0 auto; padding: 40px 28px 80px; }
 h1 { font-size: 30px; line-height: 1.2; margin: 0 0 6px; letter-spacing: -.01em; }
 h2 { font-size: 22px; margin: 56px 0 12px; padding-top: 14px; border-top: 2px solid var(--ink); }
 h3 { font-size: 17px; margin: 34px 0 8px; }

@@ -23,6 +23,7 @@ def repeat_sections(export: Mapping[str, Any]) -> list[Section]:
             [start["time"].replace("+00:00", "").replace("T", " "), start.get("code", NONE),
              start.get("machine", NONE)] for start in starts]))
     if versions := last.get("versions"):
-        blocks.append(Table("versions", ["package", "version"], [[k, v] for k, v in versions.items()]))
+        blocks.append(Text("With " + ", ".join(f"{package} {version}" for package, version in versions.items())
+                           + "; constraints.txt pins them all.", "note"))
     blocks.append(Code(json.dumps(export["settings"], indent=1), closed="All settings of the job"))
     return [Section("To repeat it", blocks)]

@@ -53,8 +53,8 @@ def table2(export: Mapping[str, Any]) -> list[Section]:
                      points(accuracy["mean"] - paper) if paper is not None else NONE,
                      percent(entry["val_accuracy"]["mean"])])
     shares = f"{100 * export['evidence']['confidence']:g} %"
-    head = ["cell", "approach", "λ", "repeats", "test accuracy %", f"{shares} interval", "spread", "paper %",
-            "ours − paper", "validation %"]
+    head = ["cell", "approach", "λ", "repeats", "test %", f"{shares} interval", "spread", "paper %", "ours − paper",
+            "validation %"]
     return [Section("Table 2: test accuracy", [
         Table("table2", head, rows, frozenset(range(2, len(head))), frozenset(strong)), _accuracies(export),
         Text(f"Means over repeats; the {shares} intervals are from a bootstrap over {_what(export)}. Spread: standard "
