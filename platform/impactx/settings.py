@@ -441,6 +441,32 @@ def parse_approach(described: Mapping[str, Any]) -> ApproachSettings:
     return TypeAdapter(ApproachSettings).validate_python(dict(described))
 
 
+MapOrder = Literal["own", "predicted", "true", "of_a", "mean_map"]
+
+
+class EvaluationSettings(Settings):
+    """How finished models and their maps are judged (docs/METHOD.md). Ours; the paper shows single images."""
+
+    resamples: int = Field(10_000, ge=100, le=1_000_000, description="of the bootstrap that gives intervals")
+    confidence: Fraction = Field(0.95, description="of the intervals; 1 - confidence is the level of the tests")
+    map_images: int = Field(1000, ge=0, description=(
+        "test images on which each final model's maps are judged, by MoRF and by their fidelity, drawn stratified, the "
+        "same for every model of a data set; more than there are: all; 0: none"))
+    seed: int = Field(0, ge=0, lt=2**31, description="of that draw, of the noise, of random orders and of resamples")
+    region: int | None = Field(None, ge=1, description=(
+        "side in pixels of MoRF's regions; None: an eighth of the image's, rounded down to a power of two (4 at 32, "
+        "8 at 96)"))
+    orders: Annotated[list[MapOrder], AfterValidator(_unique)] = Field(
+        ["own", "predicted", "true", "of_a", "mean_map"], description=(
+            "maps that are judged, as far as a model has them: own: what the model itself makes in its forward pass; "
+            "predicted, true: of `attribution` for the model's own predicted or the true class; of_a: of the A that it "
+            "was trained on, for the true class (what the decoder learns); mean_map: the mean training map for every "
+            "image. Random order and the first map's least-relevant-first are always drawn beside"))
+    attributions: list[AttributionSettings] = Field([], description=(
+        "further attributions whose maps for the predicted class are judged"))
+    approaches: list[str] | None = Field(None, description="whose models' maps are judged; None: all, A's as well")
+
+
 class ClusterSettings(Settings):
     """Where and with what the work is done: never part of a fingerprint."""
 
@@ -532,6 +558,7 @@ class ExperimentSettings(Settings):
     attribution: AttributionSettings = PartitionSettings()
     maps: MapSettings = MapSettings()
     approaches: dict[str, ApproachSettings] = Field(default_factory=dict)
+    evaluation: EvaluationSettings = EvaluationSettings()
     cluster: ClusterSettings = ClusterSettings()
     tracking: TrackingSettings = TrackingSettings()
 
@@ -556,3 +583,11 @@ class ExperimentSettings(Settings):
         if "baseline" in approaches:
             raise ValueError("'baseline' is A itself and always trained: choose another name for the approach")
         return approaches
+
+    @model_validator(mode="after")
+    def _judged_approaches_exist(self) -> ExperimentSettings:
+        unknown = [name for name in self.evaluation.approaches or [] if name not in ("baseline", *self.approaches)]
+        if unknown:
+            raise ValueError(f"evaluation.approaches = {unknown}: no such approach in this experiment; there are "
+                             f"{', '.join(('baseline', *self.approaches))}")
+        return self

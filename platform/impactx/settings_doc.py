@@ -81,6 +81,8 @@ def _allowed(annotation: Any, metadata: typing.Sequence[Any] = ()) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return _allowed(arguments[0], [*arguments[1:], *metadata])
+    if kinds := tagged(annotation):
+        return f"settings of {', '.join(kinds)}"
     if origin in (typing.Union, types.UnionType):
         if tags := tagged(annotation):
             return f"settings with one of these: {', '.join(tags)}" + (" or null" if _optional(annotation) else "")

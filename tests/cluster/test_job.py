@@ -21,8 +21,8 @@ COMMAND = [sys.executable, str(ROOT / "jobs" / "full_grid.py"), "--preset", "dem
 # Steps long enough to be met under way; on an idle machine each is a second or two.
 TINY = ["datasets.digits.subset=120", "training.epochs=80", "training.patience=80", "attribution.max_evals=150",
         "maps.shard_size=6", "grid.learning_rate=[0.004,0.002]", "grid.validation_fraction=[0.2]", "approach=[impactx]",
-        "cluster.num_cpus=2"]
-UNITS = 2 + 1 + 1 + 2 + 1 + 2  # trials, A, maps, trials, IMPACTX, tests
+        "evaluation.map_images=12", "evaluation.resamples=200", "cluster.num_cpus=2"]
+UNITS = 2 + 1 + 1 + 2 + 1 + 2 + 2  # trials, A, maps, trials, IMPACTX, tests, judgements of maps
 NOISE = ("Traceback", "core_worker", "DeprecationWarning", "FutureWarning", "Progress bar", "INFO", "(pid=", "it/s")
 
 
@@ -87,7 +87,8 @@ class Job:
         """The table, without times and places."""
         (path,) = self.found("jobs/*/results.csv")
         rows = list(csv.DictReader(io.StringIO(path.read_text())))
-        return [{k: v for k, v in row.items() if k not in ("train_seconds", "checkpoint")} for row in rows]
+        return [{k: v for k, v in row.items() if k not in (
+            "train_seconds", "checkpoint", "test", "explanations")} for row in rows]
 
     def tracked(self, query: str) -> list[tuple]:
         """Rows of MLflow's database."""
@@ -123,9 +124,11 @@ def test_an_undisturbed_job(undisturbed):
     assert [(row["approach"], row["repeat"]) for row in rows] == [("baseline", "0"), ("impactx", "0")]
     assert all(0 < float(row["test_accuracy"]) <= 1 and row["test_images"] == "359" for row in rows)
     assert len(undisturbed.found("maps/*/shard-*.parquet")) == 20
+    assert len(undisturbed.found("explanations/*/map_scores.npz")) == 2
     check_runs(undisturbed)
     log = undisturbed.log
     assert "stage 1: 2 of 2 trials" in log and "120 of 120 maps" in log and "results.csv" in log
+    assert "no control was run" in log and "Noise on the 16 %" in log
     assert [line for line in log.splitlines() if any(word in line for word in NOISE)] == []
     assert "reused" not in log
 

@@ -37,7 +37,7 @@ from impactx.training import train_stage1, train_stage2
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("datasets.digits.subset=100", "grid.learning_rate=[0.002,0.004]", "grid.batch_size=[16]",
         "grid.validation_fraction=[0.2]", "training.epochs=2", "attribution.max_evals=50", "maps.shard_size=30",
-        "approaches.impactx.lambdas=[0.4,0.8]", "repeats=1")
+        "approaches.impactx.lambdas=[0.4,0.8]", "repeats=1", "evaluation.map_images=0")
 
 
 @pytest.fixture(autouse=True)
@@ -347,6 +347,8 @@ def test_a_dry_run_lists_and_writes_nothing(first, output, shared, tmp_path):
     assert not empty.exists() and "4 trials and 3 final trainings of at most 2 epochs" in fresh
     assert "5,000 explainer evaluations in 4 shards" in fresh and "0 finished" in fresh
     assert "2 finished" in finished and "A repeat 0, maps repeat 0" in finished
+    assert "judged" not in fresh and "judged:  maps of every model in 1 repeats, on 7 test images" in text(
+        f"output={empty}", "evaluation.map_images=7")
 
 
 def test_float64_works_from_end_to_end(shared, tmp_path):

@@ -29,6 +29,7 @@ from impactx.experiment.executor import (
     Task,
     log_maps,
     tracked_evaluation,
+    tracked_judgement,
     tracked_training,
 )
 from impactx.experiment.tracker import Tracker
@@ -230,12 +231,19 @@ class RayExecutor:
 
     def evaluate(self, task: Task) -> dict[str, Any]:
         """The test set in one Ray task."""
+        return self._in_one_task(task, tracked_evaluation)
+
+    def judge(self, task: Task) -> dict[str, Any]:
+        """The maps of a model in one Ray task."""
+        return self._in_one_task(task, tracked_judgement)
+
+    def _in_one_task(self, task: Task, how: Callable[..., dict[str, Any]]) -> dict[str, Any]:
         gpus = min(self.settings.trial_gpus or float(self.settings.use_gpu), 1)
         place, tracker = self.place, self.tracker
 
         @ray.remote(num_cpus=self.settings.trial_cpus, num_gpus=gpus, max_retries=self.settings.max_failures)
         def work() -> dict[str, Any]:
-            return tracked_evaluation(task, place, tracker, device=_device(gpus))
+            return how(task, place, tracker, device=_device(gpus))
 
         with self._held(task, {"CPU": self.settings.trial_cpus, "GPU": gpus}):
             return ray.get(work.remote())

@@ -16,9 +16,10 @@ from impactx.evaluation.calibration import (
     per_class_accuracy,
 )
 from impactx.evaluation.statistics import CONFIDENCE, RESAMPLES, TwoLevelBootstrap, holm
+from impactx.experiment.map_evidence import map_sentence, maps_over_repeats
 from impactx.experiment.plan import BASELINE
 from impactx.experiment.results import Row
-from impactx.experiment.units import PREDICTIONS, RESULT
+from impactx.experiment.units import MAP_SCORES, PREDICTIONS, RESULT
 from impactx.storage import Storage
 
 # What a gain is measured against, by the names of the presets in configs/approach, and how a sentence calls it.
@@ -51,10 +52,17 @@ def evidence(storage: Storage, rows: Sequence[Row], *, resamples: int = RESAMPLE
                               interval of the paired difference, and p_holm: p corrected over the cells that make
                               the same comparison
             explanations      by repeat, a list beside repeats: result of the unit that judged the maps
-                              (experiment.explanations), None where there is none
+                              (experiment.explanations), None where there is none; see maps for all repeats together
+            maps              None where no repeat's maps were judged; else, over repeats and test images together,
+              orders          by order {"aopc", "over_random", "over_explainer"}: AOPC of the predicted class's
+                              probability over the first 16 % of the regions, an interval, and its paired differences
+                              (None for the order itself; their p is not corrected)
+              explainer       the order that over_explainer means: of SHAP for the predicted class, or None
+              fidelity        by predictor {"mse", "correlation", "overlap"}: intervals; {} without a decoder
           verdicts    by approach that learns explanations (lambda above 0) and is no control: {"verdict",
                       "sentence"}, where verdict is "help", "do not help", "hurt" or "cannot tell"
           sentence    the cell's: of "impactx", or of the first approach that has a verdict, or why there is none
+          map_sentence  what the maps of the same approach are worth, or None where they were not judged
           missing     sentences about what could not be read
 
     An approach none of whose predictions can be read is left out of the cell and named in missing.
@@ -75,13 +83,19 @@ def _read(storage: Storage, row: Row, missing: list[str]) -> tuple[np.ndarray, n
     if row.test is None:
         missing.append(f"{name}: its result is of an earlier version, start the same command again")
         return None
-    path = f"{row.test}/{PREDICTIONS}"
+    held = _arrays(storage, f"{row.test}/{PREDICTIONS}", row, missing)
+    return None if held is None else (held["labels"], held["probabilities"])
+
+
+def _arrays(storage: Storage, path: str, row: Row, missing: list[str]) -> dict[str, np.ndarray] | None:
+    """The arrays of a unit's file; None, and a line in missing, where they cannot be read."""
+    name = f"{row.approach} repeat {row.repeat}"
     try:
         with np.load(io.BytesIO(storage.read(path))) as held:
-            return held["labels"], held["probabilities"]
+            return dict(held)
     except FileNotFoundError:
         missing.append(f"{name}: {storage.uri(path)} is missing")
-    except (zipfile.BadZipFile, ValueError, KeyError, EOFError) as error:
+    except (zipfile.BadZipFile, ValueError, EOFError) as error:
         missing.append(f"{name}: {storage.uri(path)} is damaged ({error}): delete its folder and start the same "
                        "command again")
     return None
@@ -122,8 +136,16 @@ def _cell(storage: Storage, dataset: str, model: str, approaches: dict[str, list
             "nll": _summary([negative_log_likelihood(p, labels) for p in probabilities]),
             "per_class": [None if values[0] is None else statistics.fmean(values) for values in zip(
                 *(per_class_accuracy(p, labels) for p in probabilities), strict=True)],
-            "gains": gains, "explanations": [_explanations(storage, r, missing) for r in held]})
+            "gains": gains, "explanations": [_explanations(storage, r, missing) for r in held],
+            "maps": _maps(storage, held, missing, how)})
     return cell
+
+
+def _maps(storage: Storage, rows: Sequence[Row], missing: list[str], how: dict[str, Any]) -> dict[str, Any] | None:
+    read = {row.repeat: _arrays(storage, f"{row.explanations}/{MAP_SCORES}", row, missing)
+            for row in rows if row.explanations is not None}
+    found = {repeat: arrays for repeat, arrays in read.items() if arrays is not None}
+    return maps_over_repeats(found, how) if found else None
 
 
 def _summary(values: Sequence[float]) -> dict[str, float | None]:
@@ -160,6 +182,10 @@ def _judge(cell: dict[str, Any], alpha: float) -> None:
             cell["verdicts"][entry["approach"]] = {"verdict": verdict, "sentence": sentence}
     chosen = cell["verdicts"].get("impactx") or next(iter(cell["verdicts"].values()), None)
     cell["sentence"] = chosen["sentence"] if chosen else "No finished model has learned from explanations."
+    judged = [e for e in cell["approaches"] if e["approach"] in cell["verdicts"] and e["maps"]
+              and "decoder" in e["maps"]["orders"]]
+    first = next((e for e in judged if e["approach"] == "impactx"), next(iter(judged), None))
+    cell["map_sentence"] = map_sentence(first["approach"], first["maps"]) if first else None
 
 
 def _verdict(entry: dict[str, Any], alpha: float) -> tuple[str, str]:
@@ -194,5 +220,6 @@ def _points(gain: dict[str, Any]) -> str:
 
 
 def sentences(found: dict[str, Any]) -> str:
-    """One line a cell, for the end of a job's output."""
-    return "\n".join(f"{c['dataset']} x {c['model']}: {c['sentence']}" for c in found["cells"])
+    """One line or two a cell, for the end of a job's output."""
+    return "\n".join(f"{c['dataset']} x {c['model']}: {text}" for c in found["cells"]
+                     for text in (c["sentence"], c["map_sentence"]) if text)

@@ -15,9 +15,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from impactx.experiment.explanations import judge_maps, map_metrics
 from impactx.experiment.paper import paper_accuracy
 from impactx.experiment.tracker import Run, Tracker
-from impactx.experiment.units import CHECKPOINT, Unit, WorkError
+from impactx.experiment.units import CHECKPOINT, MAP_SCORES, Unit, WorkError
 from impactx.experiment.work import (
     ShardWorker,
     Workplace,
@@ -88,6 +89,9 @@ class Executor(Protocol):
     def evaluate(self, task: Task) -> dict[str, Any]:
         """Read the test set with one model."""
 
+    def judge(self, task: Task) -> dict[str, Any]:
+        """Judge the maps of one model on test images."""
+
     def stop(self) -> None:
         """End whatever is under way, here and elsewhere: the job failed or was interrupted. Nothing follows."""
 
@@ -106,6 +110,8 @@ def final_metrics(unit: Unit, result: dict[str, Any]) -> dict[str, float]:
         published = paper_accuracy(*(unit.params[k] for k in ("dataset", "model", "approach")))
         return {f"test_{k}": v for k, v in _numbers(result).items()} | (
             {} if published is None else {"paper_accuracy": published})
+    if unit.role == "explanations":
+        return map_metrics(result)
     best = result.get("best") or {}
     return {f"best_{k}": v for k, v in best.items() if k not in ("epoch", "seconds") and v is not None} | {
         "best_epoch": result["best_epoch"], "epochs": result["epochs"], "train_seconds": result["seconds"],
@@ -143,7 +149,7 @@ def tracked_training(task: Task, place: Workplace, tracker: Tracker, *,
             run.set_tags(STOPPED_TAG)
         if result["weights"]:
             if task.unit.role == "model":
-                run.log_file(_local_file(task.unit, place, Path(folder)))
+                run.log_file(_local_file(task.unit, CHECKPOINT, place, Path(folder)))
             run.set_tags({"impactx.weights": result["weights"],
                           "impactx.checkpoint": place.artifacts.storage.uri(f"{task.unit.folder}/{CHECKPOINT}")})
         return result
@@ -160,16 +166,16 @@ def training_files(unit: Unit, place: Workplace, folder: Path, *, finished: bool
     np.savez_compressed(kept, train=split.train, validation=split.validation, common=split.common)
     files = [about, kept]
     if finished and place.artifacts.storage.exists(f"{unit.folder}/{CHECKPOINT}"):
-        files.append(_local_file(unit, place, folder))
+        files.append(_local_file(unit, CHECKPOINT, place, folder))
     return files
 
 
-def _local_file(unit: Unit, place: Workplace, folder: Path) -> Path:
-    """The unit's checkpoint as a local file: where it lies, or a copy in the folder."""
-    storage, path = place.artifacts.storage, f"{unit.folder}/{CHECKPOINT}"
+def _local_file(unit: Unit, name: str, place: Workplace, folder: Path) -> Path:
+    """A file of the unit as a local one: where it lies, or a copy in the folder."""
+    storage, path = place.artifacts.storage, f"{unit.folder}/{name}"
     if not storage.remote:
         return Path(storage.uri(path))
-    copy = folder / CHECKPOINT
+    copy = folder / name
     copy.write_bytes(storage.read(path))
     return copy
 
@@ -179,6 +185,16 @@ def tracked_evaluation(task: Task, place: Workplace, tracker: Tracker, **where: 
     with task.open_run(tracker) as run:
         result = evaluate_unit(task.unit, place, **where)
         run.log_metrics(final_metrics(task.unit, result))
+        return result
+
+
+def tracked_judgement(task: Task, place: Workplace, tracker: Tracker, **where: Any) -> dict[str, Any]:
+    """judge_maps with its numbers, its result (explanations.json) and map_scores.npz in the task's run."""
+    with tempfile.TemporaryDirectory(prefix="impactx-") as folder, task.open_run(tracker) as run:
+        result = judge_maps(task.unit, place, **where)
+        run.log_metrics(final_metrics(task.unit, result))
+        run.log_text(json.dumps(result, indent=1), "explanations.json")
+        run.log_file(_local_file(task.unit, MAP_SCORES, place, Path(folder)))
         return result
 
 
@@ -233,6 +249,10 @@ class LocalExecutor:
     def evaluate(self, task: Task) -> dict[str, Any]:
         """See Executor.evaluate."""
         return tracked_evaluation(task, self.place, self.tracker, device=self.device)
+
+    def judge(self, task: Task) -> dict[str, Any]:
+        """See Executor.judge."""
+        return tracked_judgement(task, self.place, self.tracker, device=self.device)
 
     def stop(self) -> None:
         """Nothing is under way elsewhere."""

@@ -186,3 +186,24 @@ class Cell:
                     {"dataset": self._inputs["dataset"], "checkpoint": model.folder,
                      "training": self._inputs["training"]} | ({"maps": maps["folder"]} if maps else {}),
                     self._params | {k: model.params[k] for k in ("stage", "approach", "repeat", "seed")})
+
+    def explanations(self, model: Unit, model_result: Mapping[str, Any]) -> Unit | None:
+        """The judgement of a final model's maps on test images; None where none is asked for, or none is possible.
+
+        A model that must be given a map with an image (test_maps) has no score of an image alone that maps explain.
+        """
+        e, approach = self.settings.evaluation, model.params["approach"]
+        chosen = e.approaches is None or approach in e.approaches
+        if not e.map_images or not chosen or "test_maps" in model.inputs:
+            return None
+        learned = {} if "maps" not in model.inputs else {"maps": model.recipe["maps"], "split": model.recipe["split"],
+                                                         "scale": model.inputs["scale"]}
+        of_a = {} if "weights" not in model.recipe else {"a": model.recipe["weights"]}
+        recipe = {"weights": model_result["weights"], "data": self.facts.fingerprint,
+                  "test": self.facts.test_fingerprint,
+                  "evaluation": e.model_dump(mode="json", exclude={"approaches"}),
+                  "attribution": self.settings.attribution.model_dump(mode="json")} | learned | of_a
+        inputs = {"dataset": self._inputs["dataset"], "checkpoint": model.folder} | (
+            {"maps": model.inputs["maps"]} if learned else {}) | ({"a": model.inputs["checkpoint"]} if of_a else {})
+        return Unit("explanations", f"explanations of {model.name}", recipe, inputs,
+                    self._params | {k: model.params[k] for k in ("stage", "approach", "repeat", "seed")})

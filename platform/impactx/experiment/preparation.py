@@ -11,6 +11,7 @@ import torch
 
 from impactx.configuration import ConfigurationError
 from impactx.datasets import DataError, Dataset, load_dataset, locate, make_split
+from impactx.evaluation.morf import grid_of
 from impactx.experiment.approaches import Basis, approaches_of
 from impactx.experiment.plan import Cell, Configuration, DataFacts, select
 from impactx.experiment.units import Artifacts, Unit
@@ -127,6 +128,19 @@ def check_attribution(attribution: AttributionSettings, data: Dataset | None = N
                                  f"({data.image_size[0]}x{data.image_size[1]})")
 
 
+def _check_evaluation(settings: ExperimentSettings, data: Dataset) -> None:
+    """Raise ConfigurationError where MoRF's regions or a further attribution do not fit the data's images."""
+    try:
+        grid_of(data.image_size, settings.evaluation.region)
+    except ValueError as error:
+        raise ConfigurationError(f"evaluation.region = {settings.evaluation.region}: {error} ({data.name})") from error
+    for attribution in settings.evaluation.attributions:
+        try:
+            check_attribution(attribution, data)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"evaluation.attributions: {error}") from error
+
+
 def prepare(settings: ExperimentSettings) -> Prepared:
     """Check names, storage, data, splits, masks and models; decode the data.
 
@@ -148,6 +162,7 @@ def prepare(settings: ExperimentSettings) -> Prepared:
         facts = _facts(data)
         for where, attribution in _attributions(settings).items():
             check_attribution(attribution, data, place=where)
+        _check_evaluation(settings, data)
         for model in settings.models.values():
             try:
                 build_classifier(model, data.num_classes, data.image_size, seed=settings.seed)
@@ -252,6 +267,10 @@ def _dry_cell(cell: Cell, artifacts: Artifacts, images: int | None, known: bool,
     if approaches:
         lines.append(f"    stage 2: {stage2_trials} trials"
                      + (f" ({', '.join(f'{k}: {n}' for k, n in searched.items())})" if searched else ""))
+    e = settings.evaluation
+    if e.map_images:
+        whose = "every model" if e.approaches is None else ", ".join(e.approaches)
+        lines.append(f"    judged:  maps of {whose} in {repeats} repeats, on {e.map_images} test images")
     if known and (found := _existing(cell, artifacts, trials)):
         lines.append(f"    exists:  {found}")
     return lines

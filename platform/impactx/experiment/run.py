@@ -85,7 +85,9 @@ class Job:
                 self.artifacts.storage.write_json(f"jobs/{self.key}/results.json", table)
                 self.artifacts.storage.write(f"jobs/{self.key}/results.csv", results_csv(rows).encode())
                 run.log_text(results_csv(rows), "results.csv")
-                self.evidence = evidence(self.artifacts.storage, rows)
+                e = self.settings.evaluation
+                self.evidence = evidence(self.artifacts.storage, rows, resamples=e.resamples, seed=e.seed,
+                                         confidence=e.confidence)
                 self.artifacts.storage.write_json(f"jobs/{self.key}/evidence.json", self.evidence)
                 run.log_text(json.dumps(self.evidence, indent=1), "evidence.json")
                 run.log_metrics({f"{s.approach}.{s.dataset}.{s.model}.test_accuracy": s.test_mean
@@ -270,13 +272,16 @@ class CellRun:
             self.job.summary.ended(self.cell.name, unit.name)
 
     def _train_all(self, units: list[Unit]) -> list[dict[str, Any]]:
-        """Train independent models, as many at once as the executor has room for."""
-        # Two approaches may come to one recipe: that unit must not be trained by two at once.
+        """Train independent models."""
+        return self._all(units, self._train, "training")
+
+    def _all(self, units: list[Unit], how: Callable[[Unit], dict[str, Any]], name: str) -> list[dict[str, Any]]:
+        """Do independent units, as many at once as the executor has room for trainings; their results."""
+        # Two approaches may come to one recipe: that unit must not be done by two at once.
         self.journal.plan(units)
         unique = {unit.key: unit for unit in units}
-        outcomes = run_all([partial(self._train, unit) for unit in unique.values()],
-                           self.job.executor.trainings_at_once(), name="training",
-                           on_interrupt=self.job.executor.stop)
+        outcomes = run_all([partial(how, unit) for unit in unique.values()],
+                           self.job.executor.trainings_at_once(), name=name, on_interrupt=self.job.executor.stop)
         results = {}
         for key, outcome in zip(unique, outcomes, strict=True):
             if isinstance(outcome, Exception):
@@ -326,6 +331,8 @@ class CellRun:
                 if not result["weights"]:
                     self.log.warning("%s diverged in its first epoch: it is not in the table", model.name)
             rows = [self._test(model, result) for model, result in finals if result["weights"]]
+            self._all([unit for model, result in finals if result["weights"]
+                       and (unit := cell.explanations(model, result)) is not None], self._judge, "judgement")
             self._register(finals, rows)
             for s in summarise(rows):
                 run.log_metrics({f"{s.approach}.val_accuracy": s.val_mean, f"{s.approach}.test_accuracy": s.test_mean})
@@ -375,7 +382,7 @@ class CellRun:
 
     def _test(self, model: Unit, result: dict[str, Any]) -> Row:
         cell, approach = self.cell, model.params["approach"]
-        unit = cell.test(model, result)
+        unit, judged = cell.test(model, result), cell.explanations(model, result)
         tested = self._do(unit, self.job.executor.evaluate)
         self.log.info("%s: test accuracy %.4f on %d images", model.name, tested["accuracy"], tested["images"])
         row = Row(dataset=cell.dataset.name, model=cell.model.name, approach=approach,
@@ -386,6 +393,13 @@ class CellRun:
                   test_images=tested["images"], epochs=result["epochs"], train_seconds=result["seconds"],
                   paper_accuracy=paper_accuracy(cell.dataset.name, cell.model.name, approach),
                   checkpoint=self.job.artifacts.storage.uri(model.folder), test=unit.folder,
-                  map_seconds=tested.get("map_seconds"))
+                   map_seconds=tested.get("map_seconds"),
+                   explanations=judged.folder if judged is not None else None)
         self.journal.tested(row)
         return row
+
+    def _judge(self, unit: Unit) -> dict[str, Any]:
+        found = self._do(unit, self.job.executor.judge)
+        self.log.info("%s: %s", unit.name, ", ".join(
+            f"{name} {order['aopc']['probability']['early']['mean']:.3f}" for name, order in found["morf"].items()))
+        return found

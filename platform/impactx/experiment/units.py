@@ -16,7 +16,7 @@ from typing import Any, Literal
 from impactx.storage import Storage
 
 FORMAT = 1  # raised when the same recipe would give other numbers than before
-Role = Literal["trial", "model", "maps", "test"]
+Role = Literal["trial", "model", "maps", "test", "explanations"]
 RESULT, CHECKPOINT, RUNNING, PREDICTIONS = "result.json", "checkpoint.pt", "running.pt", "predictions.npz"
 STOPPED, CLAIM = "stopped.json", "claim.json"
 MAP_SCORES = "map_scores.npz"
@@ -36,7 +36,8 @@ def fingerprint(value: Any) -> str:
 class Unit:
     """One piece of work.
 
-    role: trial (a training of the search, weights not kept), model (a final training), maps, or test;
+    role: trial (a training of the search, weights not kept), model (a final training), maps, test, or explanations
+    (the judgement of a final model's maps);
     name: for people; recipe, inputs, params: plain data; params are what MLflow shows of it.
     """
 
@@ -54,7 +55,7 @@ class Unit:
     @property
     def folder(self) -> str:
         """Where the unit's artifacts lie under the output's root."""
-        return f"{self.role if self.role == 'maps' else self.role + 's'}/{self.key}"
+        return f"{self.role.removesuffix('s')}s/{self.key}"
 
 
 class Artifacts:

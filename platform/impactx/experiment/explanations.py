@@ -1,0 +1,329 @@
+"""The judgement of a final model's maps on test images: MoRF curves, fidelity to what they learn, and their cost.
+
+The unit reads the test images after the test unit has: it chooses nothing, it only describes a finished model.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from impactx.datasets.splits import make_split, stratified_draw
+from impactx.evaluation import fidelity, morf
+from impactx.evaluation.statistics import interval_of_mean
+from impactx.experiment.model_source import open_model
+from impactx.experiment.units import MAP_SCORES, Unit, WorkError
+from impactx.experiment.work import Workplace
+from impactx.explain.attribution import AttributionError, build_attribution
+from impactx.explain.fast import fast_score
+from impactx.explain.masking import MaskerError
+from impactx.explain.store import MapStore, map_scale
+from impactx.settings import AttributionSettings, EvaluationSettings, parse_attribution
+
+SHOWN = 20  # images whose maps are kept for figures, one a class first
+RANDOM, LEAST = "random", "least_relevant_first"
+
+
+@dataclass
+class Subject:
+    """A model and the images on which its maps are judged.
+
+    rows: int64 (n,), places in the test set; labels, predicted: int64 (n,); images: uint8 (n, H, W, C); maps: by
+    order, float32 (n, C, H, W); seconds, evaluations: of one such map, where it was made here.
+    """
+
+    unit: Unit
+    place: Workplace
+    device: torch.device
+    settings: EvaluationSettings
+    rows: np.ndarray
+    images: np.ndarray
+    labels: np.ndarray
+    predicted: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    maps: dict[str, np.ndarray] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    evaluations: dict[str, int | None] = field(default_factory=dict)
+
+    @property
+    def pixels(self) -> Tensor:
+        """float32 (n, C, H, W) in [0, 1], on the device."""
+        whole = torch.from_numpy(np.array(self.images)).to(self.device)
+        return whole.permute(0, 3, 1, 2).float().div_(255).contiguous()
+
+    @property
+    def batch_size(self) -> int:
+        """Images a forward."""
+        most = 4096 if self.device.type == "cuda" else 250
+        return max(1, min(most, self.place.memory_bytes // (32 * self.images[0].size)))
+
+    def explain(self, name: str, settings: AttributionSettings, model: torch.nn.Module, classes: np.ndarray,
+                known: tuple[np.ndarray, np.ndarray] | None = None) -> None:
+        """Add the maps of an attribution for these classes. known: classes and maps of the same model that need not
+        be made again."""
+        again = np.ones(len(classes), bool) if known is None else classes != known[0]
+        found = np.array(known[1]) if known is not None else np.empty(
+            (len(classes), self.images.shape[3], *self.images.shape[1:3]), np.float32)
+        if again.any():
+            started = time.perf_counter()
+            try:
+                found[again] = build_attribution(settings).explain(
+                    model, self.images[again], classes[again], device=self.device,
+                    memory_bytes=self.place.memory_bytes, indices=self.rows[again]).maps
+            except (AttributionError, MaskerError) as error:
+                raise WorkError(f"{self.unit.name}: maps by {settings.method}, on test images: {error}") from error
+            self.seconds[name] = (time.perf_counter() - started) / int(again.sum())
+        self.evaluations[name] = settings.evaluations(self.images.shape[1:3])
+        self.maps[name] = found
+
+
+def short_name(settings: AttributionSettings) -> str:
+    """How an attribution is called in the names of orders."""
+    return "shap" if settings.method in ("partition", "shap_partition") else settings.method
+
+
+def judge_maps(unit: Unit, place: Workplace, *, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Judge a final model's maps; keeps the result and, image by image, map_scores.npz.
+
+    The result, where an *interval* is {mean, low, high} over the images and a part is "early" (the first 16 % of the
+    regions) or "all":
+
+        images, region (side in pixels), regions, early_regions, over ("images": what the intervals cover), seconds
+        morf      by order
+          probability, logit        of the class predicted for the whole image, with k regions replaced: an interval
+                                    of lists, k = 0 ... regions
+          aopc                      {probability, logit: {part: interval}}: larger, the class is lost sooner
+          aopc_over_random          the same of the paired difference; aopc_over_<order> over the explainer's map of
+                                    the predicted class
+          tied_images, tied_regions share of images with regions of equal relevance, and their mean number
+        fidelity  None for a model without a decoder, or without the orders own and of_a; else
+          target, scale, top_share
+          predictors                by name {mse, correlation, overlap: interval and images (that have the measure)}
+        seconds_per_map, evaluations_per_map    by order, of maps that were made here
+
+    Orders: decoder or attention (the model's own), <attribution>_predicted and <attribution>_true (of the model
+    itself), <attribution>_of_a (of A for the true class), with shap for the partition explainer; mean_map, random, and
+    least_relevant_first (of the first order that there is).
+
+    map_scores.npz: rows (in the test set), labels, predicted, all (n,); aopc.<order>.<probability or logit>.<part>
+    (n,); curve.<order>, float32 (n, regions + 1), probabilities; fidelity.<predictor>.<measure> (n,); shown: places
+    among the n whose images (uint8) and maps.<order> (float32) are kept.
+    Raises WorkError.
+    """
+    torch.set_num_threads(place.threads)
+    if (done := place.artifacts.result(unit)) is not None:
+        return done
+    started, where = time.perf_counter(), torch.device(device)
+    settings = EvaluationSettings.model_validate(unit.recipe["evaluation"])
+    data = place.dataset(unit.inputs["dataset"])
+    test = data.load_test()
+    count = min(settings.map_images, len(test.labels))
+    rows = stratified_draw(test.labels, max(count, len(np.unique(test.labels))), settings.seed)
+    subject = Subject(unit, place, where, settings, rows, test.images[rows], np.asarray(test.labels[rows], np.int64))
+    model = open_model({"kind": "unit", "folder": unit.inputs["checkpoint"]}, place, unit.recipe["weights"]).to(where)
+    # The frozen form is about twice as fast on a CPU; there are thousands of forwards for each image.
+    score = fast_score(model, (data.channels, *data.image_size), split=False)
+    with torch.no_grad():
+        scores = torch.cat([score(part) for part in subject.pixels.split(subject.batch_size)])
+    subject.predicted = scores.argmax(1).cpu().numpy()
+    learned = Learned.of(unit, place)
+    own = _own_maps(subject)
+    _explained_maps(subject, model, learned)
+    if learned is not None and "mean_map" in settings.orders:
+        subject.maps["mean_map"] = np.broadcast_to(learned.mean.astype(np.float32), (len(rows), *learned.mean.shape))
+    arrays: dict[str, np.ndarray] = {"rows": rows, "labels": subject.labels, "predicted": subject.predicted}
+    result = _morf(subject, score, arrays)
+    result["fidelity"] = _fidelity(subject, own, learned, arrays) if own == "decoder" and learned is not None else None
+    result |= {"images": len(rows), "over": "images", "seconds_per_map": subject.seconds,
+               "evaluations_per_map": subject.evaluations, "seconds": time.perf_counter() - started}
+    _keep_shown(subject, arrays)
+    stream = io.BytesIO()
+    np.savez_compressed(stream, **arrays)
+    place.artifacts.finish(unit, result, {MAP_SCORES: stream.getvalue()})
+    return result
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What stage 2 was trained on: the attribution of its store, the scale, and mean maps in scaled units."""
+
+    attribution: AttributionSettings
+    how: str
+    scale: float | None  # None: each map by its own largest value
+    mean: np.ndarray
+    by_class: np.ndarray
+
+    @classmethod
+    def of(cls, unit: Unit, place: Workplace) -> Learned | None:
+        """Of the store that the unit names; None where the model learned from none."""
+        if "maps" not in unit.inputs:
+            return None
+        data = place.dataset(unit.inputs["dataset"])
+        store = MapStore.open(place.artifacts.storage, unit.inputs["maps"])
+        about, how = unit.recipe["split"], unit.recipe["scale"]
+        split = make_split(data.train.labels, about["fraction"], class_names=data.class_names,
+                           common_fraction=about["common_fraction"], seed=about["seed"])
+        maps = place.map_array(store, data)
+        scale = map_scale(maps, split.train, how)
+        mean, by_class = fidelity.mean_maps(maps, data.train.labels, split.train, data.num_classes, scale)
+        return cls(parse_attribution(store.spec.recipe["attribution"]), how,
+                   None if isinstance(scale, np.ndarray) else scale, mean, by_class)
+
+    def scaled(self, maps: np.ndarray) -> np.ndarray:
+        """Other maps of the same kind in the units that were learned."""
+        if self.scale is not None:
+            return maps * np.float32(self.scale)
+        largest = np.abs(maps).max((1, 2, 3), keepdims=True)
+        return maps / np.where(largest > 0, largest, 1)
+
+
+def _checkpoint(subject: Subject) -> torch.nn.Module:
+    model = subject.place.checkpoint(subject.unit.inputs["checkpoint"], subject.unit.recipe["weights"]).model
+    return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _maps_of(model: Any, subject: Subject) -> np.ndarray:
+    model = model.to(subject.device)
+    parts = [model.with_maps(part)[1] for part in subject.pixels.split(subject.batch_size)]
+    return torch.cat(parts).float().cpu().numpy()
+
+
+def _own_maps(subject: Subject) -> str | None:
+    """Add what the model itself makes, in the units in which it makes it; the name of the order, or None."""
+    model = _checkpoint(subject)
+    if not hasattr(model, "with_maps") or "own" not in subject.settings.orders:
+        return None
+    name = "decoder" if hasattr(model, "decoder") else "attention"
+    started = time.perf_counter()
+    subject.maps[name] = _maps_of(model, subject)
+    subject.seconds[name] = (time.perf_counter() - started) / len(subject.rows)
+    subject.evaluations[name] = 1
+    return name
+
+
+def _explained_maps(subject: Subject, model: torch.nn.Module, learned: Learned | None) -> None:
+    wanted, unit = subject.settings.orders, subject.unit
+    main = parse_attribution(unit.recipe["attribution"])
+    name, known = short_name(main), None
+    if "predicted" in wanted:
+        subject.explain(f"{name}_predicted", main, model, subject.predicted)
+        known = subject.predicted, subject.maps[f"{name}_predicted"]
+    if "true" in wanted:
+        subject.explain(f"{name}_true", main, model, subject.labels, known)
+    if "of_a" in wanted and "a" in unit.inputs:
+        a = open_model({"kind": "unit", "folder": unit.inputs["a"]}, subject.place, unit.recipe["a"])
+        taught = learned.attribution if learned is not None else main
+        subject.explain(f"{short_name(taught)}_of_a", taught, a.to(subject.device), subject.labels)
+    for number, other in enumerate(subject.settings.attributions, 1):
+        name = f"{short_name(other)}_predicted"
+        subject.explain(name if name not in subject.maps else f"{name}_{number}", other, model, subject.predicted)
+
+
+def _morf(subject: Subject, score: Any, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    settings, rows = subject.settings, subject.rows
+    size = subject.images.shape[1:3]
+    try:
+        grid = morf.grid_of((size[0], size[1]), settings.region)
+    except ValueError as error:
+        raise WorkError(f"evaluation.region: {error}") from error
+    values = {name: morf.relevance(maps, grid) for name, maps in subject.maps.items()}
+    orders = {name: morf.most_relevant_first(v) for name, v in values.items()}
+    orders[RANDOM] = morf.random_order(rows, grid, settings.seed)
+    if values:
+        orders[LEAST] = morf.most_relevant_first(-next(iter(values.values())))
+    noise = morf.noise_of(rows, (subject.images.shape[3], size[0], size[1]), settings.seed)
+    try:
+        found = morf.curves(score, subject.pixels, torch.from_numpy(noise).to(subject.device), orders, grid,
+                            batch_size=subject.batch_size)
+    except ValueError as error:
+        raise WorkError(f"{subject.unit.name}: {error}") from error
+    areas = {name: {"probability": _areas(c.probability, grid), "logit": _areas(c.logit, grid)}
+             for name, c in found.items()}
+    against = [RANDOM] + [name for name in values if name.endswith("_predicted")][:1]
+    described: dict[str, Any] = {}
+    for name, c in found.items():
+        described[name] = {
+            "probability": _band(c.probability, settings), "logit": _band(c.logit, settings),
+            "aopc": _each(areas[name], settings)}
+        for other in against:
+            if other != name:
+                described[name][f"aopc_over_{other}"] = _each(
+                    {q: {p: areas[name][q][p] - areas[other][q][p] for p in areas[name][q]} for q in areas[name]},
+                    settings)
+        if name in values:
+            tied = morf.ties(values[name])
+            described[name] |= {"tied_images": float((tied > 0).mean()),
+                                "tied_regions": float(tied[tied > 0].mean()) if tied.any() else 0.0}
+        arrays[f"curve.{name}"] = c.probability.astype(np.float32)
+        arrays |= {f"aopc.{name}.{q}.{p}": v for q, parts in areas[name].items() for p, v in parts.items()}
+    return {"morf": described, "region": grid.side, "regions": grid.count, "early_regions": grid.early}
+
+
+def _areas(curve: np.ndarray, grid: morf.Grid) -> dict[str, np.ndarray]:
+    return {"early": morf.aopc(curve, grid.early), "all": morf.aopc(curve, grid.count)}
+
+
+def _band(values: np.ndarray, settings: EvaluationSettings) -> dict[str, list[float]]:
+    low, high = interval_of_mean(values, resamples=settings.resamples, seed=settings.seed,
+                                 confidence=settings.confidence)
+    return {"mean": values.mean(0).tolist(), "low": low.tolist(), "high": high.tolist()}
+
+
+def _interval(values: np.ndarray, settings: EvaluationSettings) -> dict[str, float | None]:
+    band = _band(values[:, None], settings) if len(values) else {"mean": [None], "low": [None], "high": [None]}
+    return {key: value[0] for key, value in band.items()}
+
+
+def _each(areas: Mapping[str, Mapping[str, np.ndarray]], settings: EvaluationSettings) -> dict[str, Any]:
+    return {quantity: {part: _interval(values, settings) for part, values in parts.items()}
+            for quantity, parts in areas.items()}
+
+
+def _fidelity(subject: Subject, own: str, learned: Learned, arrays: dict[str, np.ndarray]) -> dict[str, Any] | None:
+    """The decoder's maps against those that it learns, beside predictors that do not look at the image."""
+    target = f"{short_name(learned.attribution)}_of_a"
+    if target not in subject.maps:
+        return None
+    truth = learned.scaled(subject.maps[target])
+    random_decoder = fidelity.randomised(_checkpoint(subject), "decoder", subject.settings.seed)
+    predictors = {
+        own: subject.maps[own], "mean_map": np.broadcast_to(learned.mean, truth.shape),
+        "class_mean_of_true": learned.by_class[subject.labels],
+        "class_mean_of_predicted": learned.by_class[subject.predicted],
+        "random_decoder": _maps_of(random_decoder, subject)}
+    described: dict[str, Any] = {}
+    for name, maps in predictors.items():
+        described[name] = {}
+        for measure, values in fidelity.agreement(maps, truth).items():
+            usable = values[np.isfinite(values)]  # a constant map has no correlation
+            described[name][measure] = _interval(usable, subject.settings) | {"images": len(usable)}
+            arrays[f"fidelity.{name}.{measure}"] = values
+    return {"target": target, "scale": learned.how, "top_share": fidelity.TOP_SHARE, "predictors": described}
+
+
+def _keep_shown(subject: Subject, arrays: dict[str, np.ndarray]) -> None:
+    _, first = np.unique(subject.labels, return_index=True)
+    others = np.setdiff1d(np.arange(len(subject.labels)), first)
+    shown = np.concatenate([first, others])[:SHOWN]
+    arrays |= {"shown": shown, "images": subject.images[shown]}
+    arrays |= {f"maps.{name}": np.ascontiguousarray(maps[shown], np.float32) for name, maps in subject.maps.items()}
+
+
+def map_metrics(result: Mapping[str, Any]) -> dict[str, float]:
+    """What a table of runs shows of a judgement: areas of the predicted class's probability, fidelity, costs."""
+    found = {f"morf_aopc_{name}": order["aopc"]["probability"]["early"]["mean"]
+             for name, order in result["morf"].items()}
+    found |= {f"morf_aopc_all_{name}": order["aopc"]["probability"]["all"]["mean"]
+              for name, order in result["morf"].items()}
+    predictors = (result["fidelity"] or {"predictors": {}})["predictors"]
+    found |= {f"fidelity_{measure}_{name}": value["mean"] for name, measures in predictors.items()
+              for measure, value in measures.items() if value["mean"] is not None}
+    return found | {f"seconds_per_map_{name}": value for name, value in result["seconds_per_map"].items()} | {
+        "map_images": float(result["images"])}
