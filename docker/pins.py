@@ -22,9 +22,8 @@ def lists(project: str, constraints: str) -> dict[str, list[str]]:
     wanted = described["dependencies"] + [r for extra in EXTRAS for r in described["optional-dependencies"][extra]]
     pins = [line.strip() for line in constraints.splitlines() if re.match(r"[\w.-]+==", line)]
     own = [pin for pin in pins if pin.partition("==")[0] in TORCH]
-    backend = [pin for pin in pins if pin.partition("==")[0].endswith("hatchling")]
     return {"torch.txt": own + [pin for pin in pins if pin.startswith(CUDA)], "torch-cpu.txt": own,
-            "requirements.txt": [r for r in wanted if re.split(r"[\W]", r)[0] not in TORCH] + backend}
+            "requirements.txt": [r for r in wanted if re.split(r"[\W]", r)[0] not in TORCH]}
 
 
 if __name__ == "__main__":

@@ -21,17 +21,19 @@ ROOT = Path(__file__).resolve().parents[1]
 POSTGRES_ENTRY = r"""#!/bin/sh
 set -e
 export PATH="$PATH:$(echo /usr/lib/postgresql/*/bin)" PGDATA=/var/lib/postgresql/data
+mkdir -p /var/run/postgresql
+chown postgres:postgres /var/run/postgresql
 as() { setpriv --reuid=postgres --regid=postgres --clear-groups "$@"; }
 if [ ! -s "$PGDATA/PG_VERSION" ]; then
   chown postgres:postgres "$PGDATA"
   chmod 700 "$PGDATA"
-  as initdb --username="$POSTGRES_USER" --auth-host=scram-sha-256 --pwfile="$POSTGRES_PASSWORD_FILE"
+  as initdb --username="$POSTGRES_USER" --encoding=UTF8 --auth=trust --pwfile="$POSTGRES_PASSWORD_FILE"
   echo "host all all all scram-sha-256" >> "$PGDATA/pg_hba.conf"
-  as pg_ctl --wait --options="-h '' -k /tmp" start
-  as createdb --host=/tmp --username="$POSTGRES_USER" "$POSTGRES_DB"
+  as pg_ctl --wait --options="-h ''" start
+  as createdb --username="$POSTGRES_USER" "$POSTGRES_DB"
   as pg_ctl --wait stop
 fi
-exec setpriv --reuid=postgres --regid=postgres --clear-groups postgres -h '*' -k /tmp
+exec setpriv --reuid=postgres --regid=postgres --clear-groups postgres -h '*'
 """
 
 

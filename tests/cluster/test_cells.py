@@ -22,7 +22,7 @@ DIGITS = {"source": "digits", "augmentation": {"flip": False, "shift": 2}}
 
 def job(folder, cache, executor, **changes):
     """A job of two cells; the second has more images, so its first stage takes longer."""
-    settings = experiment(**{"datasets": {
+    settings = experiment(**{"repeats": 1, "datasets": {
         "few": DIGITS | {"name": "few", "subset": 40}, "many": DIGITS | {"name": "many", "subset": 240}},
         "output": str(folder), "cache": str(cache), "data_root": str(folder / "no-data"),
         "training": {"epochs": 8, "patience": 8, "memory_mb": 64},

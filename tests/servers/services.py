@@ -126,8 +126,8 @@ def postgres(password: str) -> Iterator[tuple[int, Path]]:
     (port,) = free_ports(1)
     try:
         subprocess.run([programs / "initdb", f"--pgdata={folder}/data", "--username=mlflow", "--auth=scram-sha-256",
-                        f"--pwfile={folder}/password", "--no-sync"], check=True, capture_output=True, cwd=folder,
-                       **become)
+                        f"--pwfile={folder}/password", "--encoding=UTF8", "--no-sync"], check=True,
+                       capture_output=True, cwd=folder, **become)
         with open(folder / "log", "wb") as log:
             process = subprocess.Popen(
                 [programs / "postgres", "-D", f"{folder}/data", "-h", "127.0.0.1", "-p", str(port), "-k", folder],

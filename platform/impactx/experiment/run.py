@@ -393,8 +393,8 @@ class CellRun:
                   test_images=tested["images"], epochs=result["epochs"], train_seconds=result["seconds"],
                   paper_accuracy=paper_accuracy(cell.dataset.name, cell.model.name, approach),
                   checkpoint=self.job.artifacts.storage.uri(model.folder), test=unit.folder,
-                   map_seconds=tested.get("map_seconds"),
-                   explanations=judged.folder if judged is not None else None)
+                  map_seconds=tested.get("map_seconds"),
+                  explanations=judged.folder if judged is not None else None)
         self.journal.tested(row)
         return row
 

@@ -47,12 +47,13 @@ def map_sections(export: Mapping[str, Any], arrays: Callable[[str], Arrays | Non
     made = []
     for cell in export["evidence"]["cells"]:
         for entry in cell["approaches"]:
-            judged = [(r, found) for r, found in zip(entry["repeats"], entry["explanations"], strict=True) if found]
-            if judged:
-                folder = folders.get((cell["dataset"], cell["model"], entry["approach"], judged[0][0]))
+            # Curves, costs and examples are those of one model; areas and fidelity are over all repeats.
+            found = next(((r, e) for r, e in zip(entry["repeats"], entry["explanations"], strict=True) if e), None)
+            if entry.get("maps") and found:
+                folder = folders.get((cell["dataset"], cell["model"], entry["approach"], found[0]))
                 made.append(Section(f"{named(cell)}: {shown(entry['approach'])}", _judged(
-                    judged, entry["approach"], f"{cell['dataset']}-{cell['model']}-{entry['approach']}",
-                    cell_names(export, cell), arrays(folder) if folder else None), level=2))
+                    entry, *found, f"{cell['dataset']}-{cell['model']}-{entry['approach']}", cell_names(export, cell),
+                    arrays(folder) if folder else None), level=2))
     if not made:
         return []
     return [Section("The maps as explanations", [Text(
@@ -68,59 +69,67 @@ def cell_names(export: Mapping[str, Any], cell: Mapping[str, Any]) -> list[str]:
                 if (c["dataset"], c["model"]) == (cell["dataset"], cell["model"]))
 
 
-def _judged(judged: list[tuple[int, Mapping[str, Any]]], approach: str, tail: str, names: list[str],
+def _judged(entry: Mapping[str, Any], repeat: int, found: Mapping[str, Any], tail: str, names: list[str],
             arrays: Arrays | None) -> list[Block]:
-    repeat, found = judged[0]
-    said = (f"Repeat {repeat}, {found['images']:,} test images, {found['regions']} regions of {found['region']}×"
-            f"{found['region']} pixels. Intervals are over the images of this one model")
-    blocks: list[Block] = [Text(sentence(found, approach), "lead"), _curves(found, approach, tail),
-                           _aopc(judged, approach, tail), Text(f"{said}; the CSV has every repeat.", "note")]
-    if found.get("fidelity"):
-        blocks.append(_fidelity(judged, tail))
+    approach, maps = entry["approach"], entry["maps"]
+    blocks: list[Block] = [
+        Text(sentence(maps, found, approach), "lead"), _curves(found, approach, repeat, tail),
+        _aopc(maps, found, approach, tail),
+        Text(f"{found['images']:,} test images, {found['regions']} regions of {found['region']}×{found['region']} "
+             f"pixels. Intervals are over {maps['orders'][RANDOM]['aopc']['over'].replace('images', 'test images')}, "
+             "paired where two orders are compared; forward passes and times are those of repeat "
+             f"{repeat}, in one process.", "note")]
+    if maps["fidelity"]:
+        blocks.append(_fidelity(maps, found, tail))
     if arrays is not None and len(arrays.get("shown", ())):
         blocks.append(_examples(arrays, approach, tail, names))
     return blocks
 
 
-def sentence(found: Mapping[str, Any], approach: str) -> str:
-    """What the model's own map is worth, in words; of SHAP's where it makes none."""
-    morf = found["morf"]
-    main = next((order for order in (*OWN, *morf) if order in morf and order not in (RANDOM, LEAST)), None)
-    if main is None or RANDOM not in morf:
+def sentence(maps: Mapping[str, Any], found: Mapping[str, Any], approach: str) -> str:
+    """What the model's own map is worth, in words; of an attribution's where it makes none.
+
+    maps: of the evidence, over repeats; found: of one model, for the costs.
+    """
+    orders = maps["orders"]
+    main = next((order for order in (*OWN, maps["explainer"], *orders)
+                 if order in orders and orders[order]["over_random"] and order != LEAST), None)
+    if main is None:
         return "There is no map here to be judged against a random order."
-    name = order_name(main, approach)
-    gap = morf[main]["aopc_over_random"]["probability"]["early"]
-    if gap["low"] > 0:
-        words = f"{name} finds what the model looks at better than chance: "
-    elif gap["high"] < 0:
-        words = f"{name} is worse than a random order: "
-    else:
-        words = f"{name} cannot be told from a random order: "
-    words += f"the area over its MoRF curve is {_change(gap)} of that of random order (first 16 % of the regions)"
-    against = next((key for key in morf[main] if key.startswith("aopc_over_") and key != "aopc_over_random"), None)
-    if against:
-        other = morf[main][against]["probability"]["early"]
-        words += f", and {_change(other)} of that of {order_name(against.removeprefix('aopc_over_'), approach)}"
-    return f"{words}. {_cost(found, main, approach)}".strip()
+    gap, other = orders[main]["over_random"], orders[main]["over_explainer"]
+    worth = ("finds what the model looks at better than chance does" if gap["low"] > 0 else
+             "is worse than a random order" if gap["high"] < 0 else "cannot be told from a random order")
+    words = (f"{_capital(order_name(main, approach))} {worth}: the area over its MoRF curve (first 16 % of the "
+             f"regions) is {_change(gap)} of a random order's")
+    if other:
+        words += f", and {_change(other)} of that by {order_name(maps['explainer'], approach)}"
+    return f"{words}. {_cost(found, main, maps['explainer'], approach)}".strip()
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _change(gap: Mapping[str, float]) -> str:
     side = "ahead" if gap["mean"] >= 0 else "short"
-    return f"{100 * abs(gap['mean']):.1f} points {side} [{_signed(gap['low'])}, {_signed(gap['high'])}]"
+    return f"{100 * abs(gap['mean']):.1f} points {side} {_signed_bounds(gap)}"
 
 
 def _signed(value: float) -> str:
     return f"{100 * value:+.1f}".replace("-", "−")
 
 
-def _cost(found: Mapping[str, Any], main: str, approach: str) -> str:
+def _signed_bounds(gap: Mapping[str, float]) -> str:
+    return f"[{_signed(gap['low'])}, {_signed(gap['high'])}]"
+
+
+def _cost(found: Mapping[str, Any], main: str, explainer: str | None, approach: str) -> str:
     seconds, evaluations = found["seconds_per_map"], found["evaluations_per_map"]
-    dear = max((o for o in seconds if o not in OWN), key=lambda o: seconds[o], default=None)
-    if main not in OWN or main not in seconds or dear is None:
+    if main not in OWN or main not in seconds or explainer not in seconds:
         return ""
-    return (f"One such map costs {evaluations.get(main) or 1} forward pass ({1000 * seconds[main]:.2f} ms), one by "
-            f"{order_name(dear, approach)} {evaluations.get(dear) or 'an unknown number'} ({1000 * seconds[dear]:.0f} "
-            f"ms): {seconds[dear] / seconds[main]:,.0f} times as long.")
+    return (f"One such map costs one forward pass ({1000 * seconds[main]:.2f} ms), one by "
+            f"{order_name(explainer, approach)} {evaluations.get(explainer) or 'an unknown number'} "
+            f"({1000 * seconds[explainer]:.0f} ms): {seconds[explainer] / seconds[main]:,.0f} times as long.")
 
 
 def _look(order: str, orders: list[str]) -> tuple[str, Any, float]:
@@ -128,7 +137,7 @@ def _look(order: str, orders: list[str]) -> tuple[str, Any, float]:
     return _LOOKS[order] if order in _LOOKS else _OTHERS[others.index(order) % len(_OTHERS)]
 
 
-def _curves(found: Mapping[str, Any], approach: str, tail: str) -> Figure:
+def _curves(found: Mapping[str, Any], approach: str, repeat: int, tail: str) -> Figure:
     made = figure(8.6, 3.9)
     axes, orders = made.subplots(), list(found["morf"])
     share = 100 * np.arange(found["regions"] + 1) / found["regions"]
@@ -146,34 +155,29 @@ def _curves(found: Mapping[str, Any], approach: str, tail: str) -> Figure:
     axes.legend(fontsize=8.5, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     plain(axes, grid="y")
     return Figure(f"morf-{tail}.png", png(made), "MoRF curves: probability of the predicted class as regions go",
-                  "Means over the images with their intervals; shaded: the first 16 % of the regions.", 900)
+                  f"Repeat {repeat}: means over the images with their intervals; shaded: the first 16 % of the "
+                  "regions.", 900)
 
 
-def _aopc(judged: list[tuple[int, Mapping[str, Any]]], approach: str, tail: str) -> Table:
+def _aopc(maps: Mapping[str, Any], found: Mapping[str, Any], approach: str, tail: str) -> Table:
     rows = []
-    for repeat, found in judged:
-        for order, of in found["morf"].items():
-            area, over = of["aopc"]["probability"], of.get("aopc_over_random", {}).get("probability", {}).get("early")
-            seconds = found["seconds_per_map"].get(order)
-            rows.append([order_name(order, approach), _value(area["early"]), _bounds(area["early"]),
-                         _value(area["all"]), NONE if over is None else _signed(over["mean"]),
-                         NONE if over is None else f"[{_signed(over['low'])}, {_signed(over['high'])}]",
-                         NONE if "tied_images" not in of else f"{100 * of['tied_images']:.0f}",
-                         str(found["evaluations_per_map"].get(order) or NONE),
-                         NONE if seconds is None else f"{1000 * seconds:.2f}", str(repeat)])
-    head = ["order by", "area, first 16 %", "interval", "area, all", "over random", "interval", "images with ties %",
-            "forward passes a map", "ms a map", "repeat"]
-    return Table(f"morf-{tail}", head, rows, frozenset(range(1, len(head))), frozenset({0}),
-                 "Area over the MoRF curve (AOPC), in points of probability: larger is better",
-                 shown_rows=len(judged[0][1]["morf"]))
-
-
-def _value(estimate: Mapping[str, float]) -> str:
-    return f"{100 * estimate['mean']:.1f}"
-
-
-def _bounds(estimate: Mapping[str, float]) -> str:
-    return f"[{100 * estimate['low']:.1f}, {100 * estimate['high']:.1f}]"
+    for order in sorted(maps["orders"], key=lambda o: -maps["orders"][o]["aopc"]["mean"]):
+        of, seconds = maps["orders"][order], found["seconds_per_map"].get(order)
+        row = [order_name(order, approach), f"{100 * of['aopc']['mean']:.1f}",
+               f"[{100 * of['aopc']['low']:.1f}, {100 * of['aopc']['high']:.1f}]"]
+        for gap in (of["over_random"], of["over_explainer"]):
+            row += [_signed(gap["mean"]), _signed_bounds(gap)] if gap else [NONE, NONE]
+        tied = found["morf"].get(order, {}).get("tied_images")
+        rows.append([*row, NONE if tied is None else f"{100 * tied:.0f}",
+                     str(found["evaluations_per_map"].get(order) or NONE),
+                     NONE if seconds is None else f"{1000 * seconds:.2f}"])
+    explainer = order_name(maps["explainer"], approach) if maps["explainer"] else "explainer"
+    head = ["order by", "area", "interval", "over random", "interval", f"over {explainer}", "interval",
+            "images with ties %", "forward passes", "ms a map"]
+    return Table(f"morf-{tail}", head, rows, frozenset(range(1, len(head))),
+                 frozenset(i for i, row in enumerate(rows) if row[0] in {order_name(o, approach) for o in OWN}),
+                 "Area over the MoRF curve over the first 16 % of the regions (AOPC), in points of probability: larger "
+                 "is better")
 
 
 _PREDICTORS = {"decoder": "the decoder", "mean_map": "the mean training map, for every image",
@@ -182,23 +186,19 @@ _PREDICTORS = {"decoder": "the decoder", "mean_map": "the mean training map, for
                "random_decoder": "a decoder with random weights"}
 
 
-def _fidelity(judged: list[tuple[int, Mapping[str, Any]]], tail: str) -> Table:
-    rows = []
-    for repeat, found in judged:
-        for name, of in (found.get("fidelity") or {"predictors": {}})["predictors"].items():
-            rows.append([_PREDICTORS.get(name, name), _plain(of["mse"]), _plain(of["correlation"]),
-                         _plain(of["overlap"]), str(repeat)])
-    about = judged[0][1]["fidelity"]
+def _fidelity(maps: Mapping[str, Any], found: Mapping[str, Any], tail: str) -> Table:
+    about, measures = found["fidelity"], ("mse", "correlation", "overlap")
+    rows = [[_PREDICTORS.get(name, name), *(_plain(of.get(measure)) for measure in measures)]
+            for name, of in maps["fidelity"].items()]
     return Table(f"fidelity-{tail}", ["predictor of the map", "MSE", "correlation",
-                                      f"overlap of the top {percent(about['top_share'], 0)} %", "repeat"],
-                 rows, frozenset({1, 2, 3, 4}), frozenset({0}),
+                                      f"overlap of the top {percent(about['top_share'], 0)} %"], rows,
+                 frozenset({1, 2, 3}), frozenset(i for i, name in enumerate(maps["fidelity"]) if name == "decoder"),
                  f"How well {order_name(about['target'], '')} is predicted on test images (maps scaled: "
-                 f"{about['scale']}); the decoder is worth something where it beats the mean maps",
-                 shown_rows=len(about["predictors"]))
+                 f"{about['scale']}); the decoder is worth something where it beats the mean maps")
 
 
-def _plain(estimate: Mapping[str, float | None]) -> str:
-    if estimate["mean"] is None:
+def _plain(estimate: Mapping[str, float] | None) -> str:
+    if estimate is None:
         return NONE
     return f"{estimate['mean']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]".replace("-", "−")
 

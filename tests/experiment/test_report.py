@@ -215,20 +215,24 @@ def test_as_a_program(finished, stopped, tmp_path, capsys):
     assert end.value.code == 2 and "holds no job" in capsys.readouterr().err
 
 
-def judged(gap: float, own: str = "decoder") -> dict:
+def about_maps(gap: float, own: str = "decoder") -> dict:
+    """The entry "maps" of experiment.evidence, small."""
+    def interval(mean: float) -> dict:
+        return {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "over": "repeats and images"}
+
+    orders = {own: {"aopc": interval(0.5), "over_random": interval(gap), "over_explainer": interval(-0.3)},
+              "shap_predicted": {"aopc": interval(0.6), "over_random": interval(0.3), "over_explainer": None},
+              "random": {"aopc": interval(0.2), "over_random": None, "over_explainer": interval(-0.3)}}
+    measures = {m: interval(0.5) for m in ("mse", "correlation", "overlap")}
+    return {"orders": orders, "explainer": "shap_predicted", "fidelity": {own: measures, "mean_map": measures}}
+
+
+def of_one_model(own: str = "decoder") -> dict:
     """A result of experiment.explanations, small."""
-    area = {"mean": 0.3, "low": 0.2, "high": 0.4}
-    over = {"mean": gap, "low": gap - 0.1, "high": gap + 0.1}
-    order = {q: {k: [0.9, 0.5, 0.1] for k in ("mean", "low", "high")} for q in ("probability", "logit")} | {
-        "aopc": {q: {p: area for p in ("early", "all")} for q in ("probability", "logit")}}
-    compared = {f"aopc_over_{o}": {q: {p: over for p in ("early", "all")} for q in ("probability", "logit")}
-                for o in ("random", "shap_predicted")}
-    value = {"mean": 0.5, "low": 0.4, "high": 0.6, "images": 4}
-    return {"images": 4, "region": 4, "regions": 2, "early_regions": 1, "over": "images", "seconds": 1.0,
-            "morf": {own: order | compared | {"tied_images": 0.25, "tied_regions": 2.0}, "random": order,
-                     "shap_predicted": order | {"aopc_over_random": compared["aopc_over_random"]}},
-            "fidelity": {"target": "shap_of_a", "scale": "std", "top_share": 0.1, "predictors": {
-                name: {m: value for m in ("mse", "correlation", "overlap")} for name in (own, "mean_map")}},
+    order = {"probability": {k: [0.9, 0.5, 0.1] for k in ("mean", "low", "high")}, "tied_images": 0.25}
+    return {"images": 4, "region": 4, "regions": 2, "early_regions": 1,
+            "morf": {own: order, "shap_predicted": order, "random": order},
+            "fidelity": {"target": "shap_of_a", "scale": "std", "top_share": 0.1},
             "seconds_per_map": {own: 0.001, "shap_predicted": 0.2},
             "evaluations_per_map": {own: 1, "shap_predicted": 2000}}
 
@@ -236,16 +240,19 @@ def judged(gap: float, own: str = "decoder") -> dict:
 @pytest.mark.parametrize(("gap", "says"), [(0.2, "better than chance"), (-0.2, "worse than a random order"),
                                            (0.05, "cannot be told from a random order")])
 def test_what_is_said_of_maps(gap, says):
-    said = sentence(judged(gap), "impactx")
-    assert says in said and "IMPACTX's own map" in said and "200 times as long" in said
-    assert f"{100 * abs(gap):.1f} points {'ahead' if gap > 0 else 'short'}" in said
+    said = sentence(about_maps(gap), of_one_model(), "impactx")
+    assert says in said and said.startswith("IMPACTX's own map") and "200 times as long" in said
+    assert f"{100 * abs(gap):.1f} points {'ahead' if gap > 0 else 'short'} of a random" in said.replace(
+        f" [{100 * gap - 10:+.1f}, {100 * gap + 10:+.1f}]".replace("-", "−"), "")
+    assert "30.0 points short [−40.0, −20.0] of that by SHAP of this model, predicted class" in said
 
 
 def test_the_part_on_maps_and_its_examples(finished):
     """With what the unit leaves, image by image: one row an example, misclassified ones say so."""
     export = export_job(finished[0], finished[1].key)
     for entry in export["evidence"]["cells"][0]["approaches"]:
-        entry["explanations"] = [judged(0.2) if entry["approach"] == "impactx" else None, None]
+        ours = entry["approach"] == "impactx"
+        entry |= {"explanations": [of_one_model() if ours else None, None], "maps": about_maps(0.2) if ours else None}
     for row in export["cells"][0]["rows"]:
         row["explanations"] = f"explanations/{row['approach']}-{row['repeat']}"
     rng = np.random.default_rng(0)
