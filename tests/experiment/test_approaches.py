@@ -29,7 +29,8 @@ NAMES = ["impactx", "lambda0", "shuffled", "shuffled_in_class", "mean_map", "cla
 TINY = (f"approach=[{','.join(NAMES)}]", "datasets.digits.subset=80", "grid.learning_rate=[0.004]",
         "grid.batch_size=[16]", "grid.validation_fraction=[0.2]", "training.epochs=2", "attribution.max_evals=12",
         "attribution.fixed_context=1", "maps.shard_size=50", "approaches.impactx.lambdas=[0.8]", "repeats=1",
-        "approaches.integrated_gradients.attribution.steps=2", "approaches.abn.learning_rate_factors=[0.5,1.0]")
+        "approaches.integrated_gradients.attribution.steps=2", "approaches.abn.learning_rate_factors=[0.5,1.0]",
+        "evaluation.map_images=0")
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +63,10 @@ class Recorder(LocalExecutor):
     def evaluate(self, task):
         self.done.append(task.unit.name)
         return super().evaluate(task)
+
+    def judge(self, task):
+        self.done.append(task.unit.name)
+        return super().judge(task)
 
 
 def experiment(output: Path, shared: Path, *overrides: str, stop_at: str = ""):
@@ -193,6 +198,19 @@ def test_a_second_run_computes_nothing_and_a_dry_run_knows_it(first, shared):
                  "single_stage: explains itself, at most 80 maps a training", "stage 2: 2 trials (abn: 2)",
                  "class-weighted maps of test images repeat 0"):
         assert said in text, text
+
+
+def test_the_maps_of_every_kind_can_be_judged_but_waes(first, shared):
+    rows, job, _ = first
+    again, executor = experiment(Path(job.place.output), shared, "evaluation.map_images=10", "evaluation.orders=[own]",
+                                 "evaluation.approaches=[abn,ensemble,wae,single_stage]")
+    judged = {r.approach: r.explanations for r in again.run()}
+    assert executor.done == [f"explanations of {n} repeat 0" for n in (
+        "ensemble", f"abn rate x{rows['abn'].learning_rate / 0.004:g}", "single_stage lambda=0.8")]
+    found = {n: json.loads(Path(job.place.output, judged[n], "result.json").read_text())["morf"] for n in judged
+             if judged[n]}
+    assert set(found["abn"]) >= {"attention", "random"} and set(found["single_stage"]) >= {"decoder", "random"}
+    assert set(found) == {"abn", "ensemble", "single_stage"}
 
 
 @pytest.mark.parametrize("name", ["abn", "wae", "ensemble", "single_stage"])
