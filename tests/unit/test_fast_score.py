@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from impactx.explain.fast import fast_score
+from impactx.explain.fast import _layout_changes, _trace, fast_score
 from impactx.explain.partition import partition_shap
 
 SHAPE = (3, 13, 16)
@@ -70,6 +70,20 @@ def test_what_cannot_be_split_is_left_whole(between: str) -> None:
     score = fast_score(model, SHAPE)
     assert score.head is None
     with torch.no_grad():
+        torch.testing.assert_close(score(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("activation", "stays"), [(nn.ReLU, True), (nn.SiLU, False)])
+def test_onednns_layout_is_for_networks_that_can_stay_in_it(activation: type[nn.Module], stays: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), activation(), nn.Conv2d(8, 8, 3), activation(), nn.Conv2d(8, 8, 3),
+                          nn.Flatten(), nn.Linear(8 * 7 * 10, 5)).eval()
+    images = torch.rand(7, *SHAPE)
+    with torch.no_grad():
+        frozen = torch.jit.optimize_for_inference(_trace(model, torch.rand(50, *SHAPE)))
+        assert (_layout_changes(frozen.graph) == 1) == stays
+        score = fast_score(model, SHAPE)
+        assert not isinstance(score.score, nn.Sequential), "it runs as it is"
         torch.testing.assert_close(score(images), model(images), rtol=1e-4, atol=1e-5)
 
 

@@ -1,7 +1,8 @@
 """A model in the form in which a CPU runs it fastest, and its first layer split off where that pays.
 
-``fast_score(module, shape)`` freezes a module (TorchScript, ``optimize_for_inference``: constants and batch norms
-folded, oneDNN layouts); on one core it is about twice as fast as the module itself. Where the module begins with
+``fast_score(module, shape)`` freezes a module (TorchScript: constants and batch norms folded; in oneDNN's layout
+where the whole network can stay in it, else channels-last); on one core it is about twice as fast as the module
+itself. Where the module begins with
 
     image -> affine steps (normalisation, resize, a convolution) -> [ReLU] -> max-pool without overlap -> the rest
 
@@ -13,6 +14,7 @@ taken.
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Callable
@@ -84,8 +86,9 @@ def _frozen(module: nn.Module, example: Tensor) -> Score:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            traced = torch.jit.freeze(torch.jit.trace(module.eval(), example, check_trace=False))
-            frozen = torch.jit.optimize_for_inference(traced)
+            frozen: Score = torch.jit.optimize_for_inference(_trace(module, example))
+            if _layout_changes(frozen.graph) > 1:  # type: ignore[attr-defined]
+                frozen = _channels_last(module, example)
             for part in (example, example[:3], example[:1]):
                 frozen(part)  # the first calls specialise it
                 if not _close(frozen(part), module(part)):
@@ -94,6 +97,27 @@ def _frozen(module: nn.Module, example: Tensor) -> Score:
         log.info("the model runs as it is, not frozen: %s", reason)
         return module
     return frozen
+
+
+def _trace(module: nn.Module, example: Tensor) -> torch.jit.ScriptModule:
+    return torch.jit.freeze(torch.jit.trace(module.eval(), example, check_trace=False))
+
+
+def _layout_changes(graph: torch.Graph) -> int:
+    """How often a frozen graph goes over to oneDNN's layout.
+
+    Once is what pays. A network with operations that oneDNN's form lacks (EfficientNet's SiLU) goes there and back at
+    each of them: EfficientNet-B2 108 times, at less than half the speed of the channels-last form (docs/LOG.md).
+    """
+    inner = (block for node in graph.nodes() for block in node.blocks())
+    return sum(node.kind() == "aten::to_mkldnn" for node in graph.nodes()) + sum(map(_layout_changes, inner))
+
+
+def _channels_last(module: nn.Module, example: Tensor) -> Score:
+    """``module`` frozen with all its tensors in channels-last order."""
+    layout = torch.channels_last
+    traced = _trace(copy.deepcopy(module).to(memory_format=layout), example.contiguous(memory_format=layout))
+    return lambda images: traced(images.contiguous(memory_format=layout))
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
