@@ -17,13 +17,15 @@ from impactx.datasets import Dataset, make_split
 from impactx.datasets.batches import DeviceData
 from impactx.explain.attribution import build_attribution
 from impactx.explain.store import map_scale
-from impactx.models import Impactx, load_checkpoint, save_checkpoint
+from impactx.explain.weighted import explain_by_own_probabilities
+from impactx.models import Classifier, load_checkpoint, save_checkpoint
 from impactx.settings import (
     AttributionSettings,
     AugmentationSettings,
     ImpactxSettings,
     ModelSettings,
     PartitionSettings,
+    Settings,
     TrainingSettings,
 )
 from impactx.timing import Progress
@@ -46,9 +48,10 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Prediction:
-    """labels: int64 (N,); probabilities: float32 (N, K); maps: float32 (N, C, H, W), None from a bare classifier.
+    """labels: int64 (N,); probabilities: float32 (N, K); maps: float32 (N, C, H, W), None from a model without.
 
-    Maps are in the units of the attribution (scaled ones where each training map had a scale of its own).
+    Maps are in the units of the attribution (scaled ones where each training map had a scale of its own); of ABN,
+    its attention, (N, 1, H, W) in (0, 1); of WAE, the maps that it had to be given.
     """
 
     labels: np.ndarray
@@ -58,7 +61,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A classifier A, or IMPACTX around one: on the CPU, in eval mode, with its best epoch's weights.
+    """A classifier A, IMPACTX around one, or another approach: on the CPU, in eval mode, with its best epoch's weights.
 
     map_unit: by which the network's maps are multiplied to be in the attribution's units; history: one dict
     an epoch; best: the one whose weights these are.
@@ -67,7 +70,7 @@ class TrainedModel:
     model: nn.Module
     model_settings: ModelSettings
     class_names: tuple[str, ...]
-    approach_settings: ImpactxSettings | None = None
+    approach_settings: Settings | None = None
     map_unit: float | None = None
     schedule: Schedule = Schedule()
     history: list[Metrics] = field(default_factory=list)
@@ -80,24 +83,34 @@ class TrainedModel:
 
     @torch.no_grad()
     def predict(self, images: np.ndarray, *, device: str = "cpu", batch_size: int = 500) -> Prediction:
-        """Labels, probabilities and, of IMPACTX, maps, by one forward pass.
+        """Labels, probabilities and, where the model makes maps, these: by one forward pass.
 
+        Only WAE needs more: a map of each image is computed first, which costs what an explanation costs.
         images: uint8 (N, H, W, 3) of the training images' size.
         """
         if images.ndim != 4 or images.dtype != np.uint8:
             raise ValueError(f"images must be uint8 (N, H, W, 3), got {images.dtype} {images.shape}")
         model, probabilities, maps = self.model.to(device), [], []
+        given = self._given_maps(images, device)
         held = DeviceData(images, np.zeros(len(images), np.int64), np.arange(len(images)), device=device,
-                          memory_bytes=2**30)
+                          maps=given, memory_bytes=2**30)
         for batch in held.evaluation(batch_size=batch_size):
-            logits = model(batch.images)
-            if isinstance(model, Impactx):
-                logits, found = logits
+            if hasattr(model, "with_maps"):
+                logits, found = model.with_maps(batch.images)
                 maps.append((found * (self.map_unit or 1.0)).float().cpu().numpy())
+            else:
+                logits = model.classify(batch.images, *(() if batch.maps is None else (batch.maps,)))
             probabilities.append(logits.softmax(1).float().cpu().numpy())
         model.to("cpu")
         whole = np.concatenate(probabilities)
-        return Prediction(whole.argmax(1), whole, np.concatenate(maps) if maps else None)
+        return Prediction(whole.argmax(1), whole, np.concatenate(maps) if maps else given)
+
+    def _given_maps(self, images: np.ndarray, device: str) -> np.ndarray | None:
+        """The maps that a model must be given, by the attribution that it was trained with."""
+        if not getattr(self.model, "takes_maps", False):
+            return None
+        attribution = getattr(self.approach_settings, "attribution", None) or PartitionSettings()
+        return explain_by_own_probabilities(build_attribution(attribution), self.model.a, images, device=device).maps
 
     def save(self, path: str | Path) -> None:
         """Write a checkpoint that `load_model` reads."""
@@ -112,8 +125,8 @@ def load_model(source: str | Path | bytes) -> TrainedModel:
     Raises CheckpointError where it is none.
     """
     loaded = load_checkpoint(source)
-    approach = loaded.approach_settings if isinstance(loaded.approach_settings, ImpactxSettings) else None
-    return TrainedModel(loaded.model, loaded.model_settings, tuple(loaded.class_names), approach, loaded.map_scale)
+    return TrainedModel(loaded.model, loaded.model_settings, tuple(loaded.class_names), loaded.approach_settings,
+                        loaded.map_scale)
 
 
 def train_classifier(data: Dataset, model: ModelSettings, training: TrainingSettings = TrainingSettings(),  # noqa: B008
@@ -155,8 +168,8 @@ def train_impactx(a: TrainedModel, data: Dataset, maps: np.ndarray,
     maps: as `explain_dataset` made them; scale: std, max_abs or raw (setting maps.scale); schedule: A's by
     default. Raises ValueError where it diverges at once.
     """
-    if isinstance(a.model, Impactx):
-        raise ValueError("stage 2 starts from a classifier of stage 1, and this is IMPACTX already")
+    if not isinstance(a.model, Classifier):
+        raise ValueError(f"stage 2 starts from a classifier of stage 1, and this is {type(a.model).__name__}")
     s = schedule or a.schedule
     split = make_split(data.train.labels, s.validation_fraction, seed=s.seed, common_fraction=s.validation_fraction,
                        class_names=data.class_names)

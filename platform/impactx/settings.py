@@ -12,7 +12,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -71,13 +71,19 @@ def _colour_as_text(value: Any) -> Any:
 
 
 def tagged(annotation: Any) -> dict[str, type[Settings]]:
-    """The classes of a union of settings by their tag (the only value of their `method` or `kind`); else empty."""
+    """The classes of a union of settings by their tag (the only value of their `method` or `kind`); else empty.
+
+    Such a union or null is the same union.
+    """
     if typing.get_origin(annotation) is Annotated:
         annotation = typing.get_args(annotation)[0]
     if typing.get_origin(annotation) not in (typing.Union, types.UnionType):
         return {}
+    members = [member for member in typing.get_args(annotation) if member is not type(None)]
+    if len(members) == 1:
+        return tagged(members[0])
     found = {}
-    for member in typing.get_args(annotation):
+    for member in members:
         fields = member.model_fields if isinstance(member, type) and issubclass(member, Settings) else {}
         for name in {"method", "kind"} & set(fields):
             found[fields[name].default] = member
@@ -335,20 +341,104 @@ class MapSettings(Settings):
         "max_abs: each map by its largest absolute value; raw: as they are"))
 
 
-class ImpactxSettings(Settings):
-    """IMPACTX's second stage (paper 3.3, 4.3), and with other lambdas or maps its controls."""
+class _ApproachBase(Settings):
+    """What every approach answers."""
 
-    kind: Literal["impactx"] = "impactx"
-    lambdas: axis(Lambda) = _expand_range({"start": 0.2, "stop": 1.4, "step": 0.2})  # Table 1
-    m: Literal["logits", "penultimate"] = Field("logits", description="paper 3.1: m are the K scores")
-    latent: int = Field(512, ge=1, description="units of the LEP's last layer, paper 4.3")
-    lep_start: Literal["as_stage1", "from_stage1"] = Field("as_stage1", description=(
-        "as_stage1: the LEP starts where A started (random or pre-trained); from_stage1: at A's trained layers"))
+    # No part of a recipe: what is searched (the point that is trained is in it), and the maker of maps (their
+    # store's key is in it). Settings younger than finished runs are left out at these values, or what was
+    # computed before there was such a setting would be computed again.
+    _searched: ClassVar[frozenset[str]] = frozenset({"learning_rate", "batch_size", "attribution"})
+    _younger: ClassVar[Mapping[str, Any]] = {}
+
+    def described(self) -> dict[str, Any]:
+        """The settings as plain data for a fingerprint: what a network depends on, but the point and the maps."""
+        described = self.model_dump(mode="json", exclude=set(self._searched))
+        return {k: v for k, v in described.items() if k not in self._younger or v != self._younger[k]}
+
+
+class _TrainedBase(_ApproachBase):
     learning_rate: LearningRate | None = Field(None, description="None: the one selected for A")
     batch_size: BatchSize | None = Field(None, description="None: the one selected for A")
 
 
-ApproachSettings = ImpactxSettings
+Lambdas = axis(Lambda)
+_TABLE_1 = _expand_range({"start": 0.2, "stop": 1.4, "step": 0.2})
+_FACTORS = Field([1.0], description=(
+    "candidates, times learning_rate: as many as IMPACTX has lambdas make its search and this one equal"))
+
+
+class ImpactxSettings(_TrainedBase):
+    """IMPACTX's second stage (paper 3.3, 4.3), and with other lambdas or maps its controls."""
+
+    kind: Literal["impactx"] = "impactx"
+    lambdas: Lambdas = _TABLE_1
+    m: Literal["logits", "penultimate"] = Field("logits", description="paper 3.1: m are the K scores")
+    latent: int = Field(512, ge=1, description="units of the LEP's last layer, paper 4.3")
+    lep_start: Literal["as_stage1", "from_stage1"] = Field("as_stage1", description=(
+        "as_stage1: the LEP starts where A started (random or pre-trained); from_stage1: at A's trained layers"))
+    maps: Literal["own", "shuffled", "shuffled_in_class", "mean", "class_mean"] = Field("own", description=(
+        "what the decoder is taught. own: each image's map; the controls: another image's (shuffled, "
+        "shuffled_in_class), or the mean of the training part's maps (mean, class_mean) for every image"))
+    attribution: AttributionSettings | None = Field(None, description=(
+        "makes the maps, in a store of its own; None: the experiment's"))
+
+    _searched: ClassVar[frozenset[str]] = _ApproachBase._searched | {"lambdas"}
+    _younger: ClassVar[Mapping[str, Any]] = {"maps": "own"}
+
+
+class AbnSettings(_TrainedBase):
+    """Attention Branch Network (Fukui et al. 2019, the paper's [16]; DESIGN section 6)."""
+
+    kind: Literal["abn"] = "abn"
+    learning_rate_factors: axis(Positive) = _FACTORS
+
+    _searched: ClassVar[frozenset[str]] = _ApproachBase._searched | {"learning_rate_factors"}
+
+
+class WaeSettings(_TrainedBase):
+    """Weighted average explanations (Apicella et al. 2023, the paper's [7]): test images need maps as well."""
+
+    kind: Literal["wae"] = "wae"
+    learning_rate_factors: axis(Positive) = _FACTORS
+    m: Literal["logits", "penultimate"] = Field("logits", description="as IMPACTX's")
+    latent: int = Field(512, ge=1, description="units of the encoder's last layer, as the LEP's")
+    encoder_start: Literal["as_stage1", "from_stage1"] = Field("as_stage1", description="as IMPACTX's lep_start")
+    attribution: AttributionSettings | None = Field(None, description="makes the class maps; None: the experiment's")
+
+    _searched: ClassVar[frozenset[str]] = _ApproachBase._searched | {"learning_rate_factors"}
+
+
+class EnsembleSettings(_ApproachBase):
+    """Control: the mean probabilities of two classifiers A of equal cost, from two seeds."""
+
+    kind: Literal["ensemble"] = "ensemble"
+
+
+class SingleStageSettings(_TrainedBase):
+    """IMPACTX trained in a single stage (paper 3.3): M too, on maps of IMPACTX itself, made anew as it learns."""
+
+    kind: Literal["single_stage"] = "single_stage"
+    lambdas: Lambdas = _TABLE_1
+    m: Literal["logits", "penultimate"] = Field("logits", description="as IMPACTX's")
+    latent: int = Field(512, ge=1, description="as IMPACTX's")
+    explain_every: int = Field(1, ge=1, description="epochs between two rounds of maps; paper: 1")
+    explain_share: float = Field(1.0, gt=0, le=1, description=(
+        "share of the training images explained in a round, drawn anew; the others keep the map they have, or have "
+        "no part in the MSE until their first"))
+    auxiliary: float = Field(0.0, ge=0, allow_inf_nan=False, description=(
+        "weight of a cross entropy of M's own scores; 0: M learns through C alone"))
+    attribution: AttributionSettings | None = Field(None, description="makes the maps; None: the experiment's")
+
+    _searched: ClassVar[frozenset[str]] = _ApproachBase._searched | {"lambdas"}
+
+
+ApproachSettings = Annotated[
+    ImpactxSettings | AbnSettings | WaeSettings | EnsembleSettings | SingleStageSettings, Field(discriminator="kind")]
+
+
+def parse_approach(described: Mapping[str, Any]) -> ApproachSettings:
+    """Settings from plain data, as a unit's inputs hold them. Raises pydantic's ValidationError."""
+    return TypeAdapter(ApproachSettings).validate_python(dict(described))
 
 
 MapOrder = Literal["own", "predicted", "true", "of_a", "mean_map"]
@@ -478,6 +568,14 @@ class ExperimentSettings(Settings):
             raise ValueError(f"grid.strategy 'asha' with cluster.trial_workers = {self.cluster.trial_workers}: a trial "
                              "over several workers cannot be stopped early; set trial_workers to 1")
         return self
+
+    @field_validator("approaches", mode="before")
+    @classmethod
+    def _impactx_by_default(cls, approaches: Any) -> Any:
+        if not isinstance(approaches, dict):
+            return approaches
+        return {name: {"kind": "impactx"} | value if isinstance(value, dict) else value
+                for name, value in approaches.items()}
 
     @field_validator("approaches")
     @classmethod

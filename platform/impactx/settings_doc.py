@@ -65,7 +65,12 @@ def _nested(annotation: Any) -> tuple[dict[str, type[BaseModel]], str]:
         return _nested(typing.get_args(annotation)[1])[0], ".<name>"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return {"": annotation}, ""
-    return dict(tagged(annotation)), ""
+    return {} if _optional(annotation) else dict(tagged(annotation)), ""
+
+
+def _optional(annotation: Any) -> bool:
+    """True for something or null: its settings stand where it must be given, and are not listed again."""
+    return type(None) in typing.get_args(annotation)
 
 
 _PLAIN = {int: "whole number", float: "number", str: "text", bool: "true, false", type(None): "null"}
@@ -79,6 +84,8 @@ def _allowed(annotation: Any, metadata: typing.Sequence[Any] = ()) -> str:
     if kinds := tagged(annotation):
         return f"settings of {', '.join(kinds)}"
     if origin in (typing.Union, types.UnionType):
+        if tags := tagged(annotation):
+            return f"settings with one of these: {', '.join(tags)}" + (" or null" if _optional(annotation) else "")
         text = " or ".join(_allowed(a) for a in arguments if a is not type(None))
         bounds = _bounds(metadata)
         return text + bounds + (" or null" if type(None) in arguments else "")

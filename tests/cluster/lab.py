@@ -63,10 +63,10 @@ class Lab:
         """The unit of A's maps; A must be trained."""
         return self.cell.maps(a, self.place.artifacts.result(a), 0)
 
-    def stage2(self, a: Unit, maps: Unit) -> Unit:
-        """The unit of IMPACTX; A and its maps must be there."""
-        return self.cell.stage2_model("impactx", self.settings.approaches["impactx"], Configuration(0.004, 32, 0.2),
-                                      0.8, 0, a, maps)
+    def stage2(self, a: Unit) -> Unit:
+        """The unit of IMPACTX; A must be trained."""
+        basis = self.cell.basis(Configuration(0.004, 32, 0.2), a, self.place.artifacts.result(a), 0)
+        return self.cell.approaches()[0].model(basis, {"lambda": 0.8})
 
 
 def task(unit: Unit) -> Task:

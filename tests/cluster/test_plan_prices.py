@@ -12,7 +12,7 @@ import pytest
 from lab import Lab, ignore, task
 
 from impactx.experiment.plan import Configuration
-from impactx.experiment.pricing import MAPS, probes_of
+from impactx.experiment.pricing import MAPS, made_of, probes_of
 from impactx.experiment.rates import STAGE1
 from impactx.experiment.threads import run_all
 
@@ -48,10 +48,11 @@ def test_rates_are_within_30_percent_of_a_real_run(lab):
     # From the shard on that both workers have made one: before it processes start, which the plan says it leaves out.
     written = sorted(path.stat().st_mtime for path in Path(one.place.output, maps.folder).glob("*.parquet"))
     real = (images - 2 * 60) / (written[-1] - written[1])
-    ratios[MAPS] = real / measured.maps(cell)["maps on CPUs"]
+    ratios[MAPS] = real / measured.maps(cell, made_of(maps))["maps on CPUs"]
 
-    nets = [one.cell.stage2_model("impactx", one.settings.approaches["impactx"], point, weight, 0, a, maps)
-            for weight in (0.4, 0.8)]
+    approach, = cell.approaches()
+    basis = cell.basis(point, a, one.place.artifacts.result(a), 0)
+    nets = [approach.model(basis, {"lambda": weight}) for weight in (0.4, 0.8)]
     done = run_all([partial(executor.train, task(net), ignore) for net in nets], 2)
     ratios["impactx"] = measured.epoch("model", cell, "impactx", 32, images - validation, validation) / epoch(done)
     print({name: round(ratio, 2) for name, ratio in ratios.items()})

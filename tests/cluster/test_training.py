@@ -62,7 +62,7 @@ def trained(tmp_path_factory, cache):
     lab.local.train(task(a), ignore)
     maps = lab.maps(a)
     lab.local.explain(task(maps), ignore)
-    lab.local.train(task(lab.stage2(a, maps)), ignore)
+    lab.local.train(task(lab.stage2(a)), ignore)
     return lab
 
 
@@ -83,7 +83,7 @@ def test_two_workers_equal_one_in_float64(trained, lab):
         for name in trained.place.artifacts.storage.names(folder):
             two.place.artifacts.storage.write(f"{folder}/{name}", trained.place.artifacts.storage.read(
                 f"{folder}/{name}"))
-    net = two.stage2(a, maps)
+    net = two.stage2(a)
     two.ray(train_workers=2, train_cpus=0.5).train(task(net), ignore)
     found = same_model(trained, two, net, 1e-9)
     classifier = load_checkpoint(trained.place.artifacts.storage.read(f"{a.folder}/{CHECKPOINT}")).model

@@ -306,6 +306,6 @@ def test_stage_2_runs_on_any_of_them(name, more, tmp_path):
     assert made["images"] == 60 and ("map_gap_mean" in made) == (name == "gradient_shap")
     store = MapStore.open(prepared.place.artifacts.storage, maps.folder)
     assert store.spec.recipe["attribution"]["method"] == name and store.verify() == []
-    stage2 = cell.stage2_model("impactx", settings.approaches["impactx"], point, 0.8, 0, a, maps)
+    stage2 = cell.approaches()[0].model(cell.basis(point, a, trained, 0), {"lambda": 0.8})
     result = executor.train(Task(stage2, "job/2", "job", {}), lambda *_: None)
     assert not result["diverged"] and np.isfinite(result["history"][0]["train_loss"])

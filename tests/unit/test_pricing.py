@@ -8,7 +8,8 @@ import pytest
 
 from impactx.configuration import load_settings
 from impactx.experiment.plan import Cell, Configuration, DataFacts
-from impactx.experiment.pricing import MAPS, Measured, Range, Slots, price_cell, price_list, probes_of
+from impactx.experiment.price_list import price_list
+from impactx.experiment.pricing import MAPS, Measured, Range, Slots, price_cell, probes_of
 from impactx.experiment.rates import STAGE1, TrainingRate
 from impactx.experiment.units import Artifacts
 from impactx.storage import Storage
@@ -73,7 +74,7 @@ def test_what_is_left_is_counted_and_priced(artifacts):
     assert found["stage 1"].alone().low == pytest.approx(found["stage 1"].seconds.low / 4)
     assert found["final models"].seconds.low == pytest.approx(6 * 4 * min(small, large))
     assert found["final models"].seconds.high == pytest.approx(30 * 4 * max(small, large))
-    assert found["search of impactx"].slots == 2, "two trials cannot use four slots"
+    assert found["impactx's search"].slots == 2, "two trials cannot use four slots"
     assert found["maps on CPUs"].alone().low == pytest.approx(2000 / 30)
     text = price_list([price], measured([cell]))
     assert "4 of 4 trials left" in text and "60 to 300 epochs" in text and "200,000 evaluations" in text
@@ -90,7 +91,7 @@ def test_what_exists_costs_nothing(artifacts):
     artifacts.finish(a, {"weights": "w" * 64})
     artifacts.finish(cell.maps(a, {"weights": "w" * 64}, 0), {})
     price = price_cell(cell, measured([cell]), artifacts)
-    assert price.exists == "4 trials, 1 A, 1 maps" and price.trials == 2 and price.evaluations == 100_000
+    assert price.exists == "4 trials, A repeat 0, maps repeat 0" and price.trials == 2 and price.evaluations == 100_000
     found = {item.name: item for item in price.items}
     large = 2 / 3 * 40.2
     assert found["stage 1"].seconds == Range(0, 0)

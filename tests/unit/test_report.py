@@ -188,7 +188,9 @@ def test_a_cell_that_has_not_begun_is_named(finished, tmp_path):
     about = json.loads(path.read_text())
     about["settings"]["models"]["other"] = about["settings"]["models"]["lenet5"]
     path.write_text(json.dumps(about))
-    text = text_of(build_report(export_job(Storage(tmp_path), finished[1].key), lambda folder: None)["report.html"])
+    files = build_report(export_job(Storage(tmp_path), finished[1].key), lambda folder: None)
+    text = text_of(files["report.html"])
+    assert "table2.csv" not in files and "No final model has read the test set yet" in text
     assert "digits × other: everything: it has not begun" in text
     # The units' results are gone as well: that is said, not hidden.
     assert "digits × lenet5: stage 1: 4 of 4 trials are not finished" in text

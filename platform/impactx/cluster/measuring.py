@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from impactx.cluster.errors import portable
 from impactx.experiment.plan import Cell
-from impactx.experiment.pricing import MAPS, Measured, Probe, Slots, price_cell, price_list, probes_of
+from impactx.experiment.price_list import price_list
+from impactx.experiment.pricing import MAPS, Measured, Probe, Slots, price_cell, probes_of
 from impactx.experiment.rates import measure_maps, measure_training
 from impactx.experiment.work import Workplace
 from impactx.settings import ClusterSettings
@@ -39,7 +41,7 @@ class Prober:
         """A rate, or the error that there is none."""
         try:
             if probe.what == MAPS:
-                return measure_maps(probe.cell, place, device)
+                return measure_maps(probe.cell, place, *json.loads(probe.made), device)
             return measure_training(probe.cell, place, probe.what, probe.batch_size, device)
         except Exception as error:
             return portable(error)

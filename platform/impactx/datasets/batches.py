@@ -69,9 +69,9 @@ class DeviceData:
     """Some images of a data set (and their maps) on a device, in batches.
 
     images: uint8 (N, H, W, 3); labels: int64 (N,); indices: which of them, int64 (n,);
-    maps: float32 (N, C, H, W) aligned with images, or None; scale: per-image or one factor by which
-    maps are multiplied. dtype: of the batches. memory_bytes: where images and maps would need more than this
-    on the device, they are gathered from the given arrays batch by batch; None: no limit.
+    maps: float32 (N, C, H, W) aligned with images (an array, or what gives rows as one), or None; scale: per-image
+    or one factor by which maps are multiplied. dtype: of the batches. memory_bytes: where images and maps would need
+    more than this on the device, they are gathered from the given arrays batch by batch; None: no limit.
 
     Attributes: labels, and images and maps as (n, H, W, C), all on the device; images and maps are None where
     they are gathered.
@@ -97,16 +97,25 @@ class DeviceData:
     def __len__(self) -> int:
         return len(self.indices)
 
+    def teach(self, maps: np.ndarray, scale: float | np.ndarray) -> None:
+        """Put other maps beside the images, in the form in which the first ones were given."""
+        if self.loaded:
+            self.maps = self._scaled(maps, scale, self.indices)
+        else:
+            self._host_maps, self._scale = maps, scale
+
     def _gather(self, chosen: np.ndarray) -> tuple[Tensor, Tensor | None]:
         """Images and scaled maps at these places of the given arrays, (B, H, W, C) on the device."""
         images = torch.from_numpy(np.ascontiguousarray(self._host_images[chosen])).to(self.device)
         if self._host_maps is None:
             return images, None
-        maps = torch.from_numpy(np.ascontiguousarray(self._host_maps[chosen].transpose(0, 2, 3, 1)))
-        factor = torch.as_tensor(self._scale if np.ndim(self._scale) == 0 else np.asarray(self._scale)[chosen],
-                                 dtype=self.dtype)
+        return images, self._scaled(self._host_maps, self._scale, chosen)
+
+    def _scaled(self, maps: np.ndarray, scale: float | np.ndarray, chosen: np.ndarray) -> Tensor:
+        own = torch.from_numpy(np.ascontiguousarray(maps[chosen].transpose(0, 2, 3, 1)))
+        factor = torch.as_tensor(scale if np.ndim(scale) == 0 else np.asarray(scale)[chosen], dtype=self.dtype)
         factor = factor.reshape(-1, *[1] * (3 if factor.ndim else 0))
-        return images, (maps.to(self.dtype) * factor).to(self.device)
+        return (own.to(self.dtype) * factor).to(self.device)
 
     def _rows(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.images is None:

@@ -17,7 +17,7 @@ import numpy as np
 from impactx.experiment.evidence import evidence
 from impactx.experiment.journal import CELLS, JOB, now
 from impactx.experiment.results import Row
-from impactx.experiment.units import MAP_SCORES, RESULT, RUNNING
+from impactx.experiment.units import MAP_SCORES, RESULT, RUNNING, STOPPED
 from impactx.storage import Storage, StorageError
 
 READERS = 16  # files read at once: an S3 store answers each in tens of milliseconds
@@ -48,7 +48,8 @@ def export_job(storage: Storage, job: str) -> dict[str, Any]:
 
     job, made (time), settings, starts (time, command, code, versions, machine), cells: a list of
       dataset, model, class_names, image_size, train_images, selection_metric, selected ({search: folder}),
-      units: role, name, folder, step, params, state (finished, diverged, failed, under way or missing), error,
+      units: role, name, folder, step, params, state (finished, diverged, stopped early, failed,
+        under way or missing), error,
         result (of a finished one; a final model's with its history)
       error: what stopped the cell, or None
       rows: of the final models that were tested (experiment.results.Row as plain data)
@@ -86,11 +87,16 @@ def _unit(storage: Storage, unit: dict[str, Any], error: str | None) -> dict[str
     try:
         result = storage.read_json(f"{unit['folder']}/{RESULT}")
     except FileNotFoundError:
-        under_way = unit["role"] in ("trial", "model") and storage.exists(f"{unit['folder']}/{RUNNING}")
-        state = "failed" if error else "under way" if under_way else "missing"
-        return unit | {"state": state, "error": error, "result": None}
+        return unit | {"state": "failed" if error else _unfinished(storage, unit), "error": error, "result": None}
     kept = {k: v for k, v in result.items() if k not in DROPPED or (k == "history" and unit["role"] == "model")}
     return unit | {"state": "diverged" if kept.get("diverged") else "finished", "error": None, "result": kept}
+
+
+def _unfinished(storage: Storage, unit: dict[str, Any]) -> str:
+    if unit["role"] == "trial" and storage.exists(f"{unit['folder']}/{STOPPED}"):
+        return "stopped early"
+    under_way = unit["role"] in ("trial", "model") and storage.exists(f"{unit['folder']}/{RUNNING}")
+    return "under way" if under_way else "missing"
 
 
 def _missing(settings: dict[str, Any], journal: dict[str, Any], units: list[dict[str, Any]]) -> Iterable[str]:
@@ -100,7 +106,8 @@ def _missing(settings: dict[str, Any], journal: dict[str, Any], units: list[dict
     for step in dict.fromkeys(unit["step"] for unit in units if unit["step"]):
         left = [u for u in units if u["step"] == step and u["state"] in ("missing", "under way")]
         if left:
-            yield f"{step}: {len(left)} of {sum(u['step'] == step for u in units)} trials are not finished"
+            yield (f"{step}: {len(left)} of {sum(u['step'] == step for u in units)} trials are not finished"
+                   + (", the choice was made among the others" if step in journal["selected"] else ""))
         if step not in journal["selected"]:
             yield f"{step}: nothing is selected yet"
     tested = {(row["approach"], row["repeat"]) for row in journal["rows"]}

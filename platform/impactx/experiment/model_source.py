@@ -21,25 +21,23 @@ import torch
 from torch import Tensor, nn
 
 from impactx.experiment.units import WorkError
-from impactx.models import CheckpointError, Impactx, Loaded, Preprocess, load_checkpoint, seeded, weights_fingerprint
+from impactx.models import (
+    CheckpointError,
+    Classifier,
+    Loaded,
+    Preprocess,
+    load_checkpoint,
+    seeded,
+    weights_fingerprint,
+)
 from impactx.models.backbones import check_architecture, normalisation
+from impactx.models.logits import Logits
 from impactx.models.weights import WeightsError, first_line, load_trunk_file
 from impactx.settings import ModelSettings
 from impactx.storage import Storage
 
 if TYPE_CHECKING:
     from impactx.experiment.work import Workplace
-
-
-class _Classes(nn.Module):
-    """IMPACTX as a classifier: C's logits alone."""
-
-    def __init__(self, net: Impactx) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net.classify(x)
 
 
 def open_model(source: Mapping[str, Any], place: Workplace, weights: str | None = None) -> nn.Module:
@@ -72,7 +70,10 @@ def open_source(source: Mapping[str, Any], place: Workplace, weights: str | None
     if weights is not None and found != weights:
         raise WorkError(f"the model of {describe(source)} has weights {found} here, the plan's are {weights}: give "
                         "every node the same files (a function must load its weights, not draw them)")
-    usable = _Classes(model) if isinstance(model, Impactx) else model
+    if getattr(model, "takes_maps", False):
+        raise WorkError(f"the model of {describe(source)} needs a map for every image, so it has no score of an image "
+                        "alone that could be explained: explain the classifier that it was built around")
+    usable = model if kind in ("timm", "import") or isinstance(model, Classifier) else Logits(model)
     return usable.eval().requires_grad_(False), found, about
 
 

@@ -1,8 +1,8 @@
 """The plan of a cell: which units there are, in which order their results are needed, and the choice made.
 
 A cell is one data set with one model.  Stage 1 searches Table 1's grid; the selected configuration is trained
-once for each repeat; each repeat gets its maps; stage 2 searches lambda in repeat 0 and is trained for each
-approach in each repeat; at last every final model reads the test set once.
+once for each repeat; each repeat gets its maps; stage 2 is every approach (experiment.approaches): its own search in
+repeat 0, and its training in each repeat; at last every final model reads the test set once.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from typing import Any
 
+from impactx.experiment.approaches import Approach, Basis, approaches_of
 from impactx.experiment.units import Unit, fingerprint
-from impactx.settings import ApproachSettings, DatasetSettings, ExperimentSettings, ModelSettings
+from impactx.settings import AttributionSettings, DatasetSettings, ExperimentSettings, ModelSettings
 
 BASELINE = "baseline"
 # Settings of a training that do not change what comes out of it.
@@ -27,7 +28,10 @@ class SelectionError(RuntimeError):
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What the plan must know of a data set. fingerprint, test_fingerprint: of the contents of its two parts."""
+    """What the plan must know of a data set. fingerprint, test_fingerprint: of the contents of its two parts.
+
+    test_images: their number, 0 where it is not known.
+    """
 
     fingerprint: str
     train_images: int
@@ -35,6 +39,7 @@ class DataFacts:
     image_size: tuple[int, int]
     class_names: tuple[str, ...]
     test_fingerprint: str = ""
+    test_images: int = 0
 
 
 @dataclass(frozen=True)
@@ -120,8 +125,9 @@ class Cell:
                             "reduction": g.reduction, "epochs": training.epochs,
                             "points": fingerprint([astuple(c) for c in self.configurations()])}}
 
-    def _training(self, role: str, name: str, stage: int, approach: str, c: Configuration, repeat: int,
-                  recipe: dict[str, Any], inputs: dict[str, Any], params: dict[str, Any]) -> Unit:
+    def training(self, role: str, name: str, stage: int, approach: str, c: Configuration, repeat: int,
+                 recipe: dict[str, Any], inputs: dict[str, Any], params: dict[str, Any]) -> Unit:
+        """A training by configuration `c` in one repeat; recipe, inputs, params: what it has beside the usual."""
         seed = self.settings.seed + repeat
         point = {"learning_rate": c.learning_rate, "batch_size": c.batch_size}
         split = {"fraction": c.validation_fraction, "seed": seed,
@@ -134,58 +140,51 @@ class Cell:
     def stage1_trials(self) -> list[Unit]:
         """One trial a point of the grid."""
         halving = self._halving()
-        return [self._training("trial", f"A lr={c.learning_rate:g} bs={c.batch_size} vf={c.validation_fraction:g}",
-                               1, BASELINE, c, 0, {}, halving, {}) for c in self.configurations()]
+        return [self.training("trial", f"A lr={c.learning_rate:g} bs={c.batch_size} vf={c.validation_fraction:g}",
+                              1, BASELINE, c, 0, {}, halving, {}) for c in self.configurations()]
 
     def stage1_model(self, c: Configuration, repeat: int) -> Unit:
         """The training of the selected configuration in one repeat: the classifier A."""
-        return self._training("model", f"A repeat {repeat}", 1, BASELINE, c, repeat, {}, {}, {})
+        return self.training("model", f"A repeat {repeat}", 1, BASELINE, c, repeat, {}, {}, {})
 
-    def maps(self, a: Unit, a_result: Mapping[str, Any], repeat: int) -> Unit:
-        """The maps of every training image, of the A that unit `a` trained."""
+    def maps(self, a: Unit, a_result: Mapping[str, Any], repeat: int, *,
+             attribution: AttributionSettings | None = None, target: str = "label", part: str = "train") -> Unit:
+        """The maps of every image of a part (train or test), of the A that unit `a` trained.
+
+        attribution: None: the experiment's. target: "label": of the true class's score; "class_weighted": of all
+        classes, weighted by A's probabilities, for which no label is needed.
+        """
+        made_by = attribution or self.settings.attribution
+        # What is as in every store that was ever made is not said: it must keep its key.
+        other = ({"target": target} if target != "label" else {}) | (
+            {"part": part, "test": self.facts.test_fingerprint} if part != "train" else {})
         recipe = {"weights": a_result["weights"], "data": self.facts.fingerprint,
                   "model": {"architecture": self.model.architecture, "input_size": self.model.input_size},
-                  "attribution": self.settings.attribution.described()}
-        return Unit("maps", f"maps repeat {repeat}", recipe,
+                  "attribution": made_by.described()} | other
+        said = " ".join(["class-weighted"] * (target != "label") + ["maps"] + ["of test images"] * (part != "train")
+                        + [f"by {made_by.method}"] * (made_by != self.settings.attribution))
+        return Unit("maps", f"{said} repeat {repeat}", recipe,
                     {"dataset": self._inputs["dataset"], "source": {"kind": "unit", "folder": a.folder},
-                     "attribution": recipe["attribution"], "shard_size": self.settings.maps.shard_size},
+                     "attribution": recipe["attribution"], "shard_size": self.settings.maps.shard_size} | other,
                     self._params | {"repeat": repeat, "attribution": recipe["attribution"],
-                                    "explained_weights": a_result["weights"]})
+                                    "explained_weights": a_result["weights"]} | other)
 
-    def _stage2(self, role: str, name: str, approach_name: str, approach: ApproachSettings, c: Configuration,
-                weight: float, repeat: int, a: Unit, maps: Unit) -> Unit:
-        described = approach.model_dump(mode="json", exclude={"lambdas", "learning_rate", "batch_size"})
-        c = Configuration(approach.learning_rate or c.learning_rate, approach.batch_size or c.batch_size,
-                          c.validation_fraction)
-        return self._training(
-            role, name, 2, approach_name, c, repeat,
-            {"approach": described, "lambda": weight, "weights": maps.recipe["weights"], "maps": maps.key,
-             "map_scale": self.settings.maps.scale},
-            {"approach": approach.model_dump(mode="json"), "checkpoint": a.folder, "maps": maps.folder,
-             "scale": self.settings.maps.scale},
-            {"lambda": weight, "maps": maps.key, "map_scale": self.settings.maps.scale})
+    def basis(self, c: Configuration, a: Unit, a_result: Mapping[str, Any], repeat: int) -> Basis:
+        """What the approaches of one repeat start from: the unit that trained A by configuration `c`, its result."""
+        return Basis(self, c, repeat, a, a_result)
 
-    def stage2_trials(self, name: str, approach: ApproachSettings, c: Configuration, a: Unit,
-                      maps: Unit) -> list[Unit]:
-        """One trial a lambda, in repeat 0. Empty where there is only one candidate: nothing to choose."""
-        if len(approach.lambdas) == 1:
-            return []
-        return [self._stage2("trial", f"{name} lambda={w:g}", name, approach, c, w, 0, a, maps)
-                for w in approach.lambdas]
-
-    def stage2_model(self, name: str, approach: ApproachSettings, c: Configuration, weight: float, repeat: int,
-                     a: Unit, maps: Unit) -> Unit:
-        """The final training of an approach in one repeat."""
-        return self._stage2("model", f"{name} lambda={weight:g} repeat {repeat}", name, approach, c, weight, repeat,
-                            a, maps)
+    def approaches(self) -> list[Approach]:
+        """The approaches that are compared with A."""
+        return approaches_of(self.settings)
 
     def test(self, model: Unit, model_result: Mapping[str, Any]) -> Unit:
-        """The one reading of the test set for a final model."""
+        """The one reading of the test set for a final model (with the test images' maps, where it needs them)."""
+        maps = model.inputs.get("test_maps")
         return Unit("test", f"test of {model.name}",
                     {"weights": model_result["weights"], "data": self.facts.fingerprint,
-                     "test": self.facts.test_fingerprint},
+                     "test": self.facts.test_fingerprint} | ({"maps": maps["key"]} if maps else {}),
                     {"dataset": self._inputs["dataset"], "checkpoint": model.folder,
-                     "training": self._inputs["training"]},
+                     "training": self._inputs["training"]} | ({"maps": maps["folder"]} if maps else {}),
                     self._params | {k: model.params[k] for k in ("stage", "approach", "repeat", "seed")})
 
     def explanations(self, model: Unit, model_result: Mapping[str, Any]) -> Unit | None:

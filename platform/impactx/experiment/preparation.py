@@ -12,6 +12,7 @@ import torch
 from impactx.configuration import ConfigurationError
 from impactx.datasets import DataError, Dataset, load_dataset, locate, make_split
 from impactx.evaluation.morf import grid_of
+from impactx.experiment.approaches import Basis, approaches_of
 from impactx.experiment.plan import Cell, Configuration, DataFacts, select
 from impactx.experiment.units import Artifacts, Unit
 from impactx.experiment.work import Workplace
@@ -20,7 +21,13 @@ from impactx.explain.masking import MaskerError, parse_masker
 from impactx.explain.scores import MissingPackage
 from impactx.fetching import fetch_file, is_remote
 from impactx.models import UnknownArchitecture, build_classifier, check_architecture
-from impactx.settings import AttributionSettings, DatasetSettings, ExperimentSettings, ModelSettings
+from impactx.settings import (
+    AttributionSettings,
+    DatasetSettings,
+    ExperimentSettings,
+    ModelSettings,
+    parse_attribution,
+)
 from impactx.storage import Storage, StorageError
 
 log = logging.getLogger("impactx")
@@ -82,31 +89,42 @@ def _check_names(settings: ExperimentSettings) -> dict[str, str | None]:
             files[model.name] = _weights_file(model)
         except DataError as error:
             errors.append(str(error))
-    try:
-        check_attribution(settings.attribution)
-    except ConfigurationError as error:
-        errors.append(str(error))
+    for place, attribution in _attributions(settings).items():
+        try:
+            check_attribution(attribution, place=place)
+        except ConfigurationError as error:
+            errors.append(str(error))
     if errors:
         raise ConfigurationError("the experiment cannot run:\n" + "\n".join(f"  - {e}" for e in errors))
     return files
 
 
-def check_attribution(attribution: AttributionSettings, data: Dataset | None = None) -> None:
-    """Raise ConfigurationError where maskers do not exist, do not fit the data's images, or a package is missing."""
+def _attributions(settings: ExperimentSettings) -> dict[str, AttributionSettings]:
+    """The experiment's attribution and those that approaches have of their own, by where they are set."""
+    own = {f"approaches.{a.name}.attribution": a.attribution for a in approaches_of(settings)}
+    return {"attribution": settings.attribution} | {place: found for place, found in own.items() if found is not None}
+
+
+def check_attribution(attribution: AttributionSettings, data: Dataset | None = None, *,
+                      place: str = "attribution") -> None:
+    """Raise ConfigurationError where maskers do not exist, do not fit the data's images, or a package is missing.
+
+    place: where it is set, for the message.
+    """
     for name in attribution.hidden_by:
         try:
             masker = parse_masker(name)
             if data is not None:
                 masker.background(torch.zeros(1, data.channels, *data.image_size))
         except MaskerError as error:
-            raise ConfigurationError(f"attribution: {error}" + (f", for {data.name}" if data else "")) from error
+            raise ConfigurationError(f"{place}: {error}" + (f", for {data.name}" if data else "")) from error
     try:
         build_attribution(attribution)
     except MissingPackage as error:
-        raise ConfigurationError(str(error)) from error
+        raise ConfigurationError(f"{place}: {error}" if place != "attribution" else str(error)) from error
     window = getattr(attribution, "window", 0)
     if data is not None and window > min(data.image_size):
-        raise ConfigurationError(f"attribution.window = {window} is larger than the images of {data.name} "
+        raise ConfigurationError(f"{place}.window = {window} is larger than the images of {data.name} "
                                  f"({data.image_size[0]}x{data.image_size[1]})")
 
 
@@ -142,13 +160,20 @@ def prepare(settings: ExperimentSettings) -> Prepared:
         log.info("%s: %d training images of %dx%d, %d classes, from %s", dataset.name, len(data.train.labels),
                  *data.image_size, data.num_classes, locate(dataset, place.data_root))
         facts = _facts(data)
-        check_attribution(settings.attribution, data)
+        for where, attribution in _attributions(settings).items():
+            check_attribution(attribution, data, place=where)
         _check_evaluation(settings, data)
         for model in settings.models.values():
             try:
                 build_classifier(model, data.num_classes, data.image_size, seed=settings.seed)
             except ValueError as error:
                 raise ConfigurationError(f"models.{model.name}, for {dataset.name}: {error}") from error
+            for approach in approaches_of(settings):
+                try:
+                    approach.check(model, data.num_classes, data.image_size)
+                except ValueError as error:
+                    raise ConfigurationError(f"approaches.{approach.name}, for {dataset.name} x {model.name}: {error}"
+                                             ) from error
             cells.append(Cell(settings, dataset, model, facts, weights_files[model.name]))
     _check_distinct(cells)
     return Prepared(cells, place)
@@ -167,7 +192,7 @@ def _check_distinct(cells: list[Cell]) -> None:
 
 def _facts(data: Dataset) -> DataFacts:
     return DataFacts(data.fingerprint, len(data.train.labels), data.num_classes, data.image_size, data.class_names,
-                     data.test_fingerprint)
+                     data.test_fingerprint, len(data.load_test().labels))
 
 
 def _facts_if_here(dataset: DatasetSettings, place: Workplace) -> tuple[DataFacts | None, str]:
@@ -208,30 +233,40 @@ def dry_run(settings: ExperimentSettings) -> str:
 
 
 def _dry_cell(cell: Cell, artifacts: Artifacts, images: int | None, known: bool, totals: list[int]) -> list[str]:
-    settings = cell.settings
-    trials = cell.stage1_trials()
-    lambdas = {name: len(a.lambdas) for name, a in settings.approaches.items()}
-    stage2_trials = sum(n for n in lambdas.values() if n > 1)
-    repeats = settings.repeats
-    trainings = repeats * (1 + len(lambdas))
-    stores = repeats if lambdas else 0
-    shards = -(-images // settings.maps.shard_size) * stores if images else 0
-    a_map = settings.attribution.evaluations(
-        cell.facts.image_size if known else (cell.dataset.image_size,) * 2 if cell.dataset.image_size else None)
-    evaluations = (images or 0) * (a_map or 0) * stores
-    totals[:] = [a + b for a, b in zip(totals, (len(trials) + stage2_trials, trainings, evaluations, shards),
+    settings, approaches = cell.settings, approaches_of(cell.settings)
+    trials, repeats = cell.stage1_trials(), settings.repeats
+    size = cell.facts.image_size if known else (cell.dataset.image_size,) * 2 if cell.dataset.image_size else None
+    searched = {a.name: n for a in approaches if (n := len(a.points())) > 1}
+    trainings = repeats * (1 + len(approaches))
+    stores = stores_of(cell)
+    counted = [images_of_store(cell, unit, images) for unit in stores]
+    of_stores = [evaluations_of_map(cell, unit.inputs["attribution"], unit.inputs.get("target"), size)
+                 for unit in stores]
+    shards = sum(-(-n // settings.maps.shard_size) for n in counted if n)
+    evaluations = sum((n or 0) * (per_map or 0) for n, per_map in zip(counted, of_stores, strict=True))
+    in_training = {a.name: (a.maps_in_training(images or 0, settings.training.epochs),
+                            (a.attribution or settings.attribution).evaluations(size) or 0) for a in approaches}
+    own = sum(maps * per_map * (repeats + searched.get(name, 0)) for name, (maps, per_map) in in_training.items())
+    stage2_trials = sum(searched.values())
+    totals[:] = [a + b for a, b in zip(totals, (len(trials) + stage2_trials, trainings, evaluations + own, shards),
                                        strict=True)]
+    names = ", ".join(a.name for a in approaches) or "nothing else"
     lines = [f"  {cell.name}",
              f"    stage 1: {len(trials)} trials, at most {len(trials) * settings.training.epochs} epochs"
              + (f"; {_count(artifacts, trials)} finished" if known else ""),
-             f"    models:  {trainings} final trainings (A and {', '.join(lambdas) or 'nothing else'}; "
-             f"{repeats} repeats), at most {trainings * settings.training.epochs} epochs"]
-    if lambdas:
-        lines += [f"    maps:    {stores} stores of {images or 'unknown'} maps, "
-                  f"{f'{evaluations:,}' if a_map else 'an unknown number of'} evaluations, "
-                  f"{shards} shards",
-                  f"    stage 2: {stage2_trials} trials over lambda "
-                  f"({', '.join(f'{k}: {n}' for k, n in lambdas.items())})"]
+             f"    models:  {trainings} final trainings (A and {names}; {repeats} repeats), "
+             f"at most {trainings * settings.training.epochs} epochs"]
+    if stores:
+        all_known = all(n is not None for n in counted)
+        each = f"{counted[0]} maps" if len(set(counted)) == 1 and all_known else (
+            f"{sum(n or 0 for n in counted)} maps in all" if all_known else "an unknown number of maps")
+        lines.append(f"    maps:    {len(stores)} stores of {each}, "
+                     f"{f'{evaluations:,}' if all(of_stores) else 'an unknown number of'} evaluations, {shards} shards")
+    lines += [f"    {name}: explains itself, at most {maps:,} maps a training"
+              for name, (maps, _) in in_training.items() if maps]
+    if approaches:
+        lines.append(f"    stage 2: {stage2_trials} trials"
+                     + (f" ({', '.join(f'{k}: {n}' for k, n in searched.items())})" if searched else ""))
     e = settings.evaluation
     if e.map_images:
         whose = "every model" if e.approaches is None else ", ".join(e.approaches)
@@ -239,6 +274,29 @@ def _dry_cell(cell: Cell, artifacts: Artifacts, images: int | None, known: bool,
     if known and (found := _existing(cell, artifacts, trials)):
         lines.append(f"    exists:  {found}")
     return lines
+
+
+def stores_of(cell: Cell, bases: list[Basis] | None = None) -> list[Unit]:
+    """The stores of maps of all approaches and repeats; without `bases`, of models that are not there yet."""
+    if bases is None:
+        point = cell.configurations()[0]
+        bases = [cell.basis(point, cell.stage1_model(point, r), {"weights": f"of repeat {r}"}, r)
+                 for r in range(cell.settings.repeats)]
+    units = [unit for basis in bases for approach in cell.approaches() for unit in approach.stores(basis)]
+    return list({unit.key: unit for unit in units}.values())
+
+
+def images_of_store(cell: Cell, unit: Unit, images: int | None) -> int | None:
+    """How many maps a store has, of a data set with so many training images; None where that is not known."""
+    return (cell.facts.test_images or None) if unit.inputs.get("part") == "test" else images
+
+
+def evaluations_of_map(cell: Cell, described: dict, target: str | None, size: tuple[int, int] | None) -> int | None:
+    """Of one map; a sum over classes costs as many where the attribution cannot explain the weighted sum itself."""
+    attribution = parse_attribution(described)
+    each = attribution.evaluations(size)
+    apart = target == "class_weighted" and attribution.method != "partition"
+    return each and each * (cell.facts.num_classes if apart else 1)
 
 
 def _existing(cell: Cell, artifacts: Artifacts, trials: list[Unit]) -> str:
@@ -254,6 +312,6 @@ def _existing(cell: Cell, artifacts: Artifacts, trials: list[Unit]) -> str:
         if (result := artifacts.result(a)) is None:
             continue
         found.append(a.name)
-        if cell.settings.approaches and artifacts.result(cell.maps(a, result, repeat)) is not None:
-            found.append(cell.maps(a, result, repeat).name)
+        found += [unit.name for unit in stores_of(cell, [cell.basis(c, a, result, repeat)])
+                  if artifacts.result(unit) is not None]
     return ", ".join(found)

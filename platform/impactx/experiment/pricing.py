@@ -6,15 +6,17 @@ once stage 1 is over (the selected batch size and split) is a range as well.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from impactx.experiment.approaches import Basis
 from impactx.experiment.plan import Cell, Configuration, select
+from impactx.experiment.preparation import evaluations_of_map, images_of_store, stores_of
 from impactx.experiment.rates import STAGE1, TrainingRate
 from impactx.experiment.units import Artifacts, Unit
-from impactx.timing import duration
 
 MAPS = "maps"
 HOUR = 3600.0
@@ -50,11 +52,15 @@ class Slots:
 
 @dataclass(frozen=True)
 class Probe:
-    """Something to measure: of a cell, "stage 1", an approach's name or "maps"; batch_size: 0 for maps."""
+    """Something to measure: of a cell, "stage 1", an approach's name, or "maps".
+
+    batch_size: of a training; made: of maps, by what and of what they are made (`made_of`).
+    """
 
     cell: Cell
     what: str
     batch_size: int = 0
+    made: str = ""
 
 
 def like(cell: Cell) -> tuple[Any, ...]:
@@ -68,12 +74,16 @@ def probes_of(cells: Sequence[Cell]) -> list[Probe]:
     for cell in {like(cell): cell for cell in reversed(cells)}.values():
         sizes = cell.settings.grid.batch_size
         found += [Probe(cell, STAGE1, size) for size in sizes]
-        for name, approach in cell.settings.approaches.items():
-            own = getattr(approach, "batch_size", None)
-            found += [Probe(cell, name, size) for size in ([own] if own else sizes)]
-        if cell.settings.approaches:
-            found.append(Probe(cell, MAPS))
+        for approach in cell.approaches():
+            own = getattr(approach.settings, "batch_size", None)
+            found += [Probe(cell, approach.name, size) for size in ([own] if own else sizes)]
+        found += [Probe(cell, MAPS, 0, made) for made in dict.fromkeys(made_of(unit) for unit in stores_of(cell))]
     return found
+
+
+def made_of(unit: Unit) -> str:
+    """What the speed of making a store's maps depends on beside the model, as JSON: attribution and target."""
+    return json.dumps([unit.inputs["attribution"], unit.inputs.get("target", "label")], sort_keys=True)
 
 
 @dataclass
@@ -87,28 +97,31 @@ class Measured:
 
     def add(self, slot: str, probe: Probe, count: int, rates: list[Any]) -> None:
         """Rates of a probe on one kind of node, of which the cluster has `count` such slots."""
-        self._rates.setdefault((slot, *like(probe.cell), probe.what, probe.batch_size), []).append((count, rates))
+        key = (slot, *like(probe.cell), probe.what, probe.batch_size, probe.made)
+        self._rates.setdefault(key, []).append((count, rates))
 
     def epoch(self, slot: str, cell: Cell, what: str, batch_size: int, train: int, validation: int) -> float:
         """Seconds of an epoch in such a slot, over the kinds of nodes (each takes as many as it is fast)."""
-        found = self._rates[slot, *like(cell), what, batch_size]
+        found = self._rates[slot, *like(cell), what, batch_size, ""]
         speed = sum(count * _mean([1 / rate.seconds(train, validation, batch_size) for rate in rates])
                     for count, rates in found)
         return sum(count for count, _ in found) / speed
 
-    def maps(self, cell: Cell) -> dict[str, float]:
+    def maps(self, cell: Cell, made: str) -> dict[str, float]:
         """Maps a second by kind of slot, of all such slots together."""
-        return {slot: sum(count * _mean(rates) for count, rates in self._rates[slot, *like(cell), MAPS, 0])
-                for slot in self.slots if (slot, *like(cell), MAPS, 0) in self._rates}
+        keys = {slot: (slot, *like(cell), MAPS, 0, made) for slot in self.slots}
+        return {slot: sum(count * _mean(rates) for count, rates in self._rates[key])
+                for slot, key in keys.items() if key in self._rates}
 
     def lines(self) -> list[str]:
         """What was measured, for people."""
         found = []
-        for (slot, model, size, what, batch), kinds in self._rates.items():
+        for (slot, model, size, what, batch, made), kinds in self._rates.items():
             for count, rates in kinds:
                 where = f"  {slot} ({count} at once): {model} on {size[0]}x{size[1]}, {what}"
                 if what == MAPS:
-                    found.append(f"{where}: {_mean(rates):.3g} maps/s each")
+                    attribution, target = json.loads(made)
+                    found.append(f"{where} by {attribution['method']} of {target}: {_mean(rates):.3g} maps/s each")
                 else:
                     mean = TrainingRate(*(_mean([getattr(r, name) for r in rates])
                                           for name in ("step", "image", "epoch")))
@@ -159,54 +172,86 @@ class CellPrice:
 
 def price_cell(cell: Cell, measured: Measured, artifacts: Artifacts) -> CellPrice:
     """Count what is left of a cell and price it."""
-    settings, training, facts = cell.settings, cell.settings.training, cell.facts
-    length = Range(min(training.patience + 1, training.epochs), training.epochs)
-    trials = cell.stage1_trials()
+    trials, length = cell.stage1_trials(), _length(cell)
     left = [unit for unit in trials if artifacts.result(unit) is None and artifacts.stopped(unit) is None]
-    shortest = min(settings.grid.grace_epochs, length.low) if settings.grid.strategy == "asha" else length.low
-    trial_seconds = Range()
-    for unit in left:
-        epoch = _epoch(measured, "trial", cell, STAGE1, _configuration(unit))
-        trial_seconds += Range(shortest * epoch, length.high * epoch)
-    if settings.grid.max_hours is not None:
-        most = settings.grid.max_hours * HOUR
-        trial_seconds = Range(min(trial_seconds.low, most), min(trial_seconds.high, most))
-    items = [_item("stage 1", f"{len(left)} of {len(trials)} trials left", "trial", trial_seconds, len(left), measured)]
     # Until the search is over, any of its points may be the selected one.
     results = {unit.key: result for unit in trials if (result := artifacts.result(unit)) is not None}
     chosen = [select(trials, results, cell.selection_metric)[0]] if not left and results else trials
     points = [_configuration(unit) for unit in chosen]
-    names = {"A": STAGE1} | {name: name for name in settings.approaches}
-    made = _made(cell, artifacts, points[0]) if len(points) == 1 else {}
-    tries, final_seconds, trainings = 0, Range(), 0
-    for label, what in names.items():
-        epochs = [_epoch(measured, "model", cell, what, point) for point in points]
-        count = settings.repeats - made.get(label, 0)
-        trainings += count
-        final_seconds += Range(length.low * min(epochs), length.high * max(epochs)) * count
-        candidates = len(getattr(settings.approaches[label], "lambdas", [0])) if label != "A" else 1
-        if candidates > 1:
-            tries += candidates
-            epochs = [_epoch(measured, "trial", cell, what, point) for point in points]
-            trial = Range(length.low * min(epochs), length.high * max(epochs)) * candidates
-            items.append(_item(f"search of {label}", f"{candidates} trials", "trial", trial, candidates, measured))
-    items.insert(1, _item("final models", f"{trainings} trainings (A{''.join(f', {n}' for n in settings.approaches)}; "
-                          f"{settings.repeats} repeats)", "model", final_seconds, trainings, measured))
-    stores = settings.repeats - made.get(MAPS, 0) if settings.approaches else 0
-    a_map = settings.attribution.evaluations(facts.image_size) or 0
-    if stores:
-        speed, images = measured.maps(cell), stores * facts.train_images
+    bases = _bases(cell, artifacts, points[0]) if len(points) == 1 else None
+    models = [cell.stage1_model(points[0], repeat) for repeat in range(cell.settings.repeats)] if bases else []
+    stores = stores_of(cell, bases)
+    made = [unit for unit in [*models, *(stores if bases else [])] if artifacts.result(unit) is not None]
+    there = {unit.key for unit in made}
+    searches = {approach.name: n for approach in cell.approaches() if (n := len(approach.points())) > 1}
+    trainings = cell.settings.repeats * (1 + len(cell.approaches())) - sum(unit.role == "model" for unit in made)
+    shortest = _shortest(cell)
+    stage1 = _item("stage 1", f"{len(left)} of {len(trials)} trials left", "trial", _stage1_seconds(
+        cell, left, measured), len(left), measured)
+    maps, evaluations, images = _map_items(cell, [unit for unit in stores if unit.key not in there], measured)
+    return CellPrice(
+        cell, [stage1, _models(cell, points, trainings, made, measured), *maps, *(
+            _item(f"{name}'s search", f"{n} trials", "trial", _training(cell, name, "trial", points, measured) * n, n,
+                  measured) for name, n in searches.items())],
+        len(left) + sum(searches.values()),
+        Range(shortest, length.high) * len(left) + length * (trainings + sum(searches.values())), evaluations,
+        images * math.prod(cell.facts.image_size) * 3 * 4,
+        ", ".join([f"{len(trials) - len(left)} trials", *(unit.name for unit in made)]))
+
+
+def _length(cell: Cell) -> Range:
+    """Epochs of a training."""
+    training = cell.settings.training
+    return Range(min(training.patience + 1, training.epochs), training.epochs)
+
+
+def _shortest(cell: Cell) -> float:
+    """Epochs of the shortest trial of stage 1."""
+    grid, low = cell.settings.grid, _length(cell).low
+    return min(grid.grace_epochs, low) if grid.strategy == "asha" else low
+
+
+def _stage1_seconds(cell: Cell, left: Sequence[Unit], measured: Measured) -> Range:
+    seconds, most = Range(), (cell.settings.grid.max_hours or math.inf) * HOUR
+    for unit in left:
+        epoch = _epoch(measured, "trial", cell, STAGE1, _configuration(unit))
+        seconds += Range(_shortest(cell) * epoch, _length(cell).high * epoch)
+    return Range(min(seconds.low, most), min(seconds.high, most))
+
+
+def _training(cell: Cell, what: str, slot: str, points: Sequence[Configuration], measured: Measured) -> Range:
+    """Seconds of one training, by any of these points."""
+    epochs = [_epoch(measured, slot, cell, what, point) for point in points]
+    return Range(_length(cell).low * min(epochs), _length(cell).high * max(epochs))
+
+
+def _models(cell: Cell, points: Sequence[Configuration], trainings: int, made: Sequence[Unit],
+            measured: Measured) -> Item:
+    repeats, names = cell.settings.repeats, [approach.name for approach in cell.approaches()]
+    seconds = _training(cell, STAGE1, "model", points, measured) * (
+        repeats - sum(unit.role == "model" for unit in made))
+    for name in names:
+        seconds += _training(cell, name, "model", points, measured) * repeats
+    return _item("final models", f"{trainings} trainings ({', '.join(['A', *names])}; {repeats} repeats)", "model",
+                 seconds, trainings, measured)
+
+
+def _map_items(cell: Cell, stores: Sequence[Unit], measured: Measured) -> tuple[list[Item], int, int]:
+    """Each kind of maps in each kind of slot, in proportion to its speed; evaluations and images of all."""
+    items, evaluations, images = [], 0, 0
+    for made in dict.fromkeys(made_of(unit) for unit in stores):
+        maps = sum(images_of_store(cell, unit, cell.facts.train_images) or 0
+                   for unit in stores if made_of(unit) == made)
+        attribution, target = json.loads(made)
+        a_map = evaluations_of_map(cell, attribution, target, cell.facts.image_size) or 0
+        evaluations, images = evaluations + maps * a_map, images + maps
+        speed = measured.maps(cell, made)
         for slot, rate in speed.items():
-            share = rate / sum(speed.values())
-            seconds = images * share / rate * measured.slots[slot].count
-            items.append(_item(slot, f"{images * share:,.0f} maps, {images * share * a_map:,.0f} evaluations, "
-                               f"{a_map * rate:,.0f} evaluations/s", slot, Range(seconds, seconds),
-                               measured.slots[slot].count, measured))
-    size = math.prod(facts.image_size) * 3 * 4
-    exists = [f"{len(trials) - len(left)} trials"] + [f"{count} {name}" for name, count in made.items() if count]
-    epochs = Range(shortest, length.high) * len(left) + length * (trainings + tries)
-    return CellPrice(cell, items, len(left) + tries, epochs, stores * facts.train_images * a_map,
-                     stores * facts.train_images * size, ", ".join(exists))
+            share, count = rate / sum(speed.values()), measured.slots[slot].count
+            seconds = maps * share / rate * count
+            items.append(_item(slot, f"{maps * share:,.0f} by {attribution['method']}, {maps * share * a_map:,.0f} "
+                               f"evaluations at {a_map * rate:,.0f}/s", slot, Range(seconds, seconds), count, measured))
+    return items, evaluations, images
 
 
 def _configuration(unit: Unit) -> Configuration:
@@ -223,51 +268,8 @@ def _item(name: str, what: str, slot: str, seconds: Range, pieces: int, measured
     return Item(name, what, slot, seconds, max(1, min(pieces, measured.slots[slot].count)))
 
 
-def _made(cell: Cell, artifacts: Artifacts, point: Configuration) -> dict[str, int]:
-    """How many A and stores of maps are there already."""
-    models = [(cell.stage1_model(point, r), r) for r in range(cell.settings.repeats)]
-    found = [(a, r, result) for a, r in models if (result := artifacts.result(a)) is not None]
-    stores = sum(artifacts.result(cell.maps(a, result, r)) is not None for a, r, result in found
-                 if result["weights"]) if cell.settings.approaches else 0
-    return {"A": len(found), MAPS: stores}
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
-def _hours(value: float) -> str:
-    return f"{value:.2f}" if value < 10 else f"{value:,.0f}"
-
-
-def price_list(prices: Sequence[CellPrice], measured: Measured) -> str:
-    """The prices as text, cell by cell and in all."""
-    lines = ["measured:", *measured.lines(), ""]
-    for price in prices:
-        lines += [price.cell.name + f"   (exists: {price.exists})"]
-        for item in price.items:
-            gpus = item.gpu_hours(measured)
-            lines.append(f"  {item.name + ':':18} {item.what}; {item.cpu_hours(measured).say(_hours)} CPU-hours"
-                         + (f", {gpus.say(_hours)} GPU-hours" if gpus.high else ""))
-        alone = sum((item.alone() for item in price.items), Range())
-        lines.append(f"  alone on this cluster as it is now: {alone.say(duration)}")
-    items = [item for price in prices for item in price.items]
-    cpus = sum((item.cpu_hours(measured) for item in items), Range())
-    gpus = sum((item.gpu_hours(measured) for item in items), Range())
-    alone = [sum((item.alone() for item in price.items), Range()) for price in prices]
-    # At best cells fill each other's gaps: then the devices bound it, or the longest cell; at worst none does.
-    least = max([cpus.low * HOUR / measured.cpus, gpus.low * HOUR / measured.gpus if measured.gpus else 0.0,
-                 *(one.low for one in alone)])
-    whole = Range(least, sum(one.high for one in alone))
-    epochs = sum((price.epochs for price in prices), Range())
-    return "\n".join(lines + [
-        "", f"in all: {sum(price.trials for price in prices)} trials, {epochs.say(lambda n: f'{n:,.0f}')} epochs, "
-        f"{sum(price.evaluations for price in prices):,} evaluations, maps of at most "
-        f"{_bytes(sum(price.map_bytes for price in prices))}",
-        f"        {cpus.say(_hours)} CPU-hours, {gpus.say(_hours)} GPU-hours",
-        f"        {whole.say(duration)} on this cluster as it is now, without start-up "
-        "times (about 15 s a final training)"])
+def _bases(cell: Cell, artifacts: Artifacts, point: Configuration) -> list[Basis]:
+    """Of each repeat, by the selected point; weights that are not there yet are made up."""
+    units = [cell.stage1_model(point, repeat) for repeat in range(cell.settings.repeats)]
+    return [cell.basis(point, a, artifacts.result(a) or {"weights": f"of repeat {repeat}"}, repeat)
+            for repeat, a in enumerate(units)]

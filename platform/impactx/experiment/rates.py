@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import math
+import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from impactx.datasets import Dataset, Split, make_split
+from impactx.datasets import make_split
+from impactx.experiment.approaches import Approach, Bench
 from impactx.experiment.plan import Cell
-from impactx.experiment.units import WorkError
+from impactx.experiment.units import Unit, WorkError
 from impactx.experiment.work import Workplace
 from impactx.explain.attribution import build_attribution
-from impactx.models import build_classifier
-from impactx.settings import ImpactxSettings
-from impactx.training import train_stage1, train_stage2
+from impactx.explain.weighted import explain_by_own_probabilities
+from impactx.models import Classifier, build_classifier
+from impactx.settings import parse_attribution
+from impactx.training import train_stage1
 
 SECONDS = 2.0  # of work that is measured; more only where one step takes longer
 STAGE1 = "stage 1"
@@ -52,17 +55,23 @@ def measure_training(cell: Cell, place: Workplace, what: str, batch_size: int, d
     most = len(split.train) // batch_size
     if not most:
         raise WorkError(f"{cell.name}: {len(split.train)} training images are fewer than a batch of {batch_size}")
-    train, storage, scratch = _training(cell, data, what), place.artifacts.storage, f"plan-{uuid.uuid4().hex}/state"
+    storage, scratch = place.artifacts.storage, f"plan-{uuid.uuid4().hex}/state"
     settings = cell.settings.training.model_copy(update={"epochs": 3, "patience": 3})
 
     def run(steps: int, images: int) -> float:
         """Seconds of a whole epoch with so many steps and validation images; the first one warms up."""
         ends: list[float] = []
         part = replace(split, train=split.train[:steps * batch_size], validation=split.validation[:images])
-        with contextlib.suppress(_Enough):
-            train(part, settings, learning_rate=min(grid.learning_rate), batch_size=batch_size, device=device,
-                  seed=cell.settings.seed, augmentation=cell.dataset.augmentation,
-                  save=lambda state: storage.write(scratch, state), on_epoch=lambda row: _mark(ends))
+        how = {"learning_rate": min(grid.learning_rate), "batch_size": batch_size, "device": device,
+               "seed": cell.settings.seed, "augmentation": cell.dataset.augmentation,
+               "save": lambda state: storage.write(scratch, state), "on_epoch": lambda row: _mark(ends)}
+        with contextlib.suppress(_Enough), tempfile.TemporaryDirectory(prefix="impactx-plan-") as folder:
+            if what == STAGE1:
+                train_stage1(data, part, cell.model, settings, **how)
+            else:
+                approach = next(one for one in cell.approaches() if one.name == what)
+                approach.train(_Rehearsal(_unit(cell, approach), replace(place, output=folder), data, part, cell.model,
+                                          settings, how))
         return ends[1] - ends[0]
 
     try:
@@ -91,38 +100,42 @@ def _mark(ends: list[float]) -> None:
         raise _Enough
 
 
-def _training(cell: Cell, data: Dataset, what: str) -> Callable[..., Any]:
-    """The training of A or of an approach: called with a split, training settings and how."""
-    if what == STAGE1:
-        return lambda split, settings, **how: train_stage1(data, split, cell.model, settings, **how)
-    approach = cell.settings.approaches[what]
-    if not isinstance(approach, ImpactxSettings):
-        raise WorkError(f"--plan cannot measure the approach {what} ({approach.kind})")
-    a = build_classifier(cell.model, data.num_classes, data.image_size, seed=cell.settings.seed)
-    # One map stands for all: the time does not depend on what is in it.
-    map_ = np.random.default_rng(0).normal(size=(1, data.channels, *data.image_size)).astype(np.float32)
-    maps = np.broadcast_to(map_, (len(data.train.labels), *map_.shape[1:]))
-
-    def train(split: Split, settings: Any, **how: Any) -> Any:
-        return train_stage2(data, split, cell.model, settings, classifier=a, approach=approach,
-                            weight=max(approach.lambdas), maps=maps, scale=1.0, **how)
-
-    return train
+def _unit(cell: Cell, approach: Approach) -> Unit:
+    """A training of an approach, as it is planned for a model that is not there."""
+    point = cell.configurations()[0]
+    return approach.model(cell.basis(point, cell.stage1_model(point, 0), {"weights": "none"}, 0), approach.points()[-1])
 
 
-def measure_maps(cell: Cell, place: Workplace, device: str) -> float:
-    """Maps a second of one process, by a cell's attribution and a model as its A."""
+class _Rehearsal(Bench):
+    """A bench with a fresh A and made-up maps: the time does not depend on what is in them."""
+
+    def maps(self) -> tuple[np.ndarray, float | np.ndarray]:
+        """One map stands for all."""
+        shape = (1, self.data.channels, *self.data.image_size)
+        one = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+        return np.broadcast_to(one, (len(self.data.train.labels), *shape[1:])), 1.0
+
+    def classifier(self) -> Classifier:
+        """As it is built."""
+        return build_classifier(self.model, self.data.num_classes, self.data.image_size, seed=self.how["seed"])
+
+
+def measure_maps(cell: Cell, place: Workplace, attribution: Mapping[str, Any], target: str, device: str) -> float:
+    """Maps a second of one process, by an attribution of a model such as the cell's A; target: as in `Cell.maps`."""
     torch.set_num_threads(place.threads)
     data = place.dataset(cell.dataset.model_dump(mode="json"))
     model = build_classifier(cell.model, data.num_classes, data.image_size, seed=cell.settings.seed)
     model = model.eval().requires_grad_(False).to(device)
-    attribution = build_attribution(cell.settings.attribution)
+    maker = build_attribution(parse_attribution(attribution))
 
     def run(count: int) -> float:
         rows = np.arange(count)
+        images, how = data.train.images[rows], {"device": device, "memory_bytes": place.memory_bytes, "indices": rows}
         started = time.perf_counter()
-        attribution.explain(model, data.train.images[rows], data.train.labels[rows], device=device,
-                            memory_bytes=place.memory_bytes, indices=rows)
+        if target == "class_weighted":
+            explain_by_own_probabilities(maker, model, images, **how)
+        else:
+            maker.explain(model, images, data.train.labels[rows], **how)
         return time.perf_counter() - started
 
     most = min(len(data.train.labels), cell.settings.maps.shard_size)

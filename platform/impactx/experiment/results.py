@@ -13,10 +13,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Row:
-    """One final model. Accuracies are fractions in [0, 1]; weight is lambda, None for the baseline.
+    """One final model. Accuracies are fractions in [0, 1]; weight is lambda, None where there is none.
 
     test: folder of the test unit under the output's root, where its predictions.npz lies; explanations: of the unit
     that judged the model's maps, None where none was asked for. Both None in results of earlier versions.
+    map_seconds: what a prediction costs beyond the network, where it needs a map: seconds an image of one process.
     """
 
     dataset: str
@@ -36,6 +37,7 @@ class Row:
     checkpoint: str
     test: str | None = None
     explanations: str | None = None
+    map_seconds: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""

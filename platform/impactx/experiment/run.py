@@ -354,23 +354,25 @@ class CellRun:
 
     def _stage2(self, run: Run, configuration: Configuration,
                 classifiers: list[tuple[Unit, dict[str, Any]]]) -> list[tuple[Unit, dict[str, Any]]]:
-        """The maps of each repeat's A, the choice of lambda in repeat 0, and the final trainings."""
+        """The maps of each repeat's A, each approach's own search in repeat 0, and the final trainings."""
         cell = self.cell
         for a, result in classifiers:
             if not result["weights"]:
                 raise WorkError(f"{cell.name}: {a.name} diverged, there is no classifier to explain")
-        maps = [cell.maps(a, result, repeat) for repeat, (a, result) in enumerate(classifiers)]
-        for unit in maps:
+        bases = [cell.basis(configuration, a, result, repeat) for repeat, (a, result) in enumerate(classifiers)]
+        approaches = cell.approaches()
+        stores = {unit.key: unit for basis in bases for approach in approaches for unit in approach.stores(basis)}
+        for unit in stores.values():
             self._explain(unit)
         models = []
-        for name, approach in self.job.settings.approaches.items():
-            weight = approach.lambdas[0]
-            if candidates := cell.stage2_trials(name, approach, configuration, classifiers[0][0], maps[0]):
-                best, found = self._search(f"stage 2 of {name}", candidates, "val_accuracy")
-                weight = best.params["lambda"]
-                self._log_selection(run, name, best, found)
-            models += [cell.stage2_model(name, approach, configuration, weight, repeat, a, maps[repeat])
-                       for repeat, (a, _) in enumerate(classifiers)]
+        for approach in approaches:
+            point = approach.points()[0]
+            if candidates := approach.trials(bases[0]):
+                best, found = self._search(f"stage 2 of {approach.name}", [unit for unit, _ in candidates],
+                                           "val_accuracy")
+                point = next(point for unit, point in candidates if unit.key == best.key)
+                self._log_selection(run, approach.name, best, found)
+            models += [approach.model(basis, point) for basis in bases]
         return list(zip(models, self._train_all(models), strict=True))
 
     def _log_selection(self, run: Run, what: str, chosen: Unit, result: dict[str, Any]) -> None:
@@ -391,7 +393,8 @@ class CellRun:
                   test_images=tested["images"], epochs=result["epochs"], train_seconds=result["seconds"],
                   paper_accuracy=paper_accuracy(cell.dataset.name, cell.model.name, approach),
                   checkpoint=self.job.artifacts.storage.uri(model.folder), test=unit.folder,
-                  explanations=judged.folder if judged is not None else None)
+                   map_seconds=tested.get("map_seconds"),
+                   explanations=judged.folder if judged is not None else None)
         self.journal.tested(row)
         return row
 

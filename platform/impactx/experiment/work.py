@@ -17,22 +17,19 @@ import torch
 
 from impactx.datasets import Dataset, Split, load_dataset, make_split
 from impactx.datasets.batches import DeviceData
+from impactx.datasets.entry import ImageSet
+from impactx.experiment.approaches import Bench, Trained, approach_of
 from impactx.experiment.claims import Claim
 from impactx.experiment.model_source import open_model
 from impactx.experiment.units import CHECKPOINT, CLAIM, PREDICTIONS, RUNNING, Artifacts, Unit, WorkError
 from impactx.explain.attribution import build_attribution
 from impactx.explain.scores import completeness_gaps
-from impactx.explain.store import PRECISION_ERROR, MapStore, StoreError, StoreSpec, map_scale
-from impactx.models import CheckpointError, Impactx, load_checkpoint, save_checkpoint, weights_fingerprint
-from impactx.settings import (
-    DatasetSettings,
-    ImpactxSettings,
-    ModelSettings,
-    TrainingSettings,
-    parse_attribution,
-)
+from impactx.explain.store import PRECISION_ERROR, MapStore, StoreError, StoreSpec
+from impactx.explain.weighted import explain_by_own_probabilities
+from impactx.models import CheckpointError, load_checkpoint, save_checkpoint, weights_fingerprint
+from impactx.settings import DatasetSettings, ModelSettings, TrainingSettings, parse_approach, parse_attribution
 from impactx.storage import Storage
-from impactx.training import train_stage1, train_stage2
+from impactx.training import train_stage1
 from impactx.training.loop import Metrics, ResumeError
 
 log = logging.getLogger("impactx")
@@ -112,8 +109,9 @@ def train_unit(unit: Unit, place: Workplace, *, device: torch.device | str = "cp
     """Train a trial or model of either stage, resuming where an earlier try stopped; rank 0 keeps the result.
 
     Returns the result: best (metrics of the best epoch, or None), best_epoch, history, diverged, weights
-    (fingerprint of the best epoch's weights, None if they were not kept), seconds; stopped where on_epoch ended it
-    before its end. Raises WorkError, and TakenOver where another process has begun the same training since.
+    (fingerprint of the best epoch's weights, None if they were not kept), seconds, and what the approach adds;
+    stopped where on_epoch ended it before its end. Raises WorkError, and TakenOver where another process has begun
+    the same training since.
     """
     torch.set_num_threads(place.threads)
     artifacts, recipe, inputs = place.artifacts, unit.recipe, unit.inputs
@@ -146,32 +144,27 @@ def train_unit(unit: Unit, place: Workplace, *, device: torch.device | str = "cp
         "load": load, "save": save, "on_epoch": on_epoch,
         "rank": rank, "world_size": world_size}
     started = time.perf_counter()
-    scale, approach = None, None
     try:
         if recipe["stage"] == 1:
-            model: torch.nn.Module
-            model, result = train_stage1(data, split, model_settings, training, **how)
+            trained = Trained(*train_stage1(data, split, model_settings, training, **how))
         else:
-            approach = ImpactxSettings.model_validate(inputs["approach"])
-            maps = place.map_array(MapStore.open(artifacts.storage, inputs["maps"]), data)
-            scale = map_scale(maps, split.train, inputs["scale"])
-            model, result = train_stage2(
-                data, split, model_settings, training, approach=approach, weight=recipe["lambda"], maps=maps,
-                scale=scale, classifier=place.checkpoint(inputs["checkpoint"], recipe["weights"]).model, **how)
+            approach = approach_of(unit.params.get("approach", unit.name), parse_approach(inputs["approach"]))
+            trained = approach.train(Bench(unit, place, data, split, model_settings, training, how))
     except ResumeError as error:
         raise WorkError(f"{unit.name}: {artifacts.storage.uri(running)}: {error}; delete the file, this training "
                         "then starts anew") from error
+    result = trained.fit
     kept = (unit.role == "model" or training.keep_trial_weights) and result.best_state is not None
     weights, files = None, {}
     if kept and not result.stopped:
-        model = model.to("cpu")
+        model = trained.model.to("cpu")
         weights = weights_fingerprint(model)
         files[CHECKPOINT] = save_checkpoint(
-            model, model_settings=model_settings, approach_settings=approach, class_names=data.class_names,
-            # The network's maps are in scaled units: 1 / scale leads back to the attribution's own.
-            map_scale=1 / scale if isinstance(scale, float) else None, extra={"unit": unit.key})
-    summary = _plain({
-        "best": result.best if result.best_epoch else None, "best_epoch": result.best_epoch,
+            model, model_settings=model_settings, approach_settings=trained.settings, class_names=data.class_names,
+            map_scale=trained.map_scale, extra={"unit": unit.key})
+    best = trained.best or (result.best if result.best_epoch else None)
+    summary = _plain(dict(trained.extra) | {
+        "best": best and dict(best), "best_epoch": result.best_epoch,
         "epochs": len(result.history), "history": result.history, "diverged": result.diverged, "weights": weights,
         "train_images": len(split.train), "validation_images": len(split.validation),
         "seconds": sum(row["seconds"] for row in result.history),
@@ -193,7 +186,13 @@ def open_store(unit: Unit, place: Workplace) -> MapStore:
     """The store of a maps unit, begun if it is not there yet."""
     data = place.dataset(unit.inputs["dataset"])
     return MapStore.create(place.artifacts.storage, unit.folder, StoreSpec(
-        unit.key, len(data.train.labels), (data.channels, *data.image_size), unit.inputs["shard_size"], unit.recipe))
+        unit.key, len(_explained(unit, data)), (data.channels, *data.image_size), unit.inputs["shard_size"],
+        unit.recipe))
+
+
+def _explained(unit: Unit, data: Dataset) -> ImageSet:
+    """The images that a maps unit explains."""
+    return data.load_test() if unit.inputs.get("part") == "test" else data.train
 
 
 def maps_complete(unit: Unit, place: Workplace) -> bool:
@@ -211,7 +210,8 @@ class ShardWorker:
         torch.set_num_threads(place.threads)
         self.place, self.device = place, torch.device(device)
         self.store = open_store(unit, place)
-        self.data = place.dataset(unit.inputs["dataset"])
+        self.images = _explained(unit, place.dataset(unit.inputs["dataset"]))
+        self.class_weighted = unit.inputs.get("target") == "class_weighted"
         self.model = open_model(unit.inputs["source"], place, unit.recipe["weights"]).to(self.device)
         self.attribution = build_attribution(parse_attribution(unit.inputs["attribution"]))
 
@@ -221,9 +221,12 @@ class ShardWorker:
         rows = self.store.shard_indices(shard)
         if self.store.has(shard):  # another worker, or an orphan of a job that was killed, was quicker
             return {"shard": shard, "maps": len(rows), "seconds": time.perf_counter() - started}
-        labels = self.data.train.labels[rows]
-        found = self.attribution.explain(self.model, self.data.train.images[rows], labels, device=self.device,
-                                         memory_bytes=self.place.memory_bytes, indices=rows)
+        images, labels = self.images.images[rows], self.images.labels[rows]
+        how = {"device": self.device, "memory_bytes": self.place.memory_bytes, "indices": rows}
+        if self.class_weighted:
+            found = explain_by_own_probabilities(self.attribution, self.model, images, **how)
+        else:
+            found = self.attribution.explain(self.model, images, labels, **how)
         self.store.write_shard(shard, labels, found)
         return {"shard": shard, "maps": len(rows), "seconds": time.perf_counter() - started}
 
@@ -265,9 +268,12 @@ def _sampled(store: MapStore) -> dict[str, float]:
     return found
 
 
-@torch.no_grad()
 def evaluate_unit(unit: Unit, place: Workplace, *, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read the test set once with a final model. Keeps accuracy and, image by image, the probabilities."""
+    """Read the test set once with a final model. Keeps accuracy and, image by image, the probabilities.
+
+    A model that needs maps of the test images takes them from the store that the inputs name; map_seconds is then
+    what such a map costs, measured here.
+    """
     torch.set_num_threads(place.threads)
     if (done := place.artifacts.result(unit)) is not None:
         return done
@@ -276,12 +282,15 @@ def evaluate_unit(unit: Unit, place: Workplace, *, device: torch.device | str = 
     test = data.load_test()
     model = place.checkpoint(unit.inputs["checkpoint"], unit.recipe["weights"]).model.eval().to(device)
     training = TrainingSettings.model_validate(unit.inputs.get("training", {}))
+    store = MapStore.open(place.artifacts.storage, unit.inputs["maps"]) if "maps" in unit.inputs else None
     held = DeviceData(test.images, test.labels, np.arange(len(test.labels)), device=device,
+                      maps=None if store is None else place.map_array(store, data),
                       memory_bytes=training.memory_mb * 2**20)
     parts = []
-    for batch in held.evaluation(batch_size=training.eval_batch_size):
-        logits = model.classify(batch.images) if isinstance(model, Impactx) else model(batch.images)
-        parts.append(logits.softmax(1).float().cpu().numpy())
+    with torch.no_grad():
+        for batch in held.evaluation(batch_size=training.eval_batch_size):
+            maps = () if batch.maps is None else (batch.maps,)
+            parts.append(model.classify(batch.images, *maps).softmax(1).float().cpu().numpy())
     probabilities = np.concatenate(parts)
     if not np.isfinite(probabilities).all():
         raise WorkError(f"{unit.name}: the model gives scores that are not finite on test images")
@@ -290,7 +299,21 @@ def evaluate_unit(unit: Unit, place: Workplace, *, device: torch.device | str = 
     np.savez_compressed(stream, labels=test.labels, probabilities=probabilities)
     result = {"accuracy": float(hits.mean()), "images": len(hits), "seconds": time.perf_counter() - started,
               "standard_error": float(math.sqrt(hits.mean() * (1 - hits.mean()) / len(hits)))}
+    if store is not None:
+        result["map_seconds"] = _seconds_of_a_map(store, model.a, test, place, device)
     place.artifacts.finish(unit, _plain(result), {PREDICTIONS: stream.getvalue()})
     return result
 
 
+def _seconds_of_a_map(store: MapStore, a: torch.nn.Module, test: ImageSet, place: Workplace,
+                      device: torch.device | str) -> float:
+    """What one process needs for a class-weighted map, in seconds: of eight images at once, or of one that is slow."""
+    maker = build_attribution(parse_attribution(store.spec.recipe["attribution"]))
+    seconds = math.inf
+    for images in (test.images[:1], test.images[:8]):  # the first brings the model into its fastest form
+        started = time.perf_counter()
+        explain_by_own_probabilities(maker, a, images, device=device, memory_bytes=place.memory_bytes)
+        seconds = (time.perf_counter() - started) / len(images)
+        if seconds > 2:
+            break
+    return seconds

@@ -56,7 +56,11 @@ class Attribution(Protocol):
 
 
 class PartitionAttribution:
-    """shap.PartitionExplainer's values (paper 4.2), by the batched engine."""
+    """shap.PartitionExplainer's values (paper 4.2), by the batched engine.
+
+    Instead of labels `explain` takes weights of all classes as well, float (N, K): what is explained is then the
+    weighted sum of an image's scores.
+    """
 
     additive = True
 

@@ -14,10 +14,22 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from impactx.models.abn import Abn, build_abn
 from impactx.models.classifier import Classifier, build_classifier
+from impactx.models.ensemble import Ensemble
 from impactx.models.impactx import Impactx, build_impactx
+from impactx.models.single_stage import SingleStageImpactx, build_single_stage
+from impactx.models.wae import Wae, build_wae
 from impactx.models.weights import CHECKPOINT_FORMAT, compare_tensors, first_line
-from impactx.settings import ImpactxSettings, ModelSettings, Settings
+from impactx.settings import (
+    AbnSettings,
+    EnsembleSettings,
+    ImpactxSettings,
+    ModelSettings,
+    Settings,
+    SingleStageSettings,
+    WaeSettings,
+)
 
 VERSION = 1
 _KEYS = {"kind", "model", "approach", "class_names", "num_classes", "image_size", "channels", "map_scale",
@@ -78,6 +90,21 @@ register_kind("impactx", Kind(
     Impactx, ImpactxSettings,
     lambda model, approach, k, size, channels: build_impactx(
         approach, model, _bare_classifier(model, k, size), seed=0, channels=channels, load_weights=False),
+    lambda model: model.decoder.channels))
+register_kind("abn", Kind(
+    Abn, AbnSettings,
+    lambda model, approach, k, size, channels: build_abn(approach, model, k, size, seed=0, load_weights=False)))
+register_kind("wae", Kind(
+    Wae, WaeSettings,
+    lambda model, approach, k, size, channels: build_wae(
+        approach, model, _bare_classifier(model, k, size), seed=0, load_weights=False)))
+register_kind("ensemble", Kind(
+    Ensemble, EnsembleSettings,
+    lambda model, approach, k, size, channels: Ensemble([_bare_classifier(model, k, size) for _ in range(2)])))
+register_kind("single_stage", Kind(
+    SingleStageImpactx, SingleStageSettings,
+    lambda model, approach, k, size, channels: build_single_stage(
+        approach, model, k, size, seed=0, channels=channels, load_weights=False),
     lambda model: model.decoder.channels))
 
 

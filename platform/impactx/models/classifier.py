@@ -43,6 +43,10 @@ class Classifier(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.trunk(self.preprocess(x)))
 
+    def classify(self, x: Tensor) -> Tensor:
+        """The same as forward."""
+        return self(x)
+
     def penultimate(self, x: Tensor) -> Tensor:
         """The input of the last linear layer, (B, F): F = 84 for LeNet-5, timm's pooled features else."""
         return self.head.hidden(self.trunk(self.preprocess(x)))

@@ -26,9 +26,10 @@ class LeNet5Trunk(nn.Module):
                              f"{size[0]}x{size[1]}: set the model's input_size (32 is its own)")
         self.conv1 = nn.Conv2d(3, 6, 5)
         self.conv2 = nn.Conv2d(6, 16, 5)
+        self.between: nn.Module = nn.Identity()  # where an attention branch has its place; it has no tensors
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
+        x = self.between(F.max_pool2d(F.relu(self.conv1(x)), 2))
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)
         return x.flatten(1)
 

@@ -12,7 +12,7 @@ from impactx.report.numbers import percent, points
 from impactx.report.results import named
 from impactx.report.style import figure, look, plain, png, shown
 
-MOST_CLASSES = 20  # that a picture can show
+MOST_CLASSES, MOST_COMPARED = 20, 4  # classes that a picture can show, approaches whose differences are listed
 
 
 def class_sections(export: Mapping[str, Any]) -> list[Section]:
@@ -31,10 +31,11 @@ def _cell(cell: Mapping[str, Any], names: list[str]) -> list[Block]:
     found, tail = cell["approaches"], f"{cell['dataset']}-{cell['model']}"
     calibration = [[shown(e["approach"]), percent(e["ece"]["mean"]), percent(e["ece"]["spread"]),
                     f"{e['nll']['mean']:.4f}"] for e in found]
+    compared = found[1:] if len(found) <= MOST_COMPARED else []
     rows = [[name, *(percent(e["per_class"][k], 1) for e in found),
-             *(points(_difference(e, found[0], k), 1) for e in found[1:])] for k, name in enumerate(names)]
+             *(points(_difference(e, found[0], k), 1) for e in compared)] for k, name in enumerate(names)]
     head = ["class", *(f"{shown(e['approach'])} %" for e in found),
-            *(f"{shown(e['approach'])} − {shown(found[0]['approach'])}" for e in found[1:])]
+            *(f"{shown(e['approach'])} − {shown(found[0]['approach'])}" for e in compared)]
     blocks: list[Block] = [
         Table(f"calibration-{tail}", ["approach", "ECE (points)", "spread", "NLL (nats)"], calibration,
               frozenset({1, 2, 3}))]

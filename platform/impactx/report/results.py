@@ -13,6 +13,11 @@ OVER = {"baseline": "A (baseline)", "lambda0": "same network, λ = 0", "shuffled
 Entry = Mapping[str, Any]
 
 
+def tested(export: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The cells of the evidence in which at least one final model could be judged."""
+    return [cell for cell in export["evidence"]["cells"] if cell["approaches"]]
+
+
 def entries(export: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], Entry]]:
     """Every (cell, approach) of the evidence."""
     for cell in export["evidence"]["cells"]:
@@ -27,7 +32,7 @@ def named(cell: Mapping[str, Any]) -> str:
 
 def sentences(export: Mapping[str, Any]) -> list[Block]:
     """The plain sentence of each cell, at the top of the page."""
-    found = export["evidence"]["cells"]
+    found = tested(export)
     if not found:
         return [Text("No final model has read the test set yet: there is nothing to say about accuracy.", "lead")]
     return [Text(f"{named(cell)}: {cell['sentence']}", "lead") for cell in found]
@@ -35,7 +40,7 @@ def sentences(export: Mapping[str, Any]) -> list[Block]:
 
 def table2(export: Mapping[str, Any]) -> list[Section]:
     """Accuracy of each approach with its interval, the paper's number and the difference."""
-    if not export["evidence"]["cells"]:
+    if not tested(export):
         return []
     rows, strong = [], set()
     for cell, entry in entries(export):
@@ -64,7 +69,7 @@ def _what(export: Mapping[str, Any]) -> str:
 
 
 def _accuracies(export: Mapping[str, Any]) -> Figure:
-    cells = export["evidence"]["cells"]
+    cells = tested(export)
     lines = sum(len(cell["approaches"]) for cell in cells) + len(cells)
     made = figure(8.6, 0.9 + 0.3 * lines)
     panels = made.subplots(len(cells), 1, squeeze=False, gridspec_kw={
@@ -119,7 +124,7 @@ def _forest(export: Mapping[str, Any]) -> Figure:
     made = figure(8.6, 0.9 + 0.27 * len(lines))
     axes = made.subplots()
     axes.axvline(0, color=INK, linewidth=1)
-    several = len(export["evidence"]["cells"]) > 1
+    several = len(tested(export)) > 1
     for y, (cell, entry, _, gain) in enumerate(lines):
         style = look(entry["approach"], [e["approach"] for e in cell["approaches"]])
         axes.plot([100 * gain["low"], 100 * gain["high"]], [y, y], color=style["color"], linewidth=2.2)

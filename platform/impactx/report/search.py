@@ -12,7 +12,7 @@ from impactx.report.style import INK, SURFACE, figure, plain, png
 
 STAGE1 = "stage 1"
 AXES = ("learning_rate", "batch_size", "validation_fraction")
-MOST_ROWS = 10  # of the trials in a table; the CSV has all
+MOST_ROWS = 10  # trials in a table, failures in a list; the CSV has all
 
 
 def search_sections(export: dict[str, Any]) -> list[Section]:
@@ -35,22 +35,34 @@ def _step(cell: dict[str, Any], step: str) -> list[Block]:
     name = f"{step.replace(' ', '-')}-{cell['dataset']}-{cell['model']}"
     finished = sum(u["state"] in ("finished", "diverged") for u in trials)
     said = f"{step.capitalize()}: {finished} of {len(trials)} trials finished"
+    if stopped := sum(u["state"] == "stopped early" for u in trials):
+        said += f", {stopped} were stopped early because they fell behind"
     if chosen is not None:
         said += f"; selected {_point(chosen)} with {percent(_score(chosen, metric))} % ({_words(metric)})"
     blocks: list[Block] = [Text(said + ".")]
-    if failed := [u for u in trials if u["state"] in ("failed", "diverged")]:
-        blocks.append(Items([f"{u['name']}: {u['error'] or 'diverged, its loss was not finite'}" for u in failed],
-                            "warning"))
+    if failed := [f"{u['name']}: {_why(u)}" for u in trials if u["state"] in ("failed", "diverged")]:
+        more = [f"and {len(failed) - MOST_ROWS} more, all in {name}.csv"] if len(failed) > MOST_ROWS else []
+        blocks.append(Items([*failed[:MOST_ROWS], *more], "warning"))
     if any(_score(u, metric) is not None for u in trials):
         blocks.append(_heat_maps(trials, chosen, metric, name) if step == STAGE1
-                      else _lambdas(trials, chosen, metric, name))
+                      else _candidates(trials, chosen, metric, name))
     blocks.append(_table(trials, chosen, metric, name, step))
     return blocks
+
+
+def _why(unit: dict[str, Any]) -> str:
+    return unit["error"] or "diverged, its loss was not finite"
 
 
 def _words(metric: str) -> str:
     return ("validation accuracy on the part that all validation fractions share" if metric == "common_accuracy"
             else "validation accuracy")
+
+
+def _candidate(unit: dict[str, Any]) -> tuple[str, float]:
+    """What an approach searches, for readers, and the trial's value of it."""
+    p = unit["params"]
+    return ("λ", p["lambda"]) if p.get("lambda") is not None else ("learning rate", p["learning_rate"])
 
 
 def _score(unit: dict[str, Any], metric: str) -> float | None:
@@ -60,8 +72,8 @@ def _score(unit: dict[str, Any], metric: str) -> float | None:
 
 def _point(unit: dict[str, Any]) -> str:
     p = unit["params"]
-    if "lambda" in p:
-        return f"λ = {p['lambda']:g}"
+    if unit["step"] != STAGE1:
+        return f"{_candidate(unit)[0]} = {_candidate(unit)[1]:g}"
     return (f"learning rate {p['learning_rate']:g}, batch size {p['batch_size']}, "
             f"validation fraction {p['validation_fraction']:g}")
 
@@ -102,7 +114,8 @@ def _heat_maps(trials: list[dict[str, Any]], chosen: dict[str, Any] | None, metr
                   f"from {low:.2f} to {high:.2f} percent",
                   "Each number is a trial's validation accuracy in percent at its best epoch."
                   + (" × marks a trial that failed or diverged." if failed.any() else "")
-                  + (" Empty fields are trials that have not finished." if (np.isnan(scores) & ~failed).any() else ""),
+                  + (" Empty fields are trials that were stopped early or have not finished."
+                     if (np.isnan(scores) & ~failed).any() else ""),
                   width=min(900, int(made.get_size_inches()[0] * 92)))
 
 
@@ -121,32 +134,35 @@ def _frame(x: int, y: int, colour: str, width: float) -> Any:
     return Rectangle((x - 0.46, y - 0.46), 0.92, 0.92, fill=False, edgecolor=colour, linewidth=width)
 
 
-def _lambdas(trials: list[dict[str, Any]], chosen: dict[str, Any] | None, metric: str, name: str) -> Figure:
-    found = sorted((u["params"]["lambda"], 100 * s) for u in trials if (s := _score(u, metric)) is not None)
+def _candidates(trials: list[dict[str, Any]], chosen: dict[str, Any] | None, metric: str, name: str) -> Figure:
+    what = _candidate(trials[0])[0]
+    found = sorted((_candidate(u)[1], 100 * s) for u in trials if (s := _score(u, metric)) is not None)
     made = figure(5.2, 2.7)
     axes = made.subplots()
     axes.plot(*zip(*found, strict=True), color="#0072B2", marker="o", linewidth=1.6)
     if chosen is not None:
-        axes.plot([chosen["params"]["lambda"]], [100 * (_score(chosen, metric) or 0)], marker="o", markersize=12,
+        axes.plot([_candidate(chosen)[1]], [100 * (_score(chosen, metric) or 0)], marker="o", markersize=12,
                   markerfacecolor="none", markeredgecolor=INK, markeredgewidth=1.6, linestyle="none")
-    axes.set_xlabel("λ")
+    axes.set_xlabel(what)
     axes.set_ylabel("validation accuracy (%)")
     axes.set_xticks([weight for weight, _ in found])
     plain(axes, grid="y")
-    return Figure(f"{name}.png", png(made), "Validation accuracy over lambda", "The ring marks the selected λ.", 520)
+    return Figure(f"{name}.png", png(made), f"Validation accuracy over {what}", "The ring marks what was selected.",
+                  520)
 
 
 def _table(trials: list[dict[str, Any]], chosen: dict[str, Any] | None, metric: str, name: str, step: str) -> Table:
-    head = [*(["λ"] if step != STAGE1 else ["learning rate", "batch size", "validation"]), "accuracy %", "best epoch",
-            "epochs", "train s", "state"]
+    searched = ["learning rate", "batch size", "validation"] if step == STAGE1 else [_candidate(trials[0])[0]]
+    head = [*searched, "accuracy %", "best epoch", "epochs", "train s", "state"]
     ordered = sorted(trials, key=lambda u: -(_score(u, metric) or -1))
     rows = []
     for unit in ordered:
         p, result = unit["params"], unit["result"] or {}
-        point = [number(p["lambda"])] if step != STAGE1 else [number(p[axis]) for axis in AXES]
+        point = [number(_candidate(unit)[1])] if step != STAGE1 else [number(p[axis]) for axis in AXES]
         rows.append([*point, percent(_score(unit, metric)), number(result.get("best_epoch")),
                      number(result.get("epochs")), f"{result['seconds']:.0f}" if "seconds" in result else NONE,
-                     "selected" if unit is chosen else unit["state"]])
+                     "selected" if unit is chosen else
+                     f"failed: {_why(unit)}" if unit["state"] == "failed" else unit["state"]])
     return Table(name, head, rows, frozenset(range(len(head) - 1)),
                  frozenset(i for i, u in enumerate(ordered) if u is chosen),
                  f"The trials, best first{f' (the first {MOST_ROWS} of {len(rows)})' if len(rows) > MOST_ROWS else ''}",

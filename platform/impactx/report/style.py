@@ -9,13 +9,15 @@ SURFACE = "cividis"  # of heat maps: even in lightness, the same for red-green c
 INK, SOFT, LINE = "#1b1f24", "#57606a", "#d0d7de"
 # Okabe and Ito's colours, each with a marker and a dash of its own: nothing is told by colour alone.
 _LOOKS = [("#0072B2", "o", "-"), ("#E69F00", "s", "--"), ("#D55E00", "^", "-."), ("#009E73", "D", ":"),
-          ("#CC79A7", "v", (0, (5, 1, 1, 1, 1, 1))), ("#56B4E9", "P", (0, (3, 1))), ("#000000", "X", (0, (1, 1)))]
+          ("#CC79A7", "v", (0, (5, 1, 1, 1, 1, 1))), ("#56B4E9", "P", (0, (3, 1))), ("#000000", "X", (0, (1, 1))),
+          ("#009E73", "<", "--"), ("#D55E00", ">", ":"), ("#0072B2", "p", "-."), ("#E69F00", "*", ":")]
 _BASELINE = ("#57606a", "o", (0, (6, 2)))
 _ORDER = ["impactx", "lambda0", "shuffled", "abn", "shuffled_in_class", "wae", "mean_map"]
 DPI = 160
 NAMES = {"baseline": "A (baseline)", "impactx": "IMPACTX", "lambda0": "control λ = 0", "abn": "ABN", "wae": "WAE",
          "shuffled": "control: shuffled maps", "shuffled_in_class": "control: shuffled in class",
          "mean_map": "control: mean map", "class_mean_map": "control: class-mean map", "ensemble": "ensemble of two A",
+         "integrated_gradients": "IMPACTX on integrated gradients",
          "single_stage": "IMPACTX, single stage"}
 
 

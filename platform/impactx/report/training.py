@@ -57,9 +57,17 @@ def cost_sections(export: Mapping[str, Any]) -> list[Section]:
     if not rows:
         return []
     head = ["cell", "step", "finished", "amount", "time in all", "time of each"]
-    return [Section("Costs", [Table("costs", head, rows, frozenset({2, 3, 4, 5})), Text(
+    return [Section("Costs", [Table("costs", head, rows, frozenset({2, 3, 4, 5})), *_test_maps(export), Text(
         "Times are those of the processes that did the work, added up: several at once make the wait shorter than the "
         "sum. A step that an earlier job had finished counts with the time that it took then.", "note")])]
+
+
+def _test_maps(export: Mapping[str, Any]) -> list[Text]:
+    """What approaches cost at test time that need a map of every image."""
+    found = {(cell["dataset"], cell["model"], row["approach"]): row["map_seconds"]
+             for cell in export["cells"] for row in cell["rows"] if row.get("map_seconds") is not None}
+    return [Text(f"{dataset} × {model}: each prediction of {shown(approach)} needs a map of the image first: "
+                 f"{seconds:.3f} s in one process.") for (dataset, model, approach), seconds in found.items()]
 
 
 def _step(unit: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from impactx.experiment.tracker import TrackingError
-from impactx.models import Impactx, Loaded, load_checkpoint
+from impactx.models import Loaded, load_checkpoint
 from impactx.tracking.addresses import addresses, redact
 from impactx.tracking.client import connect, search
 from impactx.tracking.record import KEY, clean_tags
@@ -97,7 +97,7 @@ def signature(loaded: Loaded) -> Any:
     size, model = tuple(loaded.image_size), loaded.model
     outputs = [TensorSpec(np.dtype("int64"), (-1,), "label"),
                TensorSpec(np.dtype("float32"), (-1, loaded.num_classes), "scores")]
-    if isinstance(model, Impactx) or hasattr(model, "with_maps") or getattr(model, "takes_maps", False):
+    if hasattr(model, "with_maps") or getattr(model, "takes_maps", False):
         outputs.append(TensorSpec(np.dtype("float32"), (-1, -1, *size), "map"))
     return ModelSignature(Schema([TensorSpec(np.dtype("uint8"), (-1, *size, 3))]), Schema(outputs))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -37,5 +38,45 @@ def impactx_loss(weight: float) -> Loss:
         ce = (F.cross_entropy(logits, batch.labels, reduction="none") * batch.weights).sum()
         mse = ((maps - batch.maps).square().mean(dim=(1, 2, 3)) * batch.weights).sum()
         return logits, {"loss": ce + weight * mse, "ce": ce, "mse": mse}
+
+    return loss
+
+
+def abn_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """ABN: cross entropy of the perception branch plus that of the attention branch; logits are perception's."""
+    logits, _, attention_logits = model(batch.images)
+    ce, attention_ce = ((F.cross_entropy(scores, batch.labels, reduction="none") * batch.weights).sum()
+                        for scores in (logits, attention_logits))
+    return logits, {"loss": ce + attention_ce, "ce": ce, "attention_ce": attention_ce}
+
+
+def wae_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """WAE: cross entropy of C(m, z), z encoded from each image's map in the attribution's units."""
+    if batch.maps is None:
+        raise ValueError("wae needs a map for every image, and this batch has none")
+    logits = model(batch.images, batch.maps)
+    ce = (F.cross_entropy(logits, batch.labels, reduction="none") * batch.weights).sum()
+    return logits, {"loss": ce}
+
+
+def single_stage_loss(weight: float, auxiliary: float) -> Loss:
+    """Equation (1) with a learning M: as `impactx_loss`, plus auxiliary * CE of M's own scores.
+
+    An image without a map, as yet (NaNs where its map would be), has no part in the MSE; nor has any in a batch
+    without maps.  An MSE of 0 then stands for "nothing to learn from".
+    """
+
+    def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        logits, maps, own = model(batch.images)
+        ce = (F.cross_entropy(logits, batch.labels, reduction="none") * batch.weights).sum()
+        # Without a target a map is its own: the decoder takes part with a gradient of 0, as data-parallel workers need.
+        target = maps.detach() if batch.maps is None else torch.where(
+            batch.maps.isnan().flatten(1).any(1)[:, None, None, None], maps.detach(), batch.maps)
+        mse = ((maps - target).square().mean(dim=(1, 2, 3)) * batch.weights).sum()
+        terms = {"loss": ce + weight * mse, "ce": ce, "mse": mse}
+        if auxiliary:
+            terms["auxiliary_ce"] = (F.cross_entropy(own, batch.labels, reduction="none") * batch.weights).sum()
+            terms["loss"] = terms["loss"] + auxiliary * terms["auxiliary_ce"]
+        return logits, terms
 
     return loss

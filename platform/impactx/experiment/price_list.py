@@ -1,0 +1,49 @@
+"""The prices of a plan as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from impactx.experiment.pricing import HOUR, CellPrice, Measured, Range
+from impactx.timing import duration
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _hours(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:,.0f}"
+
+
+def price_list(prices: Sequence[CellPrice], measured: Measured) -> str:
+    """The prices as text, cell by cell and in all."""
+    lines = ["measured:", *measured.lines(), ""]
+    for price in prices:
+        lines += [price.cell.name + f"   (exists: {price.exists})"]
+        for item in price.items:
+            gpus = item.gpu_hours(measured)
+            lines.append(f"  {item.name + ':':18} {item.what}; {item.cpu_hours(measured).say(_hours)} CPU-hours"
+                         + (f", {gpus.say(_hours)} GPU-hours" if gpus.high else ""))
+        alone = sum((item.alone() for item in price.items), Range())
+        lines.append(f"  alone on this cluster as it is now: {alone.say(duration)}")
+    items = [item for price in prices for item in price.items]
+    cpus = sum((item.cpu_hours(measured) for item in items), Range())
+    gpus = sum((item.gpu_hours(measured) for item in items), Range())
+    alone = [sum((item.alone() for item in price.items), Range()) for price in prices]
+    # At best cells fill each other's gaps: then the devices bound it, or the longest cell; at worst none does.
+    least = max([cpus.low * HOUR / measured.cpus, gpus.low * HOUR / measured.gpus if measured.gpus else 0.0,
+                 *(one.low for one in alone)])
+    whole = Range(least, sum(one.high for one in alone))
+    epochs = sum((price.epochs for price in prices), Range())
+    return "\n".join(lines + [
+        "", f"in all: {sum(price.trials for price in prices)} trials, {epochs.say(lambda n: f'{n:,.0f}')} epochs, "
+        f"{sum(price.evaluations for price in prices):,} evaluations, maps of at most "
+        f"{_bytes(sum(price.map_bytes for price in prices))}",
+        f"        {cpus.say(_hours)} CPU-hours, {gpus.say(_hours)} GPU-hours",
+        f"        {whole.say(duration)} on this cluster as it is now, without start-up "
+        "times (about 15 s a final training)"])
