@@ -35,7 +35,8 @@ def job(folder, cache, executor, **changes):
 def ray(place, **settings):
     from impactx.cluster.executor import RayExecutor
 
-    return RayExecutor(ClusterSettings(**settings), place, NoTracker())
+    # The cluster's GPU is one in name only.
+    return RayExecutor(ClusterSettings(explain_gpu_actors=0, **settings), place, NoTracker())
 
 
 def numbers(rows):
