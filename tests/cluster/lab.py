@@ -30,6 +30,7 @@ def experiment(**changes: Any) -> ExperimentSettings:
         "grid": {"learning_rate": [0.002, 0.004], "batch_size": [32], "validation_fraction": [0.2]},
         "training": {"epochs": 3, "patience": 3, "memory_mb": 64},
         "attribution": {"method": "partition", "max_evals": 24, "batch_size": 10}, "maps": {"shard_size": 10},
+        "evaluation": {"map_images": 0},
         "approaches": {"impactx": {"kind": "impactx", "lambdas": [0.8]}}} | changes)
 
 
