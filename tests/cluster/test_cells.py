@@ -50,12 +50,13 @@ def test_cells_at_once_equal_cells_one_by_one_and_overlap(tmp_path, cache, caplo
     assert numbers(there) == numbers(here) and len(here) == 4
     lines = caplog.messages
 
-    def at(text):
-        return next(k for k, line in enumerate(lines) if text in line)
+    def first_and_last(cell):
+        found = [k for k, line in enumerate(lines) if line.startswith(f"{cell} x lenet5: ")]
+        return found[0], found[-1]
 
-    assert at("many x lenet5: stage 1: 1 of 4 trials") < at("few x lenet5: stage 1: selected"), "both at once"
-    assert at("few x lenet5: A repeat 0: starts") < at("many x lenet5: stage 1: selected"), "nobody waits for many"
-    assert at("few x lenet5: maps repeat 0: starts") < at("many x lenet5: maps repeat 0: starts")
+    # Which step meets which depends on the machine; one after the other, they would not meet at all.
+    (few, few_ends), (many, many_ends) = first_and_last("few"), first_and_last("many")
+    assert few < many_ends and many < few_ends, "both at once"
 
 
 def test_one_trial_at_a_time_over_all_cells(tmp_path, cache):
