@@ -21,6 +21,7 @@ from impactx.settings import ModelSettings, PartitionSettings
 
 LENET = ModelSettings(name="lenet5", architecture="lenet5")
 JOB = Path(__file__).resolve().parents[2] / "jobs" / "explain.py"
+STARTED: list[subprocess.Popen] = []
 CODE = """
 from torch import nn
 def net():
@@ -33,8 +34,19 @@ def start(folder: Path, *arguments: str, **how) -> subprocess.Popen:
     command = [sys.executable, str(JOB), *arguments, "dataset=digits", "data_root=data", "output=out",
                "cluster.num_cpus=2", "cluster.explain_cpu_actors=2"]
     environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "PYTHONPATH")}
-    return subprocess.Popen(command, cwd=folder, env=environment, text=True,
-                            **({"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | how))
+    STARTED.append(subprocess.Popen(command, cwd=folder, env=environment, text=True,
+                                    **({"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | how)))
+    return STARTED[-1]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running():
+    """A test that fails leaves no job behind."""
+    yield
+    for job in STARTED:
+        if job.poll() is None:
+            job.kill()
+    STARTED.clear()
 
 
 @pytest.mark.timeout(300)

@@ -11,7 +11,7 @@ from impactx.experiment.executor import LocalExecutor
 from impactx.experiment.tracker import NoTracker
 from impactx.experiment.units import RUNNING, STOPPED
 
-pytestmark = pytest.mark.usefixtures("cluster")
+pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.slow]
 RATES = [0.004, 0.003, 1e-6, 2e-6, 3e-6, 4e-6]  # two that learn, four that do not
 ONE_CELL = {"datasets": {"few": DIGITS | {"name": "few", "subset": 100}}, "approaches": {},
             "training": {"epochs": 9, "patience": 9, "memory_mb": 64}}

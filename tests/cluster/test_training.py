@@ -132,6 +132,7 @@ def test_search_equals_local_search_and_survives_a_trial_that_raises(lab):
     assert {(u.name, e) for u in units[1:] for e in (1, 2, 3)} >= set(epochs) >= {(u.name, 3) for u in units[1:]}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the cluster's GPU is one in name only, and must stay one")
 def test_trials_that_share_a_gpu_are_placed_and_say_that_torch_finds_none(lab):
     """Four quarters of a logical GPU: Ray places them; what they would compute, only a machine with a GPU can show."""

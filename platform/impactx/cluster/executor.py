@@ -6,7 +6,6 @@ import atexit
 import contextlib
 import logging
 import shutil
-import socket
 import tempfile
 import threading
 import time
@@ -17,6 +16,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from impactx.cluster.devices import device_of
 from impactx.cluster.errors import is_final, portable
 from impactx.cluster.pool import explain_on_pools, pools_of
 from impactx.cluster.search import tune_search
@@ -38,18 +38,6 @@ from impactx.experiment.tracker import Tracker
 from impactx.experiment.units import WorkError
 from impactx.experiment.work import Workplace, finish_maps, open_store
 from impactx.settings import ClusterSettings
-
-
-def _device(gpus: float) -> str:
-    """The device of this process, to which Ray gave so many GPUs. Raises WorkError where torch finds none."""
-    if not gpus:
-        return "cpu"
-    import torch
-
-    if not torch.cuda.is_available():
-        raise WorkError(f"Ray gave this process {gpus:g} GPU on {socket.gethostname()}, where torch finds none: its "
-                        "driver is missing, or the node was started with a number of GPUs that it does not have")
-    return "cuda"
 
 
 def _train_worker(config: dict[str, Any]) -> None:
@@ -202,7 +190,7 @@ class RayExecutor:
             if workers.count > 1:
                 _train_on_workers(task, place, tracker, workers, report)
             else:
-                tracked_training(task, place, tracker, device=_device(s.trial_gpus), report=report)
+                tracked_training(task, place, tracker, device=device_of(s.trial_gpus), report=report)
 
         # A trial over several workers only waits for them: its own process needs next to nothing.
         held = {"CPU": s.trial_cpus, "GPU": s.trial_gpus} if workers.count == 1 else {"CPU": 0.01}
@@ -253,7 +241,7 @@ class RayExecutor:
 
         @ray.remote(num_cpus=self.settings.trial_cpus, num_gpus=gpus, max_retries=self.settings.max_failures)
         def work() -> dict[str, Any]:
-            return how(task, place, tracker, device=_device(gpus))
+            return how(task, place, tracker, device=device_of(gpus))
 
         with self._held(task, {"CPU": self.settings.trial_cpus, "GPU": gpus}):
             return ray.get(work.remote())

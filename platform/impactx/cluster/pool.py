@@ -19,6 +19,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from impactx.cluster.devices import device_of
 from impactx.cluster.errors import portable
 from impactx.cluster.shares import Shares
 from impactx.experiment.executor import OnShards
@@ -134,7 +135,7 @@ class Explainer:
     """The actor of a pool: opens model and images once, then makes shards until none is left."""
 
     def __init__(self, unit: Unit, place: Workplace, queue: Any, device: str) -> None:
-        self._what, self._queue = (unit, place, device), queue
+        self._what, self._queue, self._gpus = (unit, place, device), queue, float(device == "cuda")
         self._worker: ShardWorker | None = None  # opened at work: what an actor's constructor raises, Ray repeats
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -145,7 +146,9 @@ class Explainer:
                 if shard == WAIT:
                     time.sleep(POLL_SECONDS)
                     continue
-                self._worker = self._worker or ShardWorker(*self._what)
+                if self._worker is None:
+                    device_of(self._gpus)
+                    self._worker = ShardWorker(*self._what)
                 about = self._worker.make(shard)
                 ray.get(self._queue.done.remote(ticket, shard, int(about["maps"]), about["seconds"]))
                 made += 1
