@@ -66,8 +66,8 @@ def export_job(storage: Storage, job: str) -> dict[str, Any]:
             cells.append(_cell(storage, about["settings"], journal) if journal else _unbegun(dataset, model))
     rows, e = [Row(**row) for cell in cells for row in cell["rows"]], about["settings"]["evaluation"]
     return {"job": job, "made": now(), "output": storage.root, **about, "cells": cells,
-            "evidence": evidence(
-        storage, rows, resamples=e["resamples"], seed=e["seed"], confidence=e["confidence"])}
+            "evidence": evidence(storage, rows, resamples=e["resamples"], seed=e["seed"],
+                                 confidence=e["confidence"])}
 
 
 def _unbegun(dataset: str, model: str) -> dict[str, Any]:
