@@ -23,9 +23,9 @@ DIGITS = {"source": "digits", "augmentation": {"flip": False, "shift": 2}}
 def job(folder, cache, executor, **changes):
     """A job of two cells; the second has more images, so its first stage takes longer."""
     settings = experiment(**{"repeats": 1, "datasets": {
-        "few": DIGITS | {"name": "few", "subset": 40}, "many": DIGITS | {"name": "many", "subset": 400}},
+        "few": DIGITS | {"name": "few", "subset": 40}, "many": DIGITS | {"name": "many", "subset": 240}},
         "output": str(folder), "cache": str(cache), "data_root": str(folder / "no-data"),
-        "training": {"epochs": 8, "patience": 8, "memory_mb": 64},
+        "training": {"epochs": 4, "patience": 4, "memory_mb": 64},
         "grid": {"learning_rate": [0.002, 0.004, 0.003, 0.001], "batch_size": [8], "validation_fraction": [0.25]},
         "maps": {"shard_size": 5}} | changes)
     prepared = prepare(settings)

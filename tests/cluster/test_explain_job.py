@@ -49,6 +49,7 @@ def nothing_is_left_running():
     STARTED.clear()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_killed_driver_loses_nothing_and_repeats_nothing(tmp_path):
     """kill -9 of the job in the middle; started again, it makes the rest, and the same maps as one process."""
