@@ -177,7 +177,7 @@ class Workforce:
     def grow(self) -> None:
         """Begin groups while there is room and it is the owner's turn."""
         while (left := self._pool.actors - sum(group.actors for group in self._groups.values())) > 0:
-            size = min(self._size, left) if self._shares.shared else left
+            size = min(self._size, left) if self._shares.shared_by(self._owner) else left
             if not self._shares.take(self._owner, self._pool.name, self._amounts(size)):
                 return
             self._count += 1

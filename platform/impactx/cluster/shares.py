@@ -90,11 +90,10 @@ class Shares:
                        and self._share(wish.owner, capacity, part) <= left + EPSILON
                        for wish in self._wishes.values())
 
-    @property
-    def shared(self) -> bool:
-        """Whether more than one owner has asked for something so far."""
+    def shared_by(self, owner: str) -> bool:
+        """Whether another than this owner has asked for something so far."""
         with self._changed:
-            return len({*self._held, *(wish.owner for wish in self._wishes.values())}) > 1
+            return bool({*self._held, *(wish.owner for wish in self._wishes.values())} - {owner})
 
     def close(self) -> None:
         """Nothing is given from now on; whoever waits gets Closed."""
