@@ -23,6 +23,6 @@ def portable(error: Exception) -> Exception:
         try:
             if str(pickle.loads(pickle.dumps(error))) == str(error):
                 return error
-        except Exception:
+        except Exception:  # it does not survive the journey: its text does, below
             pass
     return RuntimeError("".join(traceback.format_exception(error)))

@@ -25,6 +25,7 @@ def addresses(uri: str | None, output: str) -> tuple[str, str | None]:
 
 
 def sqlite_path(uri: str) -> Path | None:
+    """The absolute path of a sqlite:/// address's file; None for any other address."""
     if not uri.startswith("sqlite:///"):
         return None
     return Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute()

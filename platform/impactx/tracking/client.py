@@ -19,6 +19,7 @@ class TakenOver(RuntimeError):
 
 
 def connect(uri: str, create: bool = False) -> Any:
+    """An MlflowClient of the address. Raises FileNotFoundError where a SQLite file is absent and not to be made."""
     path = sqlite_path(uri)
     if path and not create and not path.exists():
         raise FileNotFoundError(f"no MLflow database {path} on the machine {socket.gethostname()}: call "

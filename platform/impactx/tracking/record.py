@@ -192,17 +192,21 @@ class Record:
 
 
 def points_of(metrics: Mapping[str, float], step: int | None) -> list[Point]:
+    """MLflow's points of these metrics, at one step (None: of the run as a whole)."""
     return [(key, value, now_ms(), step) for key, value in numbers(metrics).items()]
 
 
 def history_points(history: Sequence[Mapping[str, float]]) -> list[Point]:
+    """MLflow's points of a whole history, one row an epoch."""
     return [(key, value, now_ms(), step) for step, row in epochs(history) for key, value in row.items()]
 
 
 def clean_tags(tags: Mapping[str, Any]) -> dict[str, str]:
+    """Tags as MLflow takes them: allowed keys, text of at most MAX_TAG characters."""
     return {clean_key(str(k)): v if len(v := str(value)) <= MAX_TAG else v[:MAX_TAG - 3] + "..."
             for k, value in tags.items()}
 
 
 def now_ms() -> int:
+    """Milliseconds since the epoch, as MLflow counts."""
     return int(time.time() * 1000)

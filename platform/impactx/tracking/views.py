@@ -49,4 +49,5 @@ def save_view(client: Any, experiment_id: str, root_key: str) -> None:
 
 
 def view_key(root_key: str) -> str:
+    """The name of a job's saved view in MLflow's tags and addresses."""
     return VIEW_PREFIX + hashlib.sha256(root_key.encode()).hexdigest()[:12]

@@ -81,11 +81,13 @@ class FitResult:
 
 
 def make_autocast(training: TrainingSettings, device: torch.device) -> contextlib.AbstractContextManager:
+    """The context of a forward: bfloat16 autocast where training.precision asks for it (auto: on a GPU)."""
     mixed = training.precision == "bfloat16" or (training.precision == "auto" and device.type == "cuda")
     return torch.autocast(device.type, torch.bfloat16) if mixed else contextlib.nullcontext()
 
 
 def make_optimizer(parameters: list[nn.Parameter], training: TrainingSettings, lr: float) -> torch.optim.Optimizer:
+    """The optimiser that the settings name, over these parameters; SGD has Nesterov momentum 0.9."""
     if training.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=lr, momentum=0.9, nesterov=True, weight_decay=training.weight_decay)
     kind = torch.optim.AdamW if training.optimizer == "adamw" else torch.optim.Adam
