@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from lab import descendants, gone, until
 
 from impactx.configuration import load_settings
@@ -74,7 +73,6 @@ def test_a_killed_driver_loses_nothing_and_repeats_nothing(tmp_path):
     assert store.verify() == []
     digits = load_settings(overrides=["dataset=digits", "model=lenet5", "datasets.digits.subset=400"])
     data = load_dataset(digits.datasets["digits"], tmp_path / "data")
-    torch.set_num_threads(1)  # as cluster.threads: the sums of a product depend on it
     expected = build_attribution(PartitionSettings(batch_size=10))
     for shard in (0, store.spec.shards // 2, store.spec.shards - 1):
         rows = store.shard_indices(shard)

@@ -33,14 +33,6 @@ TINY = (f"approach=[{','.join(NAMES)}]", "datasets.digits.subset=80", "grid.lear
         "evaluation.map_images=0")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class Recorder(LocalExecutor):
     """Writes down what is worked on; dies when the unit of a name has trained an epoch."""
 
@@ -86,7 +78,6 @@ def shared(tmp_path_factory):
 @pytest.fixture(scope="module")
 def first(tmp_path_factory, shared):
     """An undisturbed run: its rows by approach, its job and what was worked on."""
-    torch.set_num_threads(1)
     job, executor = experiment(tmp_path_factory.mktemp("first"), shared)
     return {row.approach: row for row in job.run()}, job, executor.done
 

@@ -40,14 +40,6 @@ TINY = ("datasets.digits.subset=100", "grid.learning_rate=[0.002,0.004]", "grid.
         "approaches.impactx.lambdas=[0.4,0.8]", "repeats=1", "evaluation.map_images=0")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class Recorder(LocalExecutor):
     """Does the work, and writes down which."""
 
@@ -114,7 +106,6 @@ def shared(tmp_path_factory):
 @pytest.fixture(scope="module")
 def first(tmp_path_factory, shared) -> Done:
     """An undisturbed run, which other tests copy."""
-    torch.set_num_threads(1)
     return Done(tmp_path_factory.mktemp("first"), shared).run()
 
 

@@ -24,7 +24,6 @@ from impactx.settings import ImpactxSettings, ModelSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 JOB = str(ROOT / "jobs" / "explain.py")
-torch.set_num_threads(1)
 LENET = ModelSettings(name="lenet5", architecture="lenet5")
 
 

@@ -90,9 +90,7 @@ def shared(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory, shared) -> Done:
-    before = torch.get_num_threads()
-    yield Done(tmp_path_factory.mktemp("output"), shared)
-    torch.set_num_threads(before)
+    return Done(tmp_path_factory.mktemp("output"), shared)
 
 
 def test_each_model_is_judged_by_the_maps_that_it_has(done):

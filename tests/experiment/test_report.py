@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from impactx.command import main
 from impactx.configuration import load_settings
@@ -69,13 +68,10 @@ def job(output: Path, shared: Path, executor: type[LocalExecutor]) -> Job:
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
     """The output of a job that was interrupted, and what goes on from it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     output, shared = tmp_path_factory.mktemp("stopped"), tmp_path_factory.mktemp("shared")
     with pytest.raises(KeyboardInterrupt):
         job(output, shared, Unlucky).run()
-    yield Storage(output), shared
-    torch.set_num_threads(before)
+    return Storage(output), shared
 
 
 @pytest.fixture(scope="module")

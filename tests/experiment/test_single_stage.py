@@ -29,14 +29,6 @@ LENET = ModelSettings(name="lenet5", architecture="lenet5")
 ATTRIBUTION = parse_attribution({"method": "partition", "max_evals": 10, "batch_size": 4, "fixed_context": 1})
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")

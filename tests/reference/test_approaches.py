@@ -34,14 +34,6 @@ from partition_twin import partition_values  # noqa: E402
 LENET = ModelSettings(name="lenet5", architecture="lenet5")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def images(count=5, size=32, dtype=torch.float64):
     return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0), dtype=dtype)
 

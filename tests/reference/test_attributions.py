@@ -21,7 +21,6 @@ from impactx.settings import parse_attribution
 
 captum_attr = pytest.importorskip("captum.attr")
 shap = pytest.importorskip("shap")
-torch.set_num_threads(1)
 
 SIZE, CLASSES = 16, 10
 

@@ -105,7 +105,6 @@ NETWORKS = {
 @cache
 def trained(kind: str, shape: tuple[int, int, int]) -> nn.Module:
     """A network after a few hundred steps on the pictures: far from random, and its loss says so."""
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     network = NETWORKS[kind](shape)
     images, labels = pictures()

@@ -34,14 +34,6 @@ RANDOM = PRETRAINED.model_copy(update={"weights": "random"})
 PER_CLASS = 40  # half for the probe's fit, half for its test
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def cifar10() -> tuple[torch.Tensor, torch.Tensor]:
     """40 images of each class of CIFAR-10's test set, drawn with a seed; class by class."""

@@ -25,14 +25,6 @@ TRAIN, VALIDATION = np.arange(0, 30), np.arange(30, 42)
 TRAINING = TrainingSettings(epochs=2, precision="float64", eval_batch_size=5)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def pictures():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, CLASSES, 42)

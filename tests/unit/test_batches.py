@@ -12,14 +12,6 @@ from impactx.settings import AugmentationSettings
 BOTH = AugmentationSettings(flip=True, shift=2)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def arrays(count=30, height=6, width=8, seed=0):
     rng = np.random.default_rng(seed)
     return (rng.integers(1, 256, (count, height, width, 3), dtype=np.uint8), rng.integers(0, 4, count),

@@ -29,14 +29,6 @@ LENET = ModelSettings(name="lenet5", architecture="lenet5", mean=(0.4, 0.5, 0.6)
 SMALL = ModelSettings(name="small", architecture="mobilenetv1_100", input_size=48)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def images(size=(32, 32), dtype=torch.float32):
     return torch.rand(3, 3, *size, generator=torch.Generator().manual_seed(0), dtype=dtype)
 

@@ -51,7 +51,6 @@ class Net(nn.Module):
 
 @pytest.mark.parametrize("between", ["norm, relu, pool", "pool, relu", "pool"])
 def test_a_split_model_gives_the_same_maps(between: str) -> None:
-    torch.set_num_threads(1)
     model, images = Net(between), torch.rand(3, *SHAPE, generator=torch.Generator().manual_seed(1))
     score = fast_score(model, SHAPE)
     assert score.head is not None and score.head.relu == ("relu" in between)

@@ -26,14 +26,6 @@ LENET = ModelSettings(name="lenet5", architecture="lenet5")
 SMALL = ModelSettings(name="small", architecture="mobilenetv1_100")  # a timm model with batch norm
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def images(count: int, size=(32, 32), seed: int = 0, dtype=torch.float32) -> torch.Tensor:
     return torch.rand(count, 3, *size, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 

@@ -6,7 +6,6 @@ For the comparison with shap see tests/reference/test_partition.py.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -18,14 +17,6 @@ from impactx.explain.forward import PartitionError
 from impactx.explain.masking import MaskerError
 from impactx.explain.partition import AdditivityError, check_additivity, partition_shap
 from impactx.explain.tree import TreeOnDevice, build_tree
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def network(channels: int = 3, seed: int = 0, outputs: int = 5) -> nn.Module:

@@ -22,14 +22,6 @@ NORMED = ModelSettings(name="small", architecture="lcnet_035")  # a timm model w
 HOW = {"learning_rate": 0.002, "batch_size": 16, "augmentation": AugmentationSettings(), "seed": 5}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def arrays(count=60, seed=0):
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 4, count)

@@ -18,14 +18,6 @@ from impactx.settings import ImpactxSettings, ModelSettings
 ARCHITECTURE = "mobilenetv1_100"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def donor() -> dict[str, torch.Tensor]:
     """The state dict of a whole timm model with its 1000 classes, as timm's own files hold it."""

@@ -133,7 +133,7 @@ class _Reports(tune.Callback):
         """The trial ended; its result is in the output, or it says why there is none, or the search stopped it."""
         unit, last = self._units[trial.config["unit"]], trial.last_result
         result = self._place.artifacts.result(unit)
-        if result is None and not last.get("done"):
+        if result is None and "epoch" in last:  # a training that ended by itself says so in a row of its own
             result = {"stopped": True, "epochs": int(last["epoch"]), "best": None, "last": last}
         self._on_result(unit, result, last.get("error"))
 
