@@ -138,7 +138,7 @@ def test_evaluations_are_counted_as_they_are_made(max_evals: int) -> None:
         return model(x)
 
     found = partition_shap(score, pictures(2, 3, 8, 8), torch.tensor([0, 1]), max_evals=max_evals, batch_size=7)
-    assert found.evaluations.sum() == sum(count)
+    assert found.evaluations.sum() + 2 == sum(count)  # two in all show how many scores there are
     assert (found.evaluations == 2 + 2 * -(-(max_evals - 2) // 2)).all()  # a split is never cut in half
 
 

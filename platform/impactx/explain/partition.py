@@ -132,24 +132,28 @@ def partition_shap(
     forward = Forward(score, selected, room.forward_batch)
     parsed = parse_masker(masker)
 
+    def group_of(first: int, count: int) -> Group:
+        batch = _prepare(stack[first : first + count], channels_first, selected.names[first:], dtype, place)
+        return Group(tree, forward, parsed, batch, first, room)
+
+    if not n_images:
+        raise PartitionError("images: there are none")
+    probe = group_of(0, 1)  # two evaluations show how many scores there are: then the memory can be planned
+    in_flight = room.images_in_flight(
+        selected.count(forward.n_scores or 1), images_in_flight,
+        0 if probe.ahead is None else probe.ahead.bytes_an_image,
+    )
+    del probe
     parts: list[tuple[np.ndarray, ...]] = []
     first = 0
-    in_flight = 1  # the first image shows how many scores there are, then the memory can be planned
     while first < n_images:
-        batch = _prepare(stack[first : first + in_flight], channels_first, selected.names[first:], dtype, place)
-        group = Group(tree, forward, parsed, batch, first, room)
+        group = group_of(first, in_flight)
         part = group.explain()
         check_additivity(part[0], part[1], part[2], names=selected.names[first:])
         parts.append(part)
-        first += len(batch)
-        in_flight = room.images_in_flight(
-            selected.count(forward.n_scores or 1), images_in_flight,
-            0 if group.ahead is None else group.ahead.bytes_an_image,
-        )
+        first += group.n
         if progress is not None:
             progress(first)
-    if not parts:
-        raise PartitionError("images: there are none")
     return PartitionResult(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 

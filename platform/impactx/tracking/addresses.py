@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from impactx.settings import SQLITE_DEFAULT
+SQLITE_DEFAULT = "mlflow.db"  # in the output folder
 
 
 def addresses(uri: str | None, output: str) -> tuple[str, str | None]:

@@ -1,0 +1,79 @@
+"""Every setting of an experiment: its type, its default and where the default comes from.
+
+The classes hold values and check them; they read no file and import neither torch nor ray.
+`impactx.configuration` builds them from the YAML files and the command line.  A comment
+"paper N.N" names the section of arXiv 2502.12222 that prescribes a value; "ours" marks a
+choice where the paper is silent (the reasons stand in docs/METHOD.md).
+"""
+
+from impactx.settings.approaches import (
+    AbnSettings,
+    ApproachSettings,
+    EnsembleSettings,
+    ImpactxSettings,
+    SingleStageSettings,
+    WaeSettings,
+    parse_approach,
+)
+from impactx.settings.attribution import (
+    AttributionSettings,
+    GradCamSettings,
+    GradientShapSettings,
+    IntegratedGradientsSettings,
+    MapSettings,
+    OcclusionSettings,
+    PartitionSettings,
+    ShapPartitionSettings,
+    parse_attribution,
+)
+from impactx.settings.base import (
+    Precision,
+    Settings,
+    tagged,
+)
+from impactx.settings.cell import (
+    AugmentationSettings,
+    DatasetSettings,
+    GridSettings,
+    ModelSettings,
+    TrainingSettings,
+)
+from impactx.settings.job import (
+    ClusterSettings,
+    EvaluationSettings,
+    ExperimentSettings,
+    ExplainSettings,
+    TrackingSettings,
+)
+
+__all__ = [
+    "AbnSettings",
+    "ApproachSettings",
+    "AttributionSettings",
+    "AugmentationSettings",
+    "ClusterSettings",
+    "DatasetSettings",
+    "EnsembleSettings",
+    "EvaluationSettings",
+    "ExperimentSettings",
+    "ExplainSettings",
+    "GradCamSettings",
+    "GradientShapSettings",
+    "GridSettings",
+    "ImpactxSettings",
+    "IntegratedGradientsSettings",
+    "MapSettings",
+    "ModelSettings",
+    "OcclusionSettings",
+    "PartitionSettings",
+    "Precision",
+    "Settings",
+    "ShapPartitionSettings",
+    "SingleStageSettings",
+    "TrackingSettings",
+    "TrainingSettings",
+    "WaeSettings",
+    "parse_approach",
+    "parse_attribution",
+    "tagged",
+]
