@@ -22,11 +22,13 @@ from impactx.explain.attribution import build_attribution
 from impactx.explain.store import MapStore
 from impactx.models import load_checkpoint
 
+pytest.importorskip("captum")
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "reference"))
 from morf_twin import slow_aopc, slow_curves  # noqa: E402
 
-TINY = ("datasets.digits.subset=100", "grid.learning_rate=[0.004]", "grid.batch_size=[16]",
+TINY = ("approach=[impactx,lambda0,abn,wae]", "approaches.abn.learning_rate_factors=[1.0]",
+        "datasets.digits.subset=100", "grid.learning_rate=[0.004]", "grid.batch_size=[16]",
         "grid.validation_fraction=[0.2]", "training.epochs=2", "attribution.max_evals=60", "maps.shard_size=60",
         "approaches.impactx.lambdas=[0.8]", "repeats=1", "evaluation.map_images=14", "evaluation.resamples=100",
         "evaluation.attributions=[{method: grad_cam}]")
@@ -97,7 +99,10 @@ def test_each_model_is_judged_by_the_maps_that_it_has(done):
     both = ["random", "least_relevant_first", "shap_predicted", "shap_true", "grad_cam_predicted"]
     assert set(done.result("baseline")["morf"]) == set(both)
     assert set(done.result("impactx")["morf"]) == set(both) | {"decoder", "shap_of_a", "mean_map"}
-    for approach in done.rows:
+    assert set(done.result("abn")["morf"]) == set(both) | {"attention"} and done.result("abn")["fidelity"] is None
+    # WAE must be given a map of the image: it has no score of the image alone.
+    assert done.rows["wae"].explanations is None
+    for approach in done.rows.keys() - {"wae"}:
         result, arrays = done.result(approach), done.arrays(approach)
         assert (result["images"], result["region"], result["regions"], result["early_regions"]) == (IMAGES, 4, 64, 10)
         # The same images for all, every class among them.
@@ -110,7 +115,8 @@ def test_each_model_is_judged_by_the_maps_that_it_has(done):
     assert 0 < result["seconds_per_map"]["decoder"] < result["seconds_per_map"]["shap_predicted"]
 
 
-@pytest.mark.parametrize("approach, order", [("impactx", "decoder"), ("baseline", "shap_predicted")])
+@pytest.mark.parametrize("approach, order", [
+    ("impactx", "decoder"), ("abn", "attention"), ("baseline", "shap_predicted")])
 def test_curves_are_those_of_the_kept_model(done, approach, order):
     """One image after the other, by the checkpoint alone."""
     arrays, model = done.arrays(approach), done.model(approach)
@@ -118,12 +124,12 @@ def test_curves_are_those_of_the_kept_model(done, approach, order):
     place = int(arrays["shown"][i])
     row = arrays["rows"][[place]]
     x, noise = done.pixels(row), morf.noise_of(row, (3, 32, 32), 0)
-    if approach == "impactx":
+    if approach != "baseline":
         own = model.with_maps(x)[1].detach().numpy()
     else:
         own = done.attribution.explain(model, done.test.images[row], arrays["predicted"][[place]], indices=row).maps
     np.testing.assert_allclose(arrays[f"maps.{order}"][i], own[0], atol=1e-5)
-    score = model.classify if approach == "impactx" else model
+    score = model.classify
     probability, logit, predicted, _ = slow_curves(score, x[0].numpy(), noise[0], arrays[f"maps.{order}"][i], 4)
     assert predicted == arrays["predicted"][place]
     np.testing.assert_allclose(arrays[f"curve.{order}"][place], probability, atol=1e-5)
@@ -210,7 +216,7 @@ def test_the_tracker_has_the_numbers_and_the_evidence_the_results(done):
 def test_the_same_again_reuses_and_other_choices_do_not(done, shared):
     again = Done(done.place.output, shared)
     names = {name for name in done.notes.metrics if name.startswith("explanations")}
-    assert len(names) == 3 and not names & again.notes.artifacts.keys() and again.rows == done.rows
+    assert len(names) == 4 and not names & again.notes.artifacts.keys() and again.rows == done.rows
     assert all(again.notes.metrics[name] == done.notes.metrics[name] for name in names)
     other = Done(done.place.output, shared, "evaluation.map_images=0")
     assert {row.explanations for row in other.rows.values()} == {None}

@@ -11,16 +11,16 @@ import torch
 def slow_curves(score, image, noise, relevance_map, side):
     """Probabilities and logits of the class predicted for `image` (C, H, W), after 0, 1, ... regions were replaced.
 
-    relevance_map: (C, H, W). Regions are side x side, cut at the border.
+    relevance_map: (C, H, W), of any number of channels. Regions are side x side, cut at the border.
     """
-    channels, height, width = image.shape
+    _, height, width = image.shape
     corners = [(top, left) for top in range(0, height, side) for left in range(0, width, side)]
     sums = []
     for top, left in corners:
         total = 0.0
         for y in range(top, min(top + side, height)):
             for x in range(left, min(left + side, width)):
-                total += sum(float(relevance_map[c, y, x]) for c in range(channels))
+                total += sum(float(plane[y, x]) for plane in relevance_map)
         sums.append(total)
     order = sorted(range(len(corners)), key=lambda i: -sums[i])  # stable
     current = np.array(image)

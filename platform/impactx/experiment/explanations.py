@@ -8,84 +8,32 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from impactx.datasets.splits import make_split, stratified_draw
+from impactx.datasets.splits import stratified_draw
 from impactx.evaluation import fidelity, morf
 from impactx.evaluation.statistics import interval_of_mean
 from impactx.experiment.model_source import open_model
+from impactx.experiment.subject import (
+    Learned,
+    Subject,
+    add_explained_maps,
+    add_own_maps,
+    network_maps,
+    own_network,
+    short_name,
+)
 from impactx.experiment.units import MAP_SCORES, Unit, WorkError
 from impactx.experiment.work import Workplace
-from impactx.explain.attribution import AttributionError, build_attribution
 from impactx.explain.fast import fast_score
-from impactx.explain.masking import MaskerError
-from impactx.explain.store import MapStore, map_scale
-from impactx.settings import AttributionSettings, EvaluationSettings, parse_attribution
+from impactx.explain.precision import forward_precision
+from impactx.settings import EvaluationSettings
 
 SHOWN = 20  # images whose maps are kept for figures, one a class first
 RANDOM, LEAST = "random", "least_relevant_first"
-
-
-@dataclass
-class Subject:
-    """A model and the images on which its maps are judged.
-
-    rows: int64 (n,), places in the test set; labels, predicted: int64 (n,); images: uint8 (n, H, W, C); maps: by
-    order, float32 (n, C, H, W); seconds, evaluations: of one such map, where it was made here.
-    """
-
-    unit: Unit
-    place: Workplace
-    device: torch.device
-    settings: EvaluationSettings
-    rows: np.ndarray
-    images: np.ndarray
-    labels: np.ndarray
-    predicted: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
-    maps: dict[str, np.ndarray] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    evaluations: dict[str, int | None] = field(default_factory=dict)
-
-    @property
-    def pixels(self) -> Tensor:
-        """float32 (n, C, H, W) in [0, 1], on the device."""
-        whole = torch.from_numpy(np.array(self.images)).to(self.device)
-        return whole.permute(0, 3, 1, 2).float().div_(255).contiguous()
-
-    @property
-    def batch_size(self) -> int:
-        """Images a forward."""
-        most = 4096 if self.device.type == "cuda" else 250
-        return max(1, min(most, self.place.memory_bytes // (32 * self.images[0].size)))
-
-    def explain(self, name: str, settings: AttributionSettings, model: torch.nn.Module, classes: np.ndarray,
-                known: tuple[np.ndarray, np.ndarray] | None = None) -> None:
-        """Add the maps of an attribution for these classes. known: classes and maps of the same model that need not
-        be made again."""
-        again = np.ones(len(classes), bool) if known is None else classes != known[0]
-        found = np.array(known[1]) if known is not None else np.empty(
-            (len(classes), self.images.shape[3], *self.images.shape[1:3]), np.float32)
-        if again.any():
-            started = time.perf_counter()
-            try:
-                found[again] = build_attribution(settings).explain(
-                    model, self.images[again], classes[again], device=self.device,
-                    memory_bytes=self.place.memory_bytes, indices=self.rows[again]).maps
-            except (AttributionError, MaskerError) as error:
-                raise WorkError(f"{self.unit.name}: maps by {settings.method}, on test images: {error}") from error
-            self.seconds[name] = (time.perf_counter() - started) / int(again.sum())
-        self.evaluations[name] = settings.evaluations(self.images.shape[1:3])
-        self.maps[name] = found
-
-
-def short_name(settings: AttributionSettings) -> str:
-    """How an attribution is called in the names of orders."""
-    return "shap" if settings.method in ("partition", "shap_partition") else settings.method
 
 
 def judge_maps(unit: Unit, place: Workplace, *, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -126,20 +74,9 @@ def judge_maps(unit: Unit, place: Workplace, *, device: torch.device | str = "cp
     count = min(settings.map_images, len(test.labels))
     rows = stratified_draw(test.labels, max(count, len(np.unique(test.labels))), settings.seed)
     subject = Subject(unit, place, where, settings, rows, test.images[rows], np.asarray(test.labels[rows], np.int64))
-    model = open_model({"kind": "unit", "folder": unit.inputs["checkpoint"]}, place, unit.recipe["weights"]).to(where)
-    # The frozen form is about twice as fast on a CPU; there are thousands of forwards for each image.
-    score = fast_score(model, (data.channels, *data.image_size), split=False)
-    with torch.no_grad():
-        scores = torch.cat([score(part) for part in subject.pixels.split(subject.batch_size)])
-    subject.predicted = scores.argmax(1).cpu().numpy()
-    learned = Learned.of(unit, place)
-    own = _own_maps(subject)
-    _explained_maps(subject, model, learned)
-    if learned is not None and "mean_map" in settings.orders:
-        subject.maps["mean_map"] = np.broadcast_to(learned.mean.astype(np.float32), (len(rows), *learned.mean.shape))
-    arrays: dict[str, np.ndarray] = {"rows": rows, "labels": subject.labels, "predicted": subject.predicted}
-    result = _morf(subject, score, arrays)
-    result["fidelity"] = _fidelity(subject, own, learned, arrays) if own == "decoder" and learned is not None else None
+    arrays: dict[str, np.ndarray] = {"rows": rows, "labels": subject.labels}
+    with forward_precision("float32", where):  # as maps are made: TF32 is for training
+        result = _judge(subject, arrays)
     result |= {"images": len(rows), "over": "images", "seconds_per_map": subject.seconds,
                "evaluations_per_map": subject.evaluations, "seconds": time.perf_counter() - started}
     _keep_shown(subject, arrays)
@@ -149,81 +86,24 @@ def judge_maps(unit: Unit, place: Workplace, *, device: torch.device | str = "cp
     return result
 
 
-@dataclass(frozen=True)
-class Learned:
-    """What stage 2 was trained on: the attribution of its store, the scale, and mean maps in scaled units."""
-
-    attribution: AttributionSettings
-    how: str
-    scale: float | None  # None: each map by its own largest value
-    mean: np.ndarray
-    by_class: np.ndarray
-
-    @classmethod
-    def of(cls, unit: Unit, place: Workplace) -> Learned | None:
-        """Of the store that the unit names; None where the model learned from none."""
-        if "maps" not in unit.inputs:
-            return None
-        data = place.dataset(unit.inputs["dataset"])
-        store = MapStore.open(place.artifacts.storage, unit.inputs["maps"])
-        about, how = unit.recipe["split"], unit.recipe["scale"]
-        split = make_split(data.train.labels, about["fraction"], class_names=data.class_names,
-                           common_fraction=about["common_fraction"], seed=about["seed"])
-        maps = place.map_array(store, data)
-        scale = map_scale(maps, split.train, how)
-        mean, by_class = fidelity.mean_maps(maps, data.train.labels, split.train, data.num_classes, scale)
-        return cls(parse_attribution(store.spec.recipe["attribution"]), how,
-                   None if isinstance(scale, np.ndarray) else scale, mean, by_class)
-
-    def scaled(self, maps: np.ndarray) -> np.ndarray:
-        """Other maps of the same kind in the units that were learned."""
-        if self.scale is not None:
-            return maps * np.float32(self.scale)
-        largest = np.abs(maps).max((1, 2, 3), keepdims=True)
-        return maps / np.where(largest > 0, largest, 1)
-
-
-def _checkpoint(subject: Subject) -> torch.nn.Module:
-    model = subject.place.checkpoint(subject.unit.inputs["checkpoint"], subject.unit.recipe["weights"]).model
-    return model.eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def _maps_of(model: Any, subject: Subject) -> np.ndarray:
-    model = model.to(subject.device)
-    parts = [model.with_maps(part)[1] for part in subject.pixels.split(subject.batch_size)]
-    return torch.cat(parts).float().cpu().numpy()
-
-
-def _own_maps(subject: Subject) -> str | None:
-    """Add what the model itself makes, in the units in which it makes it; the name of the order, or None."""
-    model = _checkpoint(subject)
-    if not hasattr(model, "with_maps") or "own" not in subject.settings.orders:
-        return None
-    name = "decoder" if hasattr(model, "decoder") else "attention"
-    started = time.perf_counter()
-    subject.maps[name] = _maps_of(model, subject)
-    subject.seconds[name] = (time.perf_counter() - started) / len(subject.rows)
-    subject.evaluations[name] = 1
-    return name
-
-
-def _explained_maps(subject: Subject, model: torch.nn.Module, learned: Learned | None) -> None:
-    wanted, unit = subject.settings.orders, subject.unit
-    main = parse_attribution(unit.recipe["attribution"])
-    name, known = short_name(main), None
-    if "predicted" in wanted:
-        subject.explain(f"{name}_predicted", main, model, subject.predicted)
-        known = subject.predicted, subject.maps[f"{name}_predicted"]
-    if "true" in wanted:
-        subject.explain(f"{name}_true", main, model, subject.labels, known)
-    if "of_a" in wanted and "a" in unit.inputs:
-        a = open_model({"kind": "unit", "folder": unit.inputs["a"]}, subject.place, unit.recipe["a"])
-        taught = learned.attribution if learned is not None else main
-        subject.explain(f"{short_name(taught)}_of_a", taught, a.to(subject.device), subject.labels)
-    for number, other in enumerate(subject.settings.attributions, 1):
-        name = f"{short_name(other)}_predicted"
-        subject.explain(name if name not in subject.maps else f"{name}_{number}", other, model, subject.predicted)
+def _judge(subject: Subject, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Make the maps, and judge them."""
+    unit, place = subject.unit, subject.place
+    model = open_model({"kind": "unit", "folder": unit.inputs["checkpoint"]}, place, unit.recipe["weights"])
+    # The frozen form is about twice as fast on a CPU; there are thousands of forwards for each image.
+    score = fast_score(model.to(subject.device), tuple(subject.pixels.shape[1:]), split=False)  # type: ignore[arg-type]
+    with torch.no_grad():
+        scores = torch.cat([score(part) for part in subject.pixels.split(subject.batch_size)])
+    subject.predicted = arrays["predicted"] = scores.argmax(1).cpu().numpy()
+    learned = Learned.of(unit, place)
+    own = add_own_maps(subject)
+    add_explained_maps(subject, model, learned)
+    if learned is not None and "mean_map" in subject.settings.orders:
+        subject.maps["mean_map"] = np.broadcast_to(learned.mean.astype(np.float32),
+                                                   (len(subject.rows), *learned.mean.shape))
+    found = _morf(subject, score, arrays)
+    found["fidelity"] = None if own != "decoder" or learned is None else _fidelity(subject, own, learned, arrays)
+    return found
 
 
 def _morf(subject: Subject, score: Any, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -292,12 +172,12 @@ def _fidelity(subject: Subject, own: str, learned: Learned, arrays: dict[str, np
     if target not in subject.maps:
         return None
     truth = learned.scaled(subject.maps[target])
-    random_decoder = fidelity.randomised(_checkpoint(subject), "decoder", subject.settings.seed)
+    random_decoder = fidelity.randomised(own_network(subject), "decoder", subject.settings.seed)
     predictors = {
         own: subject.maps[own], "mean_map": np.broadcast_to(learned.mean, truth.shape),
         "class_mean_of_true": learned.by_class[subject.labels],
         "class_mean_of_predicted": learned.by_class[subject.predicted],
-        "random_decoder": _maps_of(random_decoder, subject)}
+        "random_decoder": network_maps(random_decoder, subject)}
     described: dict[str, Any] = {}
     for name, maps in predictors.items():
         described[name] = {}
