@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import sysconfig
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -32,22 +35,26 @@ def free_port() -> int:
 class Head:
     """`ray start --head` with a dashboard, in a folder of its own."""
 
-    def __init__(self, folder: Path, started_in: Path) -> None:
+    def __init__(self, folder: Path, started_in: Path, python: Path = Path(sys.executable)) -> None:
         self.address = f"http://127.0.0.1:{free_port()}"
+        self._agent = free_port()  # the usual port may be another cluster's
+        self.folder = Path(tempfile.mkdtemp(prefix="ix-"))  # short: Ray puts sockets below it
         keep = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_")) and k != "PYTHONPATH"}
-        self.environment = keep | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+        self.environment = keep | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0",
+                                   "PATH": f"{python.parent}:{os.environ['PATH']}"}
         with open(folder / "head.log", "wb") as log:
             self._process = subprocess.Popen(
-                [RAY, "start", "--head", "--block", f"--port={free_port()}", "--num-cpus=2",
-                 "--dashboard-host=127.0.0.1",
+                [python, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={free_port()}",
+                 "--num-cpus=2", "--dashboard-host=127.0.0.1",
                  f"--dashboard-port={self.address.rpartition(':')[2]}", "--object-store-memory=200000000",
-                 f"--temp-dir=/tmp/ray-{os.getpid()}"],
+                 f"--dashboard-agent-listen-port={self._agent}", f"--temp-dir={self.folder}"],
                 cwd=started_in, env=self.environment, stdout=log, stderr=log)
-        until(self._answers, "the dashboard", 120)
+        until(self._answers, "the dashboard, and the agent that starts jobs", 120)
 
     def _answers(self) -> bool:
+        places = f"{self.address}/api/version", f"http://127.0.0.1:{self._agent}/api/healthz"
         try:
-            return urllib.request.urlopen(f"{self.address}/api/version", timeout=5).status == 200
+            return all(urllib.request.urlopen(place, timeout=5).status == 200 for place in places)
         except OSError:
             return False
 
@@ -73,14 +80,31 @@ class Head:
                     os.kill(pid, signal.SIGKILL)
                 except ProcessLookupError:
                     pass
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def python_without_the_package(folder: Path) -> Path:
+    """An environment with everything that is installed here, but for the package itself."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    place, = folder.glob("lib/python*/site-packages")
+    # Of a folder that such a file names, its own such files are not read: among them is the one of this package.
+    (place / "others.pth").write_text(sysconfig.get_path("purelib"))
+    python = folder / "bin" / "python"
+    asked = subprocess.run([python, "-c", "import ray, impactx"], cwd=folder, capture_output=True, text=True,
+                           env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
+    assert "No module named 'impactx'" in asked.stderr
+    return python
 
 
 @pytest.fixture(params=["without the package", "in the repository"])
 def head(request, tmp_path):
     """A running head; where it was started, and so where a bare command runs."""
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    running = Head(tmp_path, empty if request.param == "without the package" else ROOT)
+    if request.param == "in the repository":
+        running = Head(tmp_path, ROOT)
+    else:
+        empty = tmp_path / "empty"
+        empty.mkdir()
+        running = Head(tmp_path, empty, python_without_the_package(tmp_path / "venv"))
     yield running, request.param
     running.end()
 
@@ -109,9 +133,10 @@ def test_a_submitted_job_runs_and_its_log_can_be_read(head, tmp_path):
     after = [line for line in lines[table:] if line.startswith(("results:", "maps:", "all runs:", "comparison:"))]
     assert after[-1] == f"results: {next(output.glob('jobs/*/results.csv'))}"
     if laptop:
-        size = re.search(r"([\d.]+)(KiB|MiB)", done.stdout + done.stderr)
-        assert size, done.stdout + done.stderr
-        assert float(size[1]) / (1024 if size[2] == "KiB" else 1) < 3, size[0]
+        sent, = cluster.folder.glob("session_latest/runtime_resources/working_dir_files/_ray_pkg_*/")
+        assert {path.name for path in sent.iterdir()} >= {"jobs", "platform", "configs", "pyproject.toml"}
+        assert not {path.name for path in sent.iterdir()} & {".venv", ".git", "data", "results", "tests", "docs"}
+        assert sum(path.stat().st_size for path in sent.rglob("*") if "__pycache__" not in path.parts) < 3 * 2**20
     assert cluster.jobs()[-1]["status"] == "SUCCEEDED"
 
     wrong = cluster.submit(*laptop, *command, "training.epochs=none", cwd=ROOT if laptop else tmp_path)
