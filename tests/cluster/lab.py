@@ -15,7 +15,7 @@ from impactx.experiment.executor import LocalExecutor, Task
 from impactx.experiment.plan import Cell, Configuration, DataFacts
 from impactx.experiment.tracker import NoTracker
 from impactx.experiment.units import Unit
-from impactx.experiment.work import Workplace
+from impactx.experiment.workplace import Workplace
 from impactx.settings import ClusterSettings, ExperimentSettings
 
 IMAGES = 101  # a prime: batches and shares never come out even

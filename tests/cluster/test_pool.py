@@ -9,7 +9,8 @@ import threading
 import pytest
 from lab import Lab, descendants, ignore, kill, task, until
 
-from impactx.cluster.pool import Pool, explain_on_pools
+from impactx.cluster.explainers import Pool
+from impactx.cluster.pool import explain_on_pools
 from impactx.cluster.shares import Shares
 from impactx.experiment.units import CHECKPOINT, WorkError
 from impactx.experiment.work import finish_maps, open_store

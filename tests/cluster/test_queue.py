@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from impactx.cluster.pool import WAIT, ShardQueue
+from impactx.cluster.shard_queue import WAIT, ShardQueue
 from impactx.experiment.units import WorkError
 
 

@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from impactx.cluster.pool import Pool, Workforce
+from impactx.cluster.explainers import Pool
+from impactx.cluster.pool import Workforce
 from impactx.cluster.shares import Closed, Shares
 
 ONE = {"CPU": 1}

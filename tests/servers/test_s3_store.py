@@ -20,7 +20,8 @@ from impactx.experiment.executor import LocalExecutor, Task
 from impactx.experiment.plan import Cell, Configuration, DataFacts
 from impactx.experiment.tracker import NoTracker
 from impactx.experiment.units import RUNNING
-from impactx.experiment.work import Workplace, train_unit
+from impactx.experiment.work import train_unit
+from impactx.experiment.workplace import Workplace
 from impactx.explain.attribution import Explanations
 from impactx.explain.reading import MapDataset, store_at
 from impactx.explain.store import MapStore, StoreError, StoreSpec

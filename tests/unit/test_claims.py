@@ -10,7 +10,8 @@ import pytest
 from impactx.experiment.claims import Claim, TakenOver
 from impactx.experiment.plan import Cell, Configuration, DataFacts
 from impactx.experiment.units import CHECKPOINT, CLAIM, RUNNING
-from impactx.experiment.work import Workplace, train_unit
+from impactx.experiment.work import train_unit
+from impactx.experiment.workplace import Workplace
 from impactx.models import load_checkpoint, weights_fingerprint
 from impactx.settings import ExperimentSettings
 from impactx.storage import Storage

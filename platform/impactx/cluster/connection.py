@@ -16,7 +16,7 @@ from impactx.settings import ClusterSettings
 
 if TYPE_CHECKING:
     from impactx.cluster.executor import RayExecutor
-    from impactx.experiment.work import Workplace
+    from impactx.experiment.workplace import Workplace
 
 log = logging.getLogger("impactx")
 

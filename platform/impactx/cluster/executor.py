@@ -7,20 +7,17 @@ import contextlib
 import logging
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from impactx.cluster.devices import device_of
-from impactx.cluster.errors import is_final, portable
 from impactx.cluster.pool import explain_on_pools, pools_of
 from impactx.cluster.search import tune_search
 from impactx.cluster.shares import Amounts, Shares
+from impactx.cluster.training import Workers, train_on_workers
 from impactx.cluster.trial import Report
 from impactx.experiment.executor import (
     UNLIMITED,
@@ -35,116 +32,9 @@ from impactx.experiment.executor import (
     tracked_training,
 )
 from impactx.experiment.tracker import Tracker
-from impactx.experiment.units import WorkError
-from impactx.experiment.work import Workplace, finish_maps, open_store
+from impactx.experiment.work import finish_maps, open_store
+from impactx.experiment.workplace import Workplace
 from impactx.settings import ClusterSettings
-
-
-def _train_worker(config: dict[str, Any]) -> None:
-    """What each worker of a TorchTrainer runs: the one training loop, on its share of every batch."""
-    import ray.train
-    import ray.train.torch
-
-    context = ray.train.get_context()
-    device = ray.train.torch.get_device()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    monitor = config["monitor"]
-    if ray.get(monitor.since.remote(0))[1] is not None:
-        return  # started again after an error that stays
-
-    def report(row: dict[str, float]) -> None:
-        monitor.epoch.remote(row)
-
-    try:
-        tracked_training(config["task"], config["place"], config["tracker"], device=device, rank=rank,
-                         world_size=world, report=report)
-    except Exception as error:
-        if is_final(error):
-            ray.get(monitor.fail.remote(portable(error)))
-            if world == 1:
-                return
-        raise  # Ray Train ends the others, who wait for this one, and starts all again
-
-
-@ray.remote(num_cpus=0)
-class Monitor:
-    """Collects what a training's workers report: their epochs, and an error that ends it."""
-
-    def __init__(self) -> None:
-        self._rows: list[dict[str, float]] = []
-        self._error: Exception | None = None
-
-    def epoch(self, row: dict[str, float]) -> None:
-        """A training's epoch is done."""
-        self._rows.append(row)
-
-    def fail(self, error: Exception) -> None:
-        """A worker gave up. The first error counts."""
-        self._error = self._error or error
-
-    def since(self, count: int) -> tuple[list[dict[str, float]], Exception | None]:
-        """The epochs after the first `count`, and the error."""
-        return self._rows[count:], self._error
-
-
-@dataclass(frozen=True)
-class Workers:
-    """The data-parallel workers of one training: how many, and what each holds."""
-
-    count: int
-    cpus: float
-    gpus: float
-    max_failures: int
-    scratch: str  # Tune and Train keep their own bookkeeping here; nothing of ours is in it
-
-    @property
-    def amounts(self) -> dict[str, float]:
-        """What all of them hold together."""
-        return {"CPU": self.count * self.cpus, "GPU": self.count * self.gpus}
-
-
-def _train_on_workers(task: Task, place: Workplace, tracker: Tracker, workers: Workers,
-                      on_row: Callable[[dict[str, float]], object]) -> dict[str, Any]:
-    """One training by Ray Train's TorchTrainer; its artifacts lie in the output when it returns."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
-    resources = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
-    # Not on the machine of a worker, with which it would be lost.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    monitor = Monitor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
-    trainer = TorchTrainer(
-        _train_worker,
-        train_loop_config={"task": task, "place": place, "tracker": tracker, "monitor": monitor},
-        scaling_config=ScalingConfig(num_workers=workers.count, use_gpu=bool(workers.gpus),
-                                     resources_per_worker=resources),
-        run_config=RunConfig(name=f"train-{task.unit.key}-{time.time_ns()}", storage_path=workers.scratch,
-                             failure_config=FailureConfig(max_failures=workers.max_failures)))
-    errors: list[BaseException] = []
-
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except BaseException as error:  # noqa: BLE001 - for the thread that waits
-            errors.append(error)
-
-    # In the main thread, Ray Train would take Ctrl-C for itself, for ever, and end the job as if all were well.
-    thread = threading.Thread(target=fit, daemon=True)
-    thread.start()
-    seen, over = 0, False
-    while not over:
-        thread.join(timeout=1)
-        over = not thread.is_alive()
-        rows, failure = ray.get(monitor.since.remote(seen))
-        seen += len(rows)
-        for row in rows:
-            on_row(row)
-    if failure or errors:
-        raise failure or errors[0]
-    result = place.artifacts.result(task.unit)
-    if result is None:
-        raise WorkError(f"{task.unit.name}: the training ended without a result")
-    return result
 
 
 def _room(workers: Workers) -> int:
@@ -188,7 +78,7 @@ class RayExecutor:
 
         def train(task: Task, report: Report) -> None:
             if workers.count > 1:
-                _train_on_workers(task, place, tracker, workers, report)
+                train_on_workers(task, place, tracker, workers, report)
             else:
                 tracked_training(task, place, tracker, device=device_of(s.trial_gpus), report=report)
 
@@ -213,7 +103,7 @@ class RayExecutor:
         s = self.settings
         workers = self._workers(s.train_workers, s.train_cpus, float(s.use_gpu))
         with self._held(task, workers.amounts):
-            return _train_on_workers(task, self.place, self.tracker, workers, lambda row: on_epoch(task.unit, row))
+            return train_on_workers(task, self.place, self.tracker, workers, lambda row: on_epoch(task.unit, row))
 
     def explain(self, task: Task, on_shards: OnShards) -> dict[str, Any]:
         """Maps by Ray Data actor pools."""

@@ -16,7 +16,7 @@ from impactx.experiment.plan import Cell
 from impactx.experiment.price_list import price_list
 from impactx.experiment.pricing import MAPS, Measured, Probe, Slots, price_cell, probes_of
 from impactx.experiment.rates import measure_maps, measure_training
-from impactx.experiment.work import Workplace
+from impactx.experiment.workplace import Workplace
 from impactx.settings import ClusterSettings
 
 log = logging.getLogger("impactx")

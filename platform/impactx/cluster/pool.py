@@ -13,34 +13,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from impactx.cluster.devices import device_of
-from impactx.cluster.errors import portable
+from impactx.cluster.explainers import Pool, run_pool
+from impactx.cluster.shard_queue import ShardQueue
 from impactx.cluster.shares import Shares
 from impactx.experiment.executor import OnShards
 from impactx.experiment.units import Unit, WorkError
-from impactx.experiment.work import ShardWorker, Workplace, open_store
+from impactx.experiment.work import open_store
+from impactx.experiment.workplace import Workplace
 from impactx.settings import ClusterSettings
 
-WAIT = -1
-POLL_SECONDS = 0.5  # of free actors that wait for others to be late, and of the driver's progress
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Actors of one kind: how many, on which device, what each asks Ray for (num_cpus, num_gpus), and what each
-    counts for in the shares of the cluster."""
-
-    name: str
-    device: str
-    actors: int
-    resources: dict[str, float]
-    amounts: dict[str, float]
+POLL_SECONDS = 0.5  # of the progress
 
 
 def pools_of(settings: ClusterSettings, have: dict[str, float]) -> list[Pool]:
@@ -54,109 +42,6 @@ def pools_of(settings: ClusterSettings, have: dict[str, float]) -> list[Pool]:
     pools = [Pool("cpu", "cpu", cpus, {"num_cpus": 0.75 * whole}, {"CPU": whole}),
              Pool("gpu", "cuda", gpus, {"num_cpus": 0.1, "num_gpus": 1}, {"GPU": 1})]
     return [pool for pool in pools if pool.actors]
-
-
-class ShardQueue:
-    """Which shard is whose. Lives in the cluster, as an actor, as long as the pools do."""
-
-    def __init__(self, shards: Sequence[int], max_failures: int,
-                 clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._waiting = list(reversed(shards))
-        self._max_failures = max_failures
-        self._of_ticket: dict[str, int] = {}
-        self._taken: dict[int, tuple[float, int]] = {}  # shard -> (when it was last taken, by how many)
-        self._deaths: dict[int, int] = {}
-        self._seconds: list[float] = []
-        self._maps = 0
-        self._error: Exception | None = None
-        self._leaving: set[str] = set()
-
-    def leave(self, pool: str) -> None:
-        """Tickets whose name begins with this get no further shard: others need their part of the cluster."""
-        self._leaving.add(pool)
-
-    def take(self, ticket: str) -> int | None:
-        """The next shard of this ticket; WAIT: ask again; None: nothing is left to do.
-
-        A ticket that did not bring its last shard back lost its process: it gets the same one again. Ray restarts
-        dead actors without end, so a shard that kills its worker each time is given up here, by name.
-        """
-        if self._error is not None:
-            return None
-        held = self._of_ticket.get(ticket)
-        if held in self._taken:
-            self._deaths[held] = self._deaths.get(held, 0) + 1
-            if self._deaths[held] > self._max_failures:
-                self.fail(WorkError(f"shard {held}: its worker died {self._deaths[held]} times (out of memory? "
-                                    "cluster.explain_memory_mb bounds an actor's batches)"))
-                return None
-            return held
-        if ticket.rpartition("-")[0] in self._leaving:
-            return None
-        shard = self._waiting.pop() if self._waiting else self._late()
-        if shard is None:
-            return WAIT if self._taken else None
-        self._of_ticket[ticket] = shard
-        self._taken[shard] = (self._clock(), self._taken.get(shard, (0, 0))[1] + 1)
-        return shard
-
-    def _late(self) -> int | None:
-        """The shard that has been out longest, where it has been out longer than a quick worker needs for it."""
-        if not self._seconds:
-            return None
-        usual = sorted(self._seconds)[len(self._seconds) // 4]
-        now = self._clock()
-        late = [(when, shard) for shard, (when, holders) in self._taken.items()
-                if holders < 3 and now - when > 1.5 * usual]
-        return min(late)[1] if late else None
-
-    def done(self, ticket: str, shard: int, maps: int, seconds: float) -> None:
-        """A shard was written."""
-        self._of_ticket.pop(ticket, None)
-        if self._taken.pop(shard, None) is not None:
-            self._maps += maps
-            self._seconds.append(seconds)
-
-    def fail(self, error: Exception) -> None:
-        """Stop: nothing more is handed out. The first error counts."""
-        self._error = self._error or error
-
-    def waiting(self) -> int:
-        """How many shards nobody works on."""
-        return len(self._waiting)
-
-    def state(self) -> tuple[int, bool, Exception | None]:
-        """Maps made; whether every shard is there; what went wrong."""
-        return self._maps, not self._waiting and not self._taken, self._error
-
-
-class Explainer:
-    """The actor of a pool: opens model and images once, then makes shards until none is left."""
-
-    def __init__(self, unit: Unit, place: Workplace, queue: Any, device: str) -> None:
-        self._what, self._queue, self._gpus = (unit, place, device), queue, float(device == "cuda")
-        self._worker: ShardWorker | None = None  # opened at work: what an actor's constructor raises, Ray repeats
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """batch: one ticket. Returns how many shards were made with it."""
-        ticket, made = str(batch["ticket"][0]), 0
-        try:
-            while (shard := ray.get(self._queue.take.remote(ticket))) is not None:
-                if shard == WAIT:
-                    time.sleep(POLL_SECONDS)
-                    continue
-                if self._worker is None:
-                    device_of(self._gpus)
-                    self._worker = ShardWorker(*self._what)
-                about = self._worker.make(shard)
-                ray.get(self._queue.done.remote(ticket, shard, int(about["maps"]), about["seconds"]))
-                made += 1
-        except ray.exceptions.RayError:
-            raise  # the queue is gone, and with it the job
-        except Exception as error:
-            ray.get(self._queue.fail.remote(portable(error)))
-        return {"made": [made]}
 
 
 class Workforce:
@@ -225,7 +110,7 @@ def explain_on_pools(unit: Unit, place: Workplace, pools: Sequence[Pool], max_fa
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     queue = ray.remote(num_cpus=0, scheduling_strategy=here)(ShardQueue).remote(missing, max_failures)
     # Each group has a process of its own, which owns its actors: to end it ends them, whatever they are at.
-    run = ray.remote(num_cpus=0, max_retries=max_failures, scheduling_strategy=here)(_run_pool)
+    run = ray.remote(num_cpus=0, max_retries=max_failures, scheduling_strategy=here)(run_pool)
     forces = [Workforce(replace(pool, actors=min(pool.actors, len(missing))), shares, owner,
                         lambda group: run.remote(unit, place, queue, group)) for pool in pools]
     shown = 0
@@ -258,14 +143,3 @@ def explain_on_pools(unit: Unit, place: Workplace, pools: Sequence[Pool], max_fa
                 ray.cancel(ref, force=True)
             force.end()
         ray.kill(queue)
-
-
-def _run_pool(unit: Unit, place: Workplace, queue: Any, pool: Pool) -> None:
-    from ray.data import ActorPoolStrategy, DataContext
-    from ray.data import from_items as dataset_from_items
-
-    DataContext.get_current().enable_progress_bars = False
-    rows = [{"ticket": f"{pool.name}-{k}"} for k in range(pool.actors)]
-    dataset_from_items(rows, override_num_blocks=len(rows)).map_batches(
-        Explainer, fn_constructor_args=(unit, place, queue, pool.device), batch_size=1,
-        compute=ActorPoolStrategy(size=pool.actors, max_tasks_in_flight_per_actor=1), **pool.resources).materialize()

@@ -17,7 +17,7 @@ from impactx.cluster.shares import Amounts, Shares
 from impactx.cluster.trial import Shared, TrainTrial, trial_class
 from impactx.experiment.executor import Limits, OnEpoch, OnResult, Task
 from impactx.experiment.units import Unit
-from impactx.experiment.work import Workplace
+from impactx.experiment.workplace import Workplace
 
 _REGISTERING = threading.Lock()  # Tune's registry of trainables is not made for several threads
 

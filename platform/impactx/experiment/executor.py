@@ -15,19 +15,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from impactx.experiment.explanations import judge_maps, map_metrics
 from impactx.experiment.paper import paper_accuracy
 from impactx.experiment.tracker import Run, Tracker
 from impactx.experiment.units import CHECKPOINT, MAP_SCORES, Unit, WorkError
-from impactx.experiment.work import (
-    ShardWorker,
-    Workplace,
-    evaluate_unit,
-    finish_maps,
-    open_store,
-    split_of,
-    train_unit,
-)
+from impactx.experiment.work import ShardWorker, evaluate_unit, finish_maps, open_store, split_of, train_unit
+from impactx.experiment.workplace import Workplace
 
 # unit, result, error; of a trial that was stopped the result has `stopped`, and what it had come to
 OnResult = Callable[[Unit, dict[str, Any] | None, str | None], None]
@@ -111,6 +103,8 @@ def final_metrics(unit: Unit, result: dict[str, Any]) -> dict[str, float]:
         return {f"test_{k}": v for k, v in _numbers(result).items()} | (
             {} if published is None else {"paper_accuracy": published})
     if unit.role == "explanations":
+        from impactx.experiment.explanations import map_metrics
+
         return map_metrics(result)
     best = result.get("best") or {}
     return {f"best_{k}": v for k, v in best.items() if k not in ("epoch", "seconds") and v is not None} | {
@@ -190,6 +184,8 @@ def tracked_evaluation(task: Task, place: Workplace, tracker: Tracker, **where: 
 
 def tracked_judgement(task: Task, place: Workplace, tracker: Tracker, **where: Any) -> dict[str, Any]:
     """judge_maps with its numbers, its result (explanations.json) and map_scores.npz in the task's run."""
+    from impactx.experiment.explanations import judge_maps
+
     with tempfile.TemporaryDirectory(prefix="impactx-") as folder, task.open_run(tracker) as run:
         result = judge_maps(task.unit, place, **where)
         run.log_metrics(final_metrics(task.unit, result))

@@ -16,7 +16,8 @@ from impactx.experiment.executor import Executor, Task
 from impactx.experiment.model_source import check_scores, describe, open_source
 from impactx.experiment.preparation import check_attribution, workplace
 from impactx.experiment.units import Unit
-from impactx.experiment.work import Workplace, maps_complete
+from impactx.experiment.work import maps_complete
+from impactx.experiment.workplace import Workplace
 from impactx.explain.attribution import build_attribution
 from impactx.explain.reading import store_at
 from impactx.explain.store import MapStore, StoreError

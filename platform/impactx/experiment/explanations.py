@@ -27,7 +27,7 @@ from impactx.experiment.subject import (
     short_name,
 )
 from impactx.experiment.units import MAP_SCORES, Unit, WorkError
-from impactx.experiment.work import Workplace
+from impactx.experiment.workplace import Workplace
 from impactx.explain.fast import fast_score
 from impactx.explain.precision import forward_precision
 from impactx.settings import EvaluationSettings

@@ -37,7 +37,7 @@ from impactx.settings import ModelSettings
 from impactx.storage import Storage
 
 if TYPE_CHECKING:
-    from impactx.experiment.work import Workplace
+    from impactx.experiment.workplace import Workplace
 
 
 def open_model(source: Mapping[str, Any], place: Workplace, weights: str | None = None) -> nn.Module:

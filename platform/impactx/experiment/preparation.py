@@ -15,7 +15,7 @@ from impactx.evaluation.morf import grid_of
 from impactx.experiment.approaches import Basis, approaches_of
 from impactx.experiment.plan import Cell, Configuration, DataFacts, select
 from impactx.experiment.units import Artifacts, Unit
-from impactx.experiment.work import Workplace
+from impactx.experiment.workplace import Workplace
 from impactx.explain.attribution import build_attribution
 from impactx.explain.masking import MaskerError, parse_masker
 from impactx.explain.scores import MissingPackage

@@ -18,7 +18,7 @@ from impactx.datasets import make_split
 from impactx.experiment.approaches import Approach, Bench
 from impactx.experiment.plan import Cell
 from impactx.experiment.units import Unit, WorkError
-from impactx.experiment.work import Workplace
+from impactx.experiment.workplace import Workplace
 from impactx.explain.attribution import build_attribution
 from impactx.explain.weighted import explain_by_own_probabilities
 from impactx.models import Classifier, build_classifier

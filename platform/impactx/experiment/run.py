@@ -21,7 +21,7 @@ from impactx.experiment.summary import Summary
 from impactx.experiment.threads import run_all
 from impactx.experiment.tracker import Run, Tracker
 from impactx.experiment.units import Artifacts, WorkError, fingerprint
-from impactx.experiment.work import Workplace
+from impactx.experiment.workplace import Workplace
 from impactx.settings import ExperimentSettings
 
 log = logging.getLogger("impactx")

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from impactx.evaluation.fidelity import mean_maps
 from impactx.experiment.model_source import open_model
 from impactx.experiment.units import Unit, WorkError
-from impactx.experiment.work import Workplace, split_of
+from impactx.experiment.work import split_of
+from impactx.experiment.workplace import Workplace
 from impactx.explain.attribution import AttributionError, build_attribution
 from impactx.explain.masking import MaskerError
 from impactx.explain.store import MapStore, map_scale

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 
-import timm
 import torch
 from torch import nn
 
@@ -21,9 +20,13 @@ def check_architecture(name: str) -> None:
     A tag after the dot (the training that timm's weights come from, as in tf_efficientnet_b2.ns_jft_in1k)
     must be one that timm knows for that architecture.
     """
+    if name == "lenet5":
+        return
+    import timm  # seconds, for every process that has no need of it
+
     base, _, tag = name.partition(".")
     known = timm.list_pretrained(f"{base}.*") if tag else []
-    if name == "lenet5" or (timm.is_model(base) and (not tag or name in known)):
+    if timm.is_model(base) and (not tag or name in known):
         return
     if timm.is_model(base):
         raise UnknownArchitecture(f"unknown tag {tag!r} of the architecture {base}; timm {timm.__version__} "
@@ -36,6 +39,8 @@ def check_architecture(name: str) -> None:
 
 def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and std for each channel that timm's weights of this name were trained with (timm's cfg)."""
+    import timm
+
     check_architecture(name)
     config = timm.get_pretrained_cfg(name)
     if config is None:  # an architecture for which timm has no configuration at all
@@ -51,6 +56,8 @@ def timm_trunk(name: str, *, pretrained: bool) -> tuple[nn.Module, tuple[str, ..
     its local cache) and raises WeightsError where there are no weights or the hub cannot be reached; that
     takes timm about a minute unless HF_HUB_OFFLINE=1 is set.
     """
+    import timm
+
     check_architecture(name)
     config = timm.get_pretrained_cfg(name)
     heads = (getattr(config, "classifier", None) or ()) if config is not None else ()
@@ -97,5 +104,9 @@ def count_features(trunk: nn.Module, size: tuple[int, int], name: str) -> int:
 
 
 def _native_hint(name: str) -> str:
-    config = None if name == "lenet5" else timm.get_pretrained_cfg(name)
+    if name == "lenet5":
+        return ""
+    import timm
+
+    config = timm.get_pretrained_cfg(name)
     return f" (its weights were trained at {config.input_size[-1]})" if config is not None else ""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from impactx.datasets import Dataset, Split
     from impactx.experiment.plan import Cell, Configuration
-    from impactx.experiment.work import Workplace
+    from impactx.experiment.workplace import Workplace
     from impactx.models import Classifier
     from impactx.training import FitResult
 

@@ -1,0 +1,105 @@
+"""One training by Ray Train: over one or several workers, each epoch told to the job."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from impactx.cluster.errors import is_final, portable
+from impactx.cluster.monitor import Monitor
+from impactx.experiment.executor import Task, tracked_training
+from impactx.experiment.tracker import Tracker
+from impactx.experiment.units import WorkError
+from impactx.experiment.workplace import Workplace
+
+
+def _train_worker(config: dict[str, Any]) -> None:
+    """What each worker of a TorchTrainer runs: the one training loop, on its share of every batch."""
+    import ray.train
+    import ray.train.torch
+
+    context = ray.train.get_context()
+    device = ray.train.torch.get_device()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    monitor = config["monitor"]
+    if ray.get(monitor.since.remote(0))[1] is not None:
+        return  # started again after an error that stays
+
+    def report(row: dict[str, float]) -> None:
+        monitor.epoch.remote(row)
+
+    try:
+        tracked_training(config["task"], config["place"], config["tracker"], device=device, rank=rank,
+                         world_size=world, report=report)
+    except Exception as error:
+        if is_final(error):
+            ray.get(monitor.fail.remote(portable(error)))
+            if world == 1:
+                return
+        raise  # Ray Train ends the others, who wait for this one, and starts all again
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The data-parallel workers of one training: how many, and what each holds."""
+
+    count: int
+    cpus: float
+    gpus: float
+    max_failures: int
+    scratch: str  # Tune and Train keep their own bookkeeping here; nothing of ours is in it
+
+    @property
+    def amounts(self) -> dict[str, float]:
+        """What all of them hold together."""
+        return {"CPU": self.count * self.cpus, "GPU": self.count * self.gpus}
+
+
+def train_on_workers(task: Task, place: Workplace, tracker: Tracker, workers: Workers,
+                      on_row: Callable[[dict[str, float]], object]) -> dict[str, Any]:
+    """One training by Ray Train's TorchTrainer; its artifacts lie in the output when it returns."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    resources = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
+    # Not on the machine of a worker, with which it would be lost.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    monitor = Monitor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config={"task": task, "place": place, "tracker": tracker, "monitor": monitor},
+        scaling_config=ScalingConfig(num_workers=workers.count, use_gpu=bool(workers.gpus),
+                                     resources_per_worker=resources),
+        run_config=RunConfig(name=f"train-{task.unit.key}-{time.time_ns()}", storage_path=workers.scratch,
+                             failure_config=FailureConfig(max_failures=workers.max_failures)))
+    errors: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:  # noqa: BLE001 - for the thread that waits
+            errors.append(error)
+
+    # In the main thread, Ray Train would take Ctrl-C for itself, for ever, and end the job as if all were well.
+    thread = threading.Thread(target=fit, daemon=True)
+    thread.start()
+    seen, over = 0, False
+    while not over:
+        thread.join(timeout=1)
+        over = not thread.is_alive()
+        rows, failure = ray.get(monitor.since.remote(seen))
+        seen += len(rows)
+        for row in rows:
+            on_row(row)
+    if failure or errors:
+        raise failure or errors[0]
+    result = place.artifacts.result(task.unit)
+    if result is None:
+        raise WorkError(f"{task.unit.name}: the training ended without a result")
+    return result
