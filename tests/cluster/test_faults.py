@@ -183,6 +183,26 @@ def test_one_configuration_that_diverges(tmp_path, cache):
     assert diverged == [(1.0,)]
 
 
+def test_asha_goes_on_after_its_driver_was_killed(tmp_path, cache):
+    """Which trials are stopped depends on their pace; but each is tried, once, and the best of them is chosen."""
+    asha = ["approach=[]", "grid.strategy=asha", "grid.grace_epochs=4", "grid.reduction=2",
+            "grid.learning_rate=[0.004,0.002,1e-6,2e-6]"]
+    first = Job(tmp_path / "out", cache, *asha)
+    first.meet(lambda: first.running(1, "trials"), "stage 1")
+    first.kill()
+    first.process.wait()
+    job = Job(tmp_path / "out", cache, *asha)
+    assert job.end() == 0, job.log
+    assert "stopped early" in job.log
+    assert [float(row["learning_rate"]) in (0.004, 0.002) for row in job.results()] == [True]
+    runs = job.tracked("select role.value, runs.name, runs.status from runs join tags role "
+                       "on role.run_uuid = runs.run_uuid and role.key = 'impactx.role'")
+    trials = [name for role, name, _ in runs if role == "trial"]
+    assert len(trials) == len(set(trials)) == 4 and {status for *_, status in runs} == {"FINISHED"}, runs
+    points = job.tracked("select run_uuid, key, step, count(*) from metrics group by run_uuid, key, step")
+    assert [row for row in points if row[3] != 1] == []
+
+
 def test_sigterm_ends_everything_on_every_node(nodes, undisturbed, tmp_path, cache):
     job = Job(tmp_path / "out", cache, f"cluster.address={nodes.address}")
     job.meet(lambda: job.running(1, "trials"), "stage 1")

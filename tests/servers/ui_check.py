@@ -88,6 +88,13 @@ def main(uri: str, out: str, experiment: str = "impactx") -> None:
             shoot(page, f"{view}&compareRunsMode=CHART", folder / "comparison.png", "val_accuracy")
         shoot(page, f"{runs}/{trial.info.run_id}", folder / "trial.png", "Parameters")
         shoot(page, f"{runs}/{trial.info.run_id}/model-metrics", folder / "trial-curves.png", "val_accuracy")
+        shoot(page, f"{runs}/{newest.info.run_id}/artifacts", folder / "job-artifacts.png", "report.html")
+        for judged in client.search_runs([identity], f"tags.`impactx.root` = '{root}' and "
+                                         "tags.`impactx.role` = 'explanations'", max_results=1):
+            shoot(page, f"{runs}/{judged.info.run_id}/artifacts", folder / "judgement-artifacts.png", "map_scores.npz")
+        shoot(page, f"{base}/#/models", folder / "models.png", "impactx.")
+        for model in client.search_registered_models(max_results=1):
+            shoot(page, f"{base}/#/models/{model.name}/versions/1", folder / "model.png", "Schema")
         browser.close()
 
 
