@@ -17,8 +17,8 @@ from impactx.explain.scores import (
     AttributionError,
     ClassScores,
     Score,
+    captum_attr,
     chunks,
-    missing_package,
     names_of,
     open_images,
     rows_that_fit,
@@ -36,11 +36,7 @@ class GradCamAttribution:
 
     def __init__(self, settings: GradCamSettings) -> None:
         self.settings = settings
-        try:
-            from captum.attr import LayerAttribution, LayerGradCam
-        except ImportError as error:
-            raise missing_package("captum", settings.method) from error
-        self.method, self.enlarge = LayerGradCam, LayerAttribution.interpolate
+        self.captum = captum_attr(settings.method)
 
     @forward_precision("float32")
     def explain(self, score: Score, images: np.ndarray, labels: np.ndarray, *, device: torch.device | str = "cpu",
@@ -58,12 +54,12 @@ class GradCamAttribution:
         maps = []
         for part in chunks(len(x), rows):
             # Parameters may be frozen: the gradient then has to be asked for from the image on.
-            small = self.method(scores, layer).attribute(x[part].clone().requires_grad_(), target=y[part],
+            small = self.captum.LayerGradCam(scores, layer).attribute(x[part].clone().requires_grad_(), target=y[part],
                                                          relu_attributions=s.relu).detach()
             if small.ndim != 4:
                 raise AttributionError(f"the layer {s.layer!r} gives {tuple(small.shape)} and no map of places: "
                                        f"allowed are {_listed(_used(scores.score, x[:1]))}")
-            maps.append(self.enlarge(small, tuple(x.shape[2:]), "bilinear"))
+            maps.append(self.captum.LayerAttribution.interpolate(small, tuple(x.shape[2:]), "bilinear"))
         channels = x.shape[1]
         return Explanations(scores.finite(torch.cat(maps).expand(-1, channels, -1, -1) / channels), found,
                             np.full(len(x), np.nan))

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,23 +23,15 @@ from impactx.explain.scores import (
     AttributionError,
     ClassScores,
     Score,
+    captum_attr,
     chunks,
     completeness_gaps,
-    missing_package,
     names_of,
     open_images,
     rows_that_fit,
     until_it_fits,
 )
 from impactx.settings import GradientShapSettings, IntegratedGradientsSettings
-
-
-def _captum(method: str) -> Any:
-    try:
-        import captum.attr
-    except ImportError as error:
-        raise missing_package("captum", method) from error
-    return captum.attr
 
 
 class IntegratedGradientsAttribution:
@@ -50,7 +41,7 @@ class IntegratedGradientsAttribution:
 
     def __init__(self, settings: IntegratedGradientsSettings) -> None:
         self.settings = settings
-        self.captum = _captum(settings.method)
+        self.captum = captum_attr(settings.method)
 
     @forward_precision("float32")
     def explain(self, score: Score, images: np.ndarray, labels: np.ndarray, *, device: torch.device | str = "cpu",
@@ -87,7 +78,7 @@ class GradientShapAttribution:
 
     def __init__(self, settings: GradientShapSettings) -> None:
         self.settings = settings
-        self.captum = _captum(settings.method)
+        self.captum = captum_attr(settings.method)
 
     @forward_precision("float32")
     def explain(self, score: Score, images: np.ndarray, labels: np.ndarray, *, device: torch.device | str = "cpu",

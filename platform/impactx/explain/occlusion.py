@@ -16,8 +16,8 @@ from impactx.explain.scores import (
     AttributionError,
     ClassScores,
     Score,
+    captum_attr,
     chunks,
-    missing_package,
     names_of,
     open_images,
     rows_that_fit,
@@ -33,11 +33,7 @@ class OcclusionAttribution:
 
     def __init__(self, settings: OcclusionSettings) -> None:
         self.settings = settings
-        try:
-            from captum.attr import Occlusion
-        except ImportError as error:
-            raise missing_package("captum", settings.method) from error
-        self.method = Occlusion
+        self.captum = captum_attr(settings.method)
 
     @forward_precision("float32")
     @torch.no_grad()
@@ -59,7 +55,7 @@ class OcclusionAttribution:
         hidden = parse_masker(s.masker).background(x)
         squares = s.evaluations((height, width)) or 1
         together = max(1, rows // squares)  # images with all their squares in one forward, or one with some of them
-        maps = [self.method(scores).attribute(
+        maps = [self.captum.Occlusion(scores).attribute(
             x[part], sliding_window_shapes=(channels, s.window, s.window), strides=(channels, s.stride, s.stride),
             baselines=hidden[part], target=y[part], perturbations_per_eval=min(squares, max(1, rows // together)))
             for part in chunks(len(x), together)]

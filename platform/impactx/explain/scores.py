@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,15 @@ def missing_package(package: str, method: str) -> MissingPackage:
     """The error for a package of the extra `explain` that is not there."""
     return MissingPackage(f"attribution {method} needs the package {package}, which is not installed: "
                           "pip install 'impactx[explain]' (on every node that explains)")
+
+
+def captum_attr(method: str) -> Any:
+    """captum's attributions. Raises MissingPackage."""
+    try:
+        import captum.attr
+    except ImportError as error:
+        raise missing_package("captum", method) from error
+    return captum.attr
 
 
 class ClassScores:
