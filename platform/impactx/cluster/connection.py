@@ -47,7 +47,7 @@ def connected(settings: ClusterSettings) -> Iterator[dict[str, float]]:
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     address = settings.address or os.environ.get("RAY_ADDRESS")
     # Threads are torch's and ours to set: Ray would otherwise set OMP_NUM_THREADS by the CPUs of a task.
-    variables = {"OMP_NUM_THREADS": str(settings.threads), "RAY_TRAIN_V2_ENABLED": "1"}
+    variables = {"OMP_NUM_THREADS": str(settings.threads), "RAY_TRAIN_V2_ENABLED": "1", "RAY_DATA_USAGE_DISABLED": "1"}
     package = Path(impactx.__file__).resolve().parent
     handler = signal.getsignal(signal.SIGTERM)  # Ray sets its own, which ends the cluster before the job
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
