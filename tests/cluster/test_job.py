@@ -37,7 +37,9 @@ class Job:
         with open(self._log, "w", encoding="utf8") as stream:
             self.process = subprocess.Popen(
                 [*COMMAND, f"output={output}", f"cache={cache}", *TINY, *more], stdout=stream, stderr=subprocess.STDOUT,
-                env=environment | {"RAY_AUTH_MODE": "disabled"}, cwd=output.parent)
+                env=environment | {"RAY_AUTH_MODE": "disabled"}, cwd=output.parent,
+                # A shell's background job ignores Ctrl-C, and so would whatever the tests start there.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
     @property
     def log(self) -> str:
