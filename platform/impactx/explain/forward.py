@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -43,7 +44,7 @@ class Outputs:
             if spec != "all":
                 raise PartitionError(f"outputs = {spec!r}; allowed: 'all', class indices or weights")
             return
-        tensor = torch.as_tensor(spec).to(device)
+        tensor = torch.tensor(spec).to(device) if isinstance(spec, np.ndarray) else torch.as_tensor(spec).to(device)
         if tensor.ndim not in (1, 2) or len(tensor) != n_images or tensor.numel() == 0:
             raise PartitionError(
                 f"outputs has the shape {tuple(tensor.shape)}; allowed for {n_images} images: "
