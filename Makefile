@@ -37,11 +37,13 @@ test-servers: $(VENV)/.installed
 
 install: $(VENV)/.installed
 
-# constraints.txt pins every package; the stamp is newer than both files, so a change installs again.
+# constraints.txt pins every package; the stamp is newer than both files, so a change installs again. quantus comes
+# by itself: its opencv-python would write over opencv-python-headless, which does for it as well.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cluster,explain,server,test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps quantus
 	touch $@
 
 # Known vulnerabilities of every pinned package; asks the package index about each (needs it, takes a minute).

@@ -35,7 +35,7 @@ def _arguments() -> argparse.Namespace:
     explain.add_argument("--models", nargs="+", help="lenet5 or timm names (lenet5, a MobileNet, an EfficientNet)")
     explain.add_argument("--size", type=int, default=32, help="side in pixels (%(default)s)")
     explain.add_argument("--images", type=int, help="images a round (64 for lenet5, else 8; 512 on a GPU)")
-    explain.add_argument("--rounds", type=int, default=3)
+    explain.add_argument("--rounds", type=int, default=9)
     explain.add_argument("--device", default="cpu")
     grid = what.add_parser("grid", help="overhead of a trial in the whole stack")
     grid.add_argument("--trials", type=int, default=22, help="(%(default)s)")

@@ -136,6 +136,28 @@ def test_waiting_ends_with_what_is_given_back_and_with_the_job():
         of.take("a", "k", ONE)
 
 
+def test_close_waits_for_those_who_ask_again_and_again():
+    of, left = Shares(lambda: {"CPU": 1}), []
+
+    def ask():
+        with of.asking():
+            try:
+                while True:
+                    of.check()
+                    time.sleep(0.3)
+            except Closed:
+                time.sleep(0.2)
+                left.append(True)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    time.sleep(0.1)
+    of.close()
+    assert left == [True]
+    with pytest.raises(Closed), of.asking():
+        pass
+
+
 # ---- groups of map makers, which come and go with a cell's share
 
 class Groups:

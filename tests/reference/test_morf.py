@@ -72,7 +72,7 @@ def replace_by(noise):
     return perturb
 
 
-# Not a dependency of the tests: quantus brings opencv-python, which writes over opencv-python-headless.
+# `make install` brings quantus without its opencv-python, which would write over opencv-python-headless.
 @pytest.mark.parametrize("order", ["morf", "lerf"])
 def test_region_perturbation_agrees_with_quantus(order):
     quantus = pytest.importorskip("quantus")

@@ -111,8 +111,9 @@ class RayExecutor:
             started = time.perf_counter()
             store = open_store(task.unit, self.place)
             if store.missing():
-                explain_on_pools(task.unit, self.place, pools_of(self.settings, ray.cluster_resources()),
-                                 self.settings.max_failures, on_shards, self.shares, task.parent_key)
+                with self.shares.asking():
+                    explain_on_pools(task.unit, self.place, pools_of(self.settings, ray.cluster_resources()),
+                                     self.settings.max_failures, on_shards, self.shares, task.parent_key)
             result = finish_maps(task.unit, self.place, time.perf_counter() - started)
             log_maps(run, task.unit, result)
             return result

@@ -116,6 +116,7 @@ def explain_on_pools(unit: Unit, place: Workplace, pools: Sequence[Pool], max_fa
     shown = 0
     try:
         while True:
+            shares.check()
             (made, complete, error), waiting = ray.get([queue.state.remote(), queue.waiting.remote()])
             if error is not None:
                 raise error

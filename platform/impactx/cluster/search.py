@@ -13,7 +13,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 
-from impactx.cluster.shares import Amounts, Shares
+from impactx.cluster.shares import Amounts, Closed, Shares
 from impactx.cluster.trial import Shared, TrainTrial, trial_class
 from impactx.experiment.executor import Limits, OnEpoch, OnResult, Task
 from impactx.experiment.units import Unit
@@ -115,14 +115,27 @@ class Halving(ASHAScheduler):
         return {}  # see Turns
 
 
-class _Reports(tune.Callback):
-    """Hands Tune's events on to the experiment."""
+class _Left(BaseException):
+    """The job leaves its cluster. No Exception: for one Tune would first wait for each of its trials to end."""
 
-    def __init__(self, units: dict[str, Unit], place: Workplace, on_result: OnResult, on_epoch: OnEpoch) -> None:
+
+class _Reports(tune.Callback):
+    """Hands Tune's events on to the experiment, and ends Tune where the job ends."""
+
+    def __init__(self, units: dict[str, Unit], place: Workplace, on_result: OnResult, on_epoch: OnEpoch,
+                 shares: Shares) -> None:
         self._units, self._place, self._on_result, self._on_epoch = units, place, on_result, on_epoch
+        self._shares = shares
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # see Turns
+
+    def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
+        """Ten times a second, before Tune asks Ray for anything."""
+        try:
+            self._shares.check()
+        except Closed as error:
+            raise _Left from error
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
         """An epoch is done, or the trial."""
@@ -153,7 +166,7 @@ def tune_search(tasks: Sequence[Task], place: Workplace, train: TrainTrial, *, s
     """
     owner, waiting = tasks[0].parent_key, list(reversed(tasks))
     shared = Shared(ray.put({task.unit.key: task for task in tasks}), train)
-    reports = _Reports({task.unit.key: task.unit for task in tasks}, place, on_result, on_epoch)
+    reports = _Reports({task.unit.key: task.unit for task in tasks}, place, on_result, on_epoch, shares)
     scheduler = Halving(limits) if limits.halving else None
     threads: list[threading.Thread] = []
     errors: list[BaseException] = []
@@ -172,7 +185,12 @@ def tune_search(tasks: Sequence[Task], place: Workplace, train: TrainTrial, *, s
 
         def fit(tuner: tune.Tuner = tuner, turns: Turns = turns) -> None:
             try:
-                tuner.fit()
+                with shares.asking():
+                    tuner.fit()
+            except _Left as error:
+                closed = Closed("the job has left its cluster")
+                closed.__cause__ = error  # whose frames hold the trials' actors: they end with the cluster
+                errors.append(closed)
             except BaseException as error:  # noqa: BLE001 - for the thread that waits
                 errors.append(error)
             finally:

@@ -9,12 +9,14 @@ one owner does not want, the others get.
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 Amounts = Mapping[str, float]  # kind ("CPU", "GPU", "trials") -> how much
 POLL_SECONDS = 1.0
+CLOSE_SECONDS = 5.0  # how long those who ask again and again have to notice that it is over
 EPSILON = 1e-6
 
 
@@ -38,6 +40,7 @@ class Shares:
         self._held: dict[str, dict[str, float]] = {}
         self._wishes: dict[tuple[str, str], _Wish] = {}
         self._count = 0
+        self._asking = 0
         self._closed = False
         self._changed = threading.Condition()
 
@@ -46,8 +49,7 @@ class Shares:
         or forgotten: it counts when others ask. Raises Closed.
         """
         with self._changed:
-            if self._closed:
-                raise Closed("the job has left its cluster")
+            self.check()
             wish = self._wishes.get((owner, key))
             self._count += 1
             wish = _Wish(owner, dict(need), wish.since if wish else self._count)
@@ -95,11 +97,33 @@ class Shares:
         with self._changed:
             return bool({*self._held, *(wish.owner for wish in self._wishes.values())} - {owner})
 
+    def check(self) -> None:
+        """Raises Closed once nothing is given any more."""
+        if self._closed:
+            raise Closed("the job has left its cluster")
+
+    @contextlib.contextmanager
+    def asking(self) -> Iterator[None]:
+        """For a thread that asks Ray again and again, and `check`s before it does: `close` waits until it is out.
+
+        Ray ends the whole process, with status 1, where a thread calls it while another one leaves the cluster.
+        """
+        with self._changed:
+            self.check()
+            self._asking += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._asking -= 1
+                self._changed.notify_all()
+
     def close(self) -> None:
-        """Nothing is given from now on; whoever waits gets Closed."""
+        """Nothing is given from now on, and whoever waits gets Closed; returns when nobody is `asking`."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._asking, CLOSE_SECONDS)
 
     def _share(self, owner: str, capacity: Amounts, more: Amounts | None = None) -> float:
         held, more = self._held.get(owner, {}), more or {}
