@@ -1,8 +1,11 @@
 """The batched engine against shap itself and against the slow twin, on networks that were trained.
 
-An image whose map differs by more than 1e-5 of its largest value must be a near-tie: two queue entries whose
-priorities differ by less than float32 resolves. That is confirmed by running both sides again in float64, where
-they must agree; and such images must be rare (1 in 100 over all cases) and correlate with shap's map all the same.
+An image whose map differs by more than 1e-5 of its largest value is computed again in float64 on both sides, where they
+must agree. Two things can be the reason, and both are counted. A near-tie: two queue entries whose priorities differ by
+less than float32 resolves; such images must be rare (1 in 100 over all cases) and correlate with shap's map all the
+same. Or float32 does not resolve 1e-5 of this map, which shows in shap's own: it misses shap's float64 map as well.
+With a fixed context a map is made of differences of four scores, which can be a thousand times smaller than the scores.
+Ours must then be as near to the float64 map as shap's.
 
 Run alone: python -m pytest tests/reference/test_partition.py; the whole cross: add -m "full or not full".
 """
@@ -33,7 +36,8 @@ from partition_twin import blurred, partition_values  # noqa: E402
 shap = pytest.importorskip("shap")
 
 TOLERANCE = 1e-5
-SHOWN = {"maps": 0, "near_ties": 0, "worst": 0.0}
+ROUNDING = 1e-4  # what float32 can cost a map; where the order of a queue changes, it is far more
+SHOWN = {"maps": 0, "near_ties": 0, "unresolved": 0, "worst": 0.0}
 
 
 # --- data and networks -------------------------------------------------------------------------------------------
@@ -216,28 +220,37 @@ def compare(case: Case) -> np.ndarray:
         theirs = shap_map(network, images[i], outputs, case)
         assert not_flat(theirs), "shap's own map is flat: the comparison would prove nothing"
         apart = deviation(ours[i], theirs)
-        if apart > TOLERANCE:
-            near_ties += 1
-            confirm_near_tie(network, images[i], labels[i], outputs, case, ours[i], theirs, apart)
-        else:
+        if apart <= TOLERANCE:
             SHOWN["worst"] = max(SHOWN["worst"], apart)
+        elif float32_resolves(network, images[i], labels[i], outputs, case, ours[i], theirs):
+            near_ties += 1
+        else:
+            SHOWN["unresolved"] += 1
     SHOWN["maps"] += case.images
     SHOWN["near_ties"] += near_ties
     assert near_ties <= max(1, case.images // 100), f"{near_ties} of {case.images} maps differ by more than {TOLERANCE}"
     return ours
 
 
-def confirm_near_tie(network, image, label, outputs, case, ours, theirs, apart) -> None:  # type: ignore[no-untyped-def]
-    """In float64 nothing is nearly equal any more: both sides must find the same map."""
+def float32_resolves(network, image, label, outputs, case, ours, theirs) -> bool:  # type: ignore[no-untyped-def]
+    """Both sides again in float64, where they must find the same map.
+
+    False where shap's own float32 map is too far from it to be compared by; ours must then be as near.
+    """
     correlation = np.corrcoef(ours.ravel(), theirs.ravel())[0, 1]
-    assert correlation >= 0.999, f"deviation {apart:.1e}, correlation {correlation:.6f}"
+    assert correlation >= 0.999, f"deviation {deviation(ours, theirs):.1e}, correlation {correlation:.6f}"
     network.double()
     try:
         exact = engine_maps(network, image[None].double(), label[None], case)[0]
         reference = shap_map(network, image.double(), outputs, case)
     finally:
         network.float()
-    assert deviation(exact, reference) < 1e-6, "not a near-tie: the maps differ in float64 as well"
+    assert deviation(exact, reference) < 1e-6, "not rounding: the maps differ in float64 as well"
+    mine, shaps = deviation(ours, reference), deviation(theirs, reference)
+    if not TOLERANCE / 2 < shaps < ROUNDING:
+        return True
+    assert mine <= 2 * shaps + TOLERANCE / 2, f"shap's float32 map is off by {shaps:.1e}, ours by {mine:.1e}"
+    return False
 
 
 # --- the sample, and the whole cross -----------------------------------------------------------------------------
@@ -409,5 +422,6 @@ def test_near_ties_were_rare() -> None:
     """Over all cases of this run (this test stands last)."""
     if SHOWN["maps"] < 20:
         pytest.skip("the comparisons were not run")
-    print(f"\n{SHOWN['maps']} maps against shap: {SHOWN['near_ties']} near-ties, worst other {SHOWN['worst']:.1e}")
+    print(f"\n{SHOWN['maps']} maps against shap: {SHOWN['near_ties']} near-ties, {SHOWN['unresolved']} that float32 "
+          f"does not resolve (equal in float64), all others equal to {SHOWN['worst']:.1e} of their largest value")
     assert SHOWN["near_ties"] <= max(1, SHOWN["maps"] / 100)
