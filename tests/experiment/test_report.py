@@ -48,14 +48,14 @@ class Unlucky(LocalExecutor):
         return super().train(task, on_epoch)
 
 
-class Texts(NoRun):
-    """A run that keeps the texts it is given."""
+class Kept(NoRun):
+    """A run that keeps the artifacts it is given."""
 
     def __init__(self) -> None:
-        self.texts: dict[str, str] = {}
+        self.artifacts: dict[str, bytes] = {}
 
-    def log_text(self, text, path):
-        self.texts[path] = text
+    def log_bytes(self, content, path):
+        self.artifacts[path] = content
 
 
 def job(output: Path, shared: Path, executor: type[LocalExecutor]) -> Job:
@@ -79,7 +79,7 @@ def finished(stopped, tmp_path_factory):
     """The job started again, to its end; its storage, rows and report's run."""
     output = tmp_path_factory.mktemp("finished") / "results"
     shutil.copytree(stopped[0].root, output)
-    run, storage = Texts(), Storage(output)
+    run, storage = Kept(), Storage(output)
     done = job(output, stopped[1], LocalExecutor)
     rows = done.run(report=lambda key, _: write_report(storage, key, run=run))
     return storage, done, rows, run
@@ -138,8 +138,7 @@ def test_the_finished_job_made_it_and_logged_it(finished):
     assert done.report == storage.uri(f"jobs/{done.key}/report/report.html")
     kept = {p.name: p for p in Path(done.report).parent.iterdir()}
     assert {"report.html", "table2.csv", "table2.png", "gains.png"} <= kept.keys()
-    assert run.texts["report/report.html"] == kept["report.html"].read_text()
-    assert set(run.texts) == {f"report/{name}" for name in kept if not name.endswith(".png")}
+    assert run.artifacts == {f"report/{name}": file.read_bytes() for name, file in kept.items()}
 
 
 def test_everything_that_is_needed_to_repeat_it(finished):

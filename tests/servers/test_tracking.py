@@ -94,6 +94,7 @@ def test_nested_runs_hold_everything(tracker, store, output, tmp_path):
     settings = {"grid": {"lr": [0.1]}}
     with tracker.run("nested", name="the job", params=settings, tags={"impactx.code": "abc"}) as job:
         job.log_text("seed: 0", "config/config.yaml")
+        job.log_bytes(b"\x89PNG", "report/map.png")
         with tracker.run("nested/cell", name="the cell", parent="nested"), tracker.run(
                 "nested/cell/t", name="lr=0.1", parent="nested/cell", params={"lr": 0.1}) as trial:
             trial.log_metrics({"acc": 0.25, "loss": 2}, step=1)
@@ -114,6 +115,7 @@ def test_nested_runs_hold_everything(tracker, store, output, tmp_path):
     assert store.points(trial, "acc") == [(1, 0.25), (2, 0.5)]
     assert store.text(job, "config/config.yaml", tmp_path) == "seed: 0"
     assert store.text(trial, "splits/split.json", tmp_path) == "[1, 2]"
+    assert Path(store.client.download_artifacts(job.info.run_id, "report/map.png", tmp_path)).read_bytes() == b"\x89PNG"
     assert (output / "mlartifacts").is_dir()
 
 

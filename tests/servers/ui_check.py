@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -46,12 +46,14 @@ def served(uri: str) -> Iterator[str]:
         server.wait()
 
 
-def shoot(page: Page, address: str, file: Path, ready: str) -> None:
-    """Open an address and save what is seen a little after the text `ready` is there."""
+def shoot(page: Page, address: str, file: Path, ready: str, clicks: Sequence[str] = ()) -> None:
+    """Open an address, click on texts, and save what is seen a little after the text `ready` is there."""
     page.goto("about:blank")
     page.goto(address)
     missing = ""
     try:
+        for text in clicks:
+            page.get_by_text(text, exact=True).first.click(timeout=30_000)
         page.get_by_text(ready).first.wait_for(timeout=30_000)
     except TimeoutError:
         missing = f" (WITHOUT {ready!r})"
@@ -88,10 +90,10 @@ def main(uri: str, out: str, experiment: str = "impactx") -> None:
             shoot(page, f"{view}&compareRunsMode=CHART", folder / "comparison.png", "val_accuracy")
         shoot(page, f"{runs}/{trial.info.run_id}", folder / "trial.png", "Parameters")
         shoot(page, f"{runs}/{trial.info.run_id}/model-metrics", folder / "trial-curves.png", "val_accuracy")
-        shoot(page, f"{runs}/{newest.info.run_id}/artifacts", folder / "job-artifacts.png", "report.html")
-        for judged in client.search_runs([identity], f"tags.`impactx.root` = '{root}' and "
-                                         "tags.`impactx.role` = 'explanations'", max_results=1):
-            shoot(page, f"{runs}/{judged.info.run_id}/artifacts", folder / "judgement-artifacts.png", "map_scores.npz")
+        figures = sorted(file.path for file in client.list_artifacts(newest.info.run_id, "report")
+                         if "/examples-" in file.path and "impactx" in file.path)
+        shoot(page, f"{runs}/{newest.info.run_id}/artifacts", folder / "job-artifacts.png", "report.html",
+              ["report", *(Path(figure).name for figure in figures[:1])])
         shoot(page, f"{base}/#/models", folder / "models.png", "impactx.")
         for model in client.search_registered_models(max_results=1):
             shoot(page, f"{base}/#/models/{model.name}/versions/1", folder / "model.png", "Schema")

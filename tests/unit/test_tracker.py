@@ -91,6 +91,7 @@ def test_no_tracker_does_everything_and_keeps_nothing(tmp_path, monkeypatch):
         run.log_params({"x": [1]})
         run.set_tags({"x": 1})
         run.log_text("text", "a.txt")
+        run.log_bytes(b"\x89PNG", "a.png")
         run.log_file("nowhere", "folder")
         job.finish()
     tracker.replay("job/2", name="reused", parent="job", history=[{"acc": 0.5}], final={"best": 0.5})

@@ -59,6 +59,9 @@ class Run(Protocol):
     def log_text(self, text: str, path: str) -> None:
         """Log a text as the artifact `path`."""
 
+    def log_bytes(self, content: bytes, path: str) -> None:
+        """Log a picture, say, as the artifact `path`."""
+
     def log_file(self, local_path: str | Path, folder: str = "") -> None:
         """Log a file as an artifact. It is read later: leave it unchanged until `finish`."""
 
@@ -162,6 +165,9 @@ class NoRun(ContextRun):
         """Do nothing."""
 
     def log_text(self, text: str, path: str) -> None:
+        """Do nothing."""
+
+    def log_bytes(self, content: bytes, path: str) -> None:
         """Do nothing."""
 
     def log_file(self, local_path: str | Path, folder: str = "") -> None:

@@ -72,13 +72,13 @@ def _gaps(export: Mapping[str, Any]) -> list[Block]:
 def write_report(storage: Storage, job: str, *, to: Storage | None = None, run: Run | None = None) -> str:
     """Make a job's report from what it left and write it; returns the address of the page.
 
-    to: where to write, by default jobs/<job>/report in the job's own output. run: the job's run, to which the page and
-    the tables are logged as well. Raises ReportError, StorageError.
+    to: where to write, by default jobs/<job>/report in the job's own output. run: the job's run, to which all of it is
+    logged as well. Raises ReportError, StorageError.
     """
     files = build_report(export_job(storage, job), partial(map_scores, storage))
     target, folder = (storage, f"jobs/{job}/{FOLDER}/") if to is None else (to, "")
     for name, content in files.items():
         target.write(f"{folder}{name}", content)
-        if run is not None and not name.endswith(".png"):
-            run.log_text(content.decode(), f"{FOLDER}/{name}")
+        if run is not None:
+            run.log_bytes(content, f"{FOLDER}/{name}")
     return target.uri(f"{folder}{PAGE}")

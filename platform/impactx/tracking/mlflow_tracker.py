@@ -218,8 +218,11 @@ class MlflowRun(ContextRun):
 
     def log_text(self, text: str, path: str) -> None:
         """See `Run.log_text`."""
-        self._do(f"the artifact {path}", lambda client: self._record.log_text(client, text, path),
-                 "artifacts")
+        self.log_bytes(text.encode(), path)
+
+    def log_bytes(self, content: bytes, path: str) -> None:
+        """See `Run.log_bytes`."""
+        self._do(f"the artifact {path}", lambda client: self._record.log_bytes(client, content, path), "artifacts")
 
     def log_file(self, local_path: str | Path, folder: str = "") -> None:
         """See `Run.log_file`."""

@@ -111,7 +111,7 @@ class Record:
             if key not in self._params:
                 short.append(Param(key, shown))
                 if shown != value:
-                    self.log_text(client, value, f"params/{key}.txt")
+                    self.log_bytes(client, value.encode(), f"params/{key}.txt")
             elif self._params[key] != shown:
                 changed[clean_key(f"{CHANGED}.{key}")] = shown
         for i in range(0, len(short), PER_BATCH):
@@ -122,11 +122,11 @@ class Record:
                      self.name, ", ".join(sorted(changed)).replace(f"{CHANGED}.", ""), CHANGED)
         self._params = {param.key: param.value for param in short} | self._params
 
-    def log_text(self, client: Any, text: str, path: str) -> None:
-        """Log a text as an artifact."""
+    def log_bytes(self, client: Any, content: bytes, path: str) -> None:
+        """Log the content of an artifact."""
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, Path(path).name)
-            file.write_text(text, encoding="utf-8")
+            file.write_bytes(content)
             client.log_artifact(self.run_id, str(file), os.path.dirname(path) or None)
 
     def log_points(self, client: Any, points: Sequence[Point]) -> None:
