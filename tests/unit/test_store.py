@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,6 +81,15 @@ def test_reading_needs_only_pyarrow_as_documented(store):
     maps, index = names["maps"], names["table"]["index"].to_numpy()
     assert sorted(index) == list(range(10))
     np.testing.assert_array_equal(maps, explanations(index).maps)
+
+
+def test_a_shard_is_read_in_the_callers_thread_alone(store):
+    # A pool of pyarrow's that still held one of our objects at the end of a process would abort it.
+    script = ("import os, sys; from impactx.explain.store import MapStore; from impactx.storage import Storage; "
+              "store = MapStore.open(Storage(sys.argv[1]), 'maps/key'); threads = len(os.listdir('/proc/self/task')); "
+              "assert store.verify() == []; print(len(os.listdir('/proc/self/task')) - threads)")
+    done = subprocess.run([sys.executable, "-c", script, str(store.storage.root)], capture_output=True, text=True)
+    assert done.stdout == "0\n", done.stderr
 
 
 def test_create_keeps_the_shards_of_a_store_begun_with_another_shard_size(store):
