@@ -188,7 +188,7 @@ def tune_search(tasks: Sequence[Task], place: Workplace, train: TrainTrial, *, s
                 with shares.asking():
                     tuner.fit()
             except _Left as error:
-                closed = Closed("the job has left its cluster")
+                closed = Closed()
                 closed.__cause__ = error  # whose frames hold the trials' actors: they end with the cluster
                 errors.append(closed)
             except BaseException as error:  # noqa: BLE001 - for the thread that waits

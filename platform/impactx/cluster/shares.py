@@ -23,6 +23,9 @@ EPSILON = 1e-6
 class Closed(RuntimeError):
     """The job is over or was interrupted: nothing is given any more."""
 
+    def __init__(self) -> None:
+        super().__init__("the job has left its cluster")
+
 
 @dataclass(frozen=True)
 class _Wish:
@@ -100,7 +103,7 @@ class Shares:
     def check(self) -> None:
         """Raises Closed once nothing is given any more."""
         if self._closed:
-            raise Closed("the job has left its cluster")
+            raise Closed
 
     @contextlib.contextmanager
     def asking(self) -> Iterator[None]:
