@@ -29,6 +29,7 @@ NAMES = ["impactx", "lambda0", "shuffled", "shuffled_in_class", "mean_map", "cla
 TINY = (f"approach=[{','.join(NAMES)}]", "datasets.digits.subset=80", "grid.learning_rate=[0.004]",
         "grid.batch_size=[16]", "grid.validation_fraction=[0.2]", "training.epochs=2", "attribution.max_evals=12",
         "attribution.fixed_context=1", "maps.shard_size=50", "approaches.impactx.lambdas=[0.8]", "repeats=1",
+        "approaches.shuffled.lambdas=[0.8]", "approaches.lambda0.learning_rate_factors=[1.0]",
         "approaches.integrated_gradients.attribution.steps=2", "approaches.abn.learning_rate_factors=[0.5,1.0]",
         "evaluation.map_images=0")
 

@@ -37,7 +37,8 @@ from impactx.training import train_stage1, train_stage2
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("datasets.digits.subset=100", "grid.learning_rate=[0.002,0.004]", "grid.batch_size=[16]",
         "grid.validation_fraction=[0.2]", "training.epochs=2", "attribution.max_evals=50", "maps.shard_size=30",
-        "approaches.impactx.lambdas=[0.4,0.8]", "repeats=1", "evaluation.map_images=0")
+        "approaches.impactx.lambdas=[0.4,0.8]", "approaches.lambda0.learning_rate_factors=[1.0]", "repeats=1",
+        "evaluation.map_images=0")
 
 
 class Recorder(LocalExecutor):
@@ -77,7 +78,8 @@ class Done:
 
     def __init__(self, output: Path, shared: Path, *overrides: str, tracker=None, stop_at: str = "") -> None:
         places = [f"output={output}", f"cache={shared}", f"data_root={shared}"]
-        tiny = [o for o in TINY if not (o.startswith("approaches.") and "approach=[]" in overrides)]
+        chosen = next((o for o in overrides if o.startswith("approach=")), "approach=[impactx,lambda0]")
+        tiny = [o for o in TINY if not o.startswith("approaches.") or o.split(".")[1] in chosen]
         settings = load_settings("demo", [*tiny, *places, *overrides], ROOT / "configs")
         self.prepared = prepare(settings)
         self.cell, self.place = self.prepared.cells[0], self.prepared.place

@@ -30,7 +30,8 @@ from morf_twin import slow_aopc, slow_curves  # noqa: E402
 TINY = ("approach=[impactx,lambda0,abn,wae]", "approaches.abn.learning_rate_factors=[1.0]",
         "datasets.digits.subset=100", "grid.learning_rate=[0.004]", "grid.batch_size=[16]",
         "grid.validation_fraction=[0.2]", "training.epochs=2", "attribution.max_evals=60", "maps.shard_size=60",
-        "approaches.impactx.lambdas=[0.8]", "repeats=1", "evaluation.map_images=14", "evaluation.resamples=100",
+        "approaches.impactx.lambdas=[0.8]", "approaches.lambda0.learning_rate_factors=[1.0]", "repeats=1",
+        "evaluation.map_images=14", "evaluation.resamples=100",
         "evaluation.attributions=[{method: grad_cam}]")
 IMAGES = 14
 

@@ -30,7 +30,7 @@ from impactx.storage import Storage, StorageError
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("datasets.digits.subset=100", "grid.learning_rate=[0.002,0.004]", "grid.batch_size=[16,32]",
         "grid.validation_fraction=[0.2]", "training.epochs=2", "attribution.max_evals=50", "maps.shard_size=50",
-        "approaches.impactx.lambdas=[0.4,0.8]", "repeats=2",
+        "approaches.impactx.lambdas=[0.4,0.8]", "approaches.lambda0.learning_rate_factors=[1.0]", "repeats=2",
         "evaluation={map_images: 12, resamples: 200}")
 ABOUT = {"command": "python jobs/full_grid.py --preset demo", "code": "0.1.0+gabc", "machine": "2 × test",
          "versions": {"torch": "2.15.0"}}

@@ -11,9 +11,13 @@ import pytest
 from impactx.evaluation.statistics import TwoLevelBootstrap, holm
 from impactx.experiment.evidence import evidence, sentences
 from impactx.experiment.results import Row
+from impactx.experiment.roles import roles
 from impactx.storage import Storage
 
 IMAGES, CLASSES = 2000, 4
+SETTINGS = {"attribution": {"method": "partition"}, "approaches": {
+    "impactx": {"kind": "impactx", "lambdas": [0.8]}, "lambda0": {"kind": "impactx", "lambdas": [0.0]},
+    "shuffled": {"kind": "impactx", "lambdas": [0.8], "maps": "shuffled"}, "other": {"kind": "abn"}}}
 
 
 class Lab:
@@ -40,7 +44,7 @@ class Lab:
         return self
 
     def cell(self, index=0, **how):
-        return evidence(self.storage, self.rows, resamples=1000, **how)["cells"][index]
+        return evidence(self.storage, self.rows, how.pop("settings", SETTINGS), resamples=1000, **how)["cells"][index]
 
     def hits(self, approach, dataset="cifar10"):
         found = {}
@@ -58,7 +62,7 @@ def lab(tmp_path):
 
 def test_a_gain_is_the_bootstraps_and_everything_is_plain_data(lab):
     lab.add("baseline", 0.6).add("impactx", 0.7, weight=0.8).add("lambda0", 0.65, weight=0.0)
-    found = evidence(lab.storage, lab.rows, resamples=1000, seed=3)
+    found = evidence(lab.storage, lab.rows, SETTINGS, resamples=1000, seed=3)
     assert json.loads(json.dumps(found)) == found
     (cell,) = found["cells"]
     assert cell["test_images"] == IMAGES and not cell["missing"]
@@ -100,6 +104,49 @@ def test_one_repeat_and_no_control_are_said(lab):
     assert "one repeat: the intervals leave out" in cell["sentence"]
 
 
+@pytest.mark.parametrize("repeats, said", [(1, "from 1 repeat: 5"), (4, "from 4 repeats: 5")])
+def test_few_repeats_claim_nothing_whatever_they_gain(lab, repeats, said):
+    lab.add("baseline", 0.6).add("impactx", 0.7, weight=0.8).add("lambda0", 0.6, weight=0.0)
+    lab.add("shuffled", 0.6, weight=0.8, repeats=repeats)  # the others have their five
+    found = lab.cell()["verdicts"]["impactx"]
+    assert found["verdict"] == "cannot tell" and f"cannot be told {said} are asked for" in found["sentence"]
+
+
+@pytest.mark.parametrize("control, weight, absent", [
+    ("lambda0", 0.0, "maps shuffled among the images"), ("shuffled", 0.8, "the same network with lambda = 0")])
+def test_without_both_controls_nothing_helps(lab, control, weight, absent):
+    lab.add("baseline", 0.6).add("impactx", 0.7, weight=0.8).add(control, 0.6, weight=weight)
+    found = lab.cell()["verdicts"]["impactx"]
+    assert found["verdict"] == "cannot tell" and f"was not compared with {absent}" in found["sentence"]
+
+
+def test_what_an_approach_is_depends_on_its_settings_and_not_on_its_name(lab):
+    impactx = {"kind": "impactx", "lambdas": [0.8]}
+    approaches = {"ours": impactx, "no_maps": impactx | {"lambdas": [0.0], "learning_rate_factors": [1.0, 2.0]},
+                  "shuffled_08": impactx | {"maps": "shuffled"}, "mean": impactx | {"maps": "mean"},
+                  "gradients": impactx | {"attribution": {"method": "gradient_shap"}},
+                  "same": impactx | {"attribution": {"method": "partition"}},
+                  "at_once": {"kind": "single_stage", "lambdas": [0.4, 0.8]}, "wae": {"kind": "wae"}}
+    settings = SETTINGS | {"approaches": approaches}
+    assert {name: (role.kind, role.candidates) for name, role in roles(settings).items()} == {
+        "baseline": ("a", None), "ours": ("explained", 1), "no_maps": ("no_maps", 2), "shuffled_08": ("shuffled", 1),
+        "mean": ("control", 1), "gradients": ("control", 1), "same": ("explained", 1), "at_once": ("explained", 2),
+        "wae": ("other", 1)}
+    lab.add("baseline", 0.6).add("ours", 0.7, weight=0.8).add("no_maps", 0.6, weight=0.0)
+    lab.add("shuffled_08", 0.6, weight=0.8).add("mean", 0.7, weight=0.8).add("gradients", 0.7, weight=0.8)
+    cell = lab.cell(settings=settings)
+    assert list(cell["verdicts"]) == ["ours"] and cell["verdicts"]["ours"]["verdict"] == "help"
+    assert list(cell["approaches"][1]["gains"]) == ["baseline", "no_maps", "shuffled_08"]
+
+
+def test_a_longer_search_is_said(lab):
+    searched = {"impactx": {"kind": "impactx", "lambdas": [0.4, 0.8]}}
+    settings = SETTINGS | {"approaches": SETTINGS["approaches"] | searched}
+    lab.add("baseline", 0.6).add("impactx", 0.7, weight=0.8).add("lambda0", 0.6, weight=0.0)
+    said = "impactx was chosen from 2 candidates, lambda0 from 1: the gain over it has the longer search in it"
+    assert said in lab.cell(settings=settings)["sentence"] and said not in lab.cell()["sentence"]
+
+
 def test_only_a_and_controls_have_no_verdict(lab):
     cell = lab.add("baseline", 0.6).add("lambda0", 0.6, weight=0.0).add("shuffled", 0.6, weight=0.8).cell()
     assert cell["verdicts"] == {} and "No finished model has learned" in cell["sentence"]
@@ -109,7 +156,7 @@ def test_holm_runs_over_the_cells_of_one_comparison(lab):
     for dataset, ours in (("one", 0.62), ("two", 0.605), ("three", 0.7)):
         lab.add("baseline", 0.6, dataset=dataset).add("impactx", ours, weight=0.8, dataset=dataset, seed=1)
     lab.add("lambda0", 0.6, dataset="three", weight=0.0)
-    cells = evidence(lab.storage, lab.rows, resamples=1000)["cells"]
+    cells = evidence(lab.storage, lab.rows, SETTINGS, resamples=1000)["cells"]
     gains = [cell["approaches"][1]["gains"]["baseline"] for cell in cells]
     assert [g["p_holm"] for g in gains] == holm([g["p"] for g in gains]) and gains[1]["p_holm"] >= gains[1]["p"]
     alone = cells[2]["approaches"][1]["gains"]["lambda0"]
@@ -122,7 +169,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_shown(lab):
     lab.storage.delete(f"{rows[0].test}/predictions.npz")
     lab.storage.write(f"{rows[1].test}/predictions.npz", b"PK torn")
     rows[2] = Row(**(rows[2].as_dict() | {"test": None}))
-    cell = evidence(lab.storage, rows, resamples=100)["cells"][0]
+    cell = evidence(lab.storage, rows, SETTINGS, resamples=100)["cells"][0]
     told = "\n".join(cell["missing"])
     assert f"{rows[0].test}/predictions.npz is missing" in told and "predictions.npz is damaged" in told
     assert "baseline repeat 2: its result is of an earlier version" in told
@@ -131,5 +178,5 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_shown(lab):
     # Of the three repeats of impactx none has its A any more.
     assert cell["approaches"][1]["gains"] == {} and cell["approaches"][0]["repeats"] == [3, 4]
     assert "What impactx gains cannot be told" in cell["sentence"]
-    nothing = evidence(lab.storage, rows[:2], resamples=100)["cells"][0]
+    nothing = evidence(lab.storage, rows[:2], SETTINGS, resamples=100)["cells"][0]
     assert nothing["approaches"] == [] and len(nothing["missing"]) == 2

@@ -10,6 +10,7 @@ import pytest
 
 from impactx.configuration import ConfigurationError, load_settings
 from impactx.experiment.plan import Cell, Configuration, DataFacts, SelectionError, select
+from impactx.experiment.roles import roles
 from impactx.experiment.run import job_key
 from impactx.experiment.units import Artifacts, Unit, fingerprint
 from impactx.storage import Storage, StorageError
@@ -150,7 +151,7 @@ def test_every_approach_is_a_unit_of_its_own_and_only_some_need_maps():
         "wae": ["class-weighted maps repeat 1", "class-weighted maps of test images repeat 1"], "single_stage": []}
     keys = [u.key for a in c.approaches() for u in a.stores(bases[1])]
     assert len(set(keys)) == 4 and keys.count(FROZEN["maps"]) == 5
-    for name in ("shuffled", "mean_map", "integrated_gradients"):  # one lambda, fixed beforehand, for every control
+    for name in ("mean_map", "integrated_gradients"):  # one lambda, fixed beforehand, for other controls
         assert found[name][0].recipe["lambda"] == 0.8 and not next(
             a for a in c.approaches() if a.name == name).trials(bases[0])
     assert json.dumps([u.inputs for units in found.values() for u in units])
@@ -185,6 +186,22 @@ def test_a_search_over_learning_rates_multiplies_the_selected_one():
     assert [u.name for u, _ in trials] == ["abn rate x0.5", "abn rate x1", "abn rate x2"]
     assert abn.model(basis_of(c, 0), trials[1][1]).key == abn.model(basis_of(cifar("approach=[abn]"), 0),
                                                                     {"learning_rate_factor": 1.0}).key
+
+
+def test_factors_of_the_learning_rate_are_candidates_beside_lambda():
+    c = cifar("approach=[lambda0]", "approaches.lambda0.learning_rate_factors=[0.5, 1.0]")
+    [lambda0] = c.approaches()
+    trials = lambda0.trials(basis_of(c, 0))
+    assert [u.recipe["learning_rate"] for u, _ in trials] == [0.0008, 0.0016]
+    assert [u.name for u, _ in trials] == ["lambda0 lambda=0 rate x0.5", "lambda0 lambda=0"]
+    assert lambda0.model(basis_of(c, 1), trials[1][1]).key == FROZEN["lambda0"]
+
+
+@pytest.mark.parametrize("preset", ["full_grid", "table2", "controls", "cifar10-lenet5", "demo"])
+def test_no_preset_gives_impactx_more_candidates_than_what_it_is_compared_with(preset):
+    found = roles(load_settings(preset).model_dump(mode="json"))
+    compared = {name: role.candidates for name, role in found.items() if role.called or name in ("abn", "wae")}
+    assert {n for n in compared.values() if n} == {found["impactx"].candidates}, compared
 
 
 def test_the_second_member_of_an_ensemble_has_a_seed_that_no_repeat_has():

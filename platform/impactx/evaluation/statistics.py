@@ -6,11 +6,12 @@ repeats with replacement, and the images with replacement, the same images for e
 bootstrap", 2007).  Approaches are paired: a gain is the mean over repeats and images of the difference between the
 two models of one repeat on one image, so what makes a split or an image hard for both falls out.
 
-Intervals are percentiles of the resampled means.  A handful of repeats makes percentiles too narrow (they know
-neither the n - 1 nor Student's t), so a resample's deviation that comes from the repeats alone is widened by
-sqrt(S / (S - 1)) * t(S - 1) / z, which makes it the t interval where the repeats are all that varies (the expanded
-percentile interval of Hesterberg, "What teachers should know about the bootstrap", 2015, applied to one of the two
-levels).  p is twosided: twice the smaller share of resamples on either side of 0, counted with the estimate itself.
+Intervals are percentiles of the resampled means.  A handful of repeats makes percentiles too narrow, and their tails,
+which a correction over many cells reads, far too short: no resample goes beyond the best repeat.  So what a resample
+deviates by because of its repeats alone is stretched, rank by rank, to Student's t with S - 1 degrees of freedom and
+the standard error of the S repeats (Hesterberg, "What teachers should know about the bootstrap", 2015, does so for
+one quantile).  Where the repeats are all that varies, intervals and p-values at every level are those of the paired
+t test.  p is twosided: twice the smaller share of resamples on either side of 0, counted with the estimate itself.
 """
 
 from __future__ import annotations
@@ -50,12 +51,19 @@ class Estimate:
         return asdict(self)
 
 
-def widening(repeats: int, confidence: float = CONFIDENCE) -> float:
-    """The factor for deviations between repeats; 1 for one repeat, where there are none."""
-    if repeats < 2:
-        return 1.0
-    level = (1 + confidence) / 2
-    return math.sqrt(repeats / (repeats - 1)) * float(special.stdtrit(repeats - 1, level) / special.ndtri(level))
+def students_deviations(values: np.ndarray, resampled: np.ndarray) -> np.ndarray:
+    """Deviations of resampled means of a few values, stretched to Student's t.
+
+    values: float (S,); resampled: (R,) means of S of them, drawn with replacement.  Returns float64 (R,): the quantiles
+    of t(S - 1) * spread / sqrt(S) at (1/2 ... R - 1/2) / R, in the order of `resampled`; zeros for one value.
+    """
+    count, draws = len(values), len(resampled)
+    found = np.zeros(draws)
+    if count > 1:
+        quantiles = special.stdtrit(count - 1, (np.arange(draws) + 0.5) / draws)
+        order = np.argsort(np.round(resampled, 12), kind="stable")  # sums in another order are ties
+        found[order] = quantiles * values.std(ddof=1) / math.sqrt(count)
+    return found
 
 
 class TwoLevelBootstrap:
@@ -101,7 +109,8 @@ class TwoLevelBootstrap:
         # One draw of the repeats a resample, the same for every approach with as many repeats.
         chosen = np.random.default_rng([self._seed, 1, count]).integers(0, count, (self.resamples, count))
         both = np.stack(resampled, 1)[np.arange(self.resamples)[:, None], chosen].mean(1)
-        both += (widening(count, self.confidence) - 1) * (values[chosen].mean(1) - centre)
+        of_repeats = values[chosen].mean(1)
+        both += centre - of_repeats + students_deviations(values, of_repeats)
         tail = (1 - self.confidence) / 2
         low, high = np.quantile(both, [tail, 1 - tail])
         slack = 1e-12  # sums in another order: a difference of exactly 0 must count as one

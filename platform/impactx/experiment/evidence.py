@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import statistics
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,38 +19,37 @@ from impactx.evaluation.statistics import CONFIDENCE, RESAMPLES, TwoLevelBootstr
 from impactx.experiment.map_evidence import map_sentence, maps_over_repeats
 from impactx.experiment.plan import BASELINE
 from impactx.experiment.results import Row
+from impactx.experiment.roles import REFERENCES, Role, roles
 from impactx.experiment.units import MAP_SCORES, PREDICTIONS, RESULT
 from impactx.storage import Storage
 
-# What a gain is measured against, by the names of the presets in configs/approach, and how a sentence calls it.
-REFERENCES = {BASELINE: "A", "lambda0": "the same network with lambda = 0",
-              "shuffled": "maps shuffled among the images"}
-# Approaches with lambda above 0 that are controls themselves: no sentence is asked of them.
-CONTROLS = {"shuffled", "shuffled_in_class", "mean_map", "class_mean_map"}
+# DESIGN section 8: fewer do not carry a sentence that claims a difference.
+REPEATS_FOR_A_CLAIM = 5
 
 
-def evidence(storage: Storage, rows: Sequence[Row], *, resamples: int = RESAMPLES, seed: int = 0,
-             confidence: float = CONFIDENCE) -> dict[str, Any]:
+def evidence(storage: Storage, rows: Sequence[Row], settings: Mapping[str, Any], *, resamples: int = RESAMPLES,
+             seed: int = 0, confidence: float = CONFIDENCE) -> dict[str, Any]:
     """What finished rows show, as plain JSON data. Reads predictions.npz of their test units, computes nothing else.
 
-    storage: the job's output. Accuracies and gains are fractions in [0, 1]. An *interval* is a dict with mean, spread
-    (sample standard deviation over repeats, None for one), low, high, p (of a gain, two-sided; else None), repeats,
-    images, and over ("repeats and images", or "images" where there is one repeat); see evaluation.statistics.
-    A *summary* is a dict with mean and spread. Keys:
+    storage: the job's output; settings: the experiment's, as plain data. Accuracies and gains are fractions in [0, 1].
+    An *interval* is a dict with mean, spread (sample standard deviation over repeats, None for one), low, high, p (of
+    a gain, two-sided; else None), repeats, images, and over ("repeats and images", or "images" where there is one
+    repeat); see evaluation.statistics. A *summary* is a dict with mean and spread. Keys:
 
         confidence, resamples, seed     of the intervals
         cells       a list, one for each data set and model, in the rows' order, each with
           dataset, model, test_images
           approaches  a list in the rows' order, each with
-            approach, weight (lambda or None), repeats (their numbers), seconds (of training, a repeat),
+            approach, role and candidates (experiment.roles), weight (lambda or None), repeats (their numbers),
+            seconds (of training, a repeat),
             paper (fraction or None), checkpoints (by repeat, a list beside repeats)
             accuracy          interval, on the test set
             val_accuracy      summary
             ece, nll          summaries: expected calibration error (15 bins), negative log likelihood in nats
             per_class         accuracy of each class, mean over repeats, in the order of the labels (None: no image)
-            gains             by reference that the cell has ("baseline", "lambda0", "shuffled"; never itself):
-                              interval of the paired difference, and p_holm: p corrected over the cells that make
-                              the same comparison
+            gains             by reference that the cell has (A, what is trained with lambda = 0, with shuffled maps;
+                              never itself): interval of the paired difference, and p_holm: p corrected over the
+                              cells that make the same comparison
             explanations      by repeat, a list beside repeats: result of the unit that judged the maps
                               (experiment.explanations), None where there is none; see maps for all repeats together
             maps              None where no repeat's maps were judged; else, over repeats and test images together,
@@ -59,8 +58,8 @@ def evidence(storage: Storage, rows: Sequence[Row], *, resamples: int = RESAMPLE
                               (None for the order itself; their p is not corrected)
               explainer       the order that over_explainer means: of SHAP for the predicted class, or None
               fidelity        by predictor {"mse", "correlation", "overlap"}: intervals; {} without a decoder
-          verdicts    by approach that learns explanations (lambda above 0) and is no control: {"verdict",
-                      "sentence"}, where verdict is "help", "do not help", "hurt" or "cannot tell"
+          verdicts    by approach that learns its own explanations (lambda above 0): {"verdict", "sentence"}, where
+                      verdict is "help", "do not help", "hurt" or "cannot tell"
           sentence    the cell's: of "impactx", or of the first approach that has a verdict, or why there is none
           map_sentence  what the maps of the same approach are worth, or None where they were not judged
           missing     sentences about what could not be read
@@ -70,11 +69,11 @@ def evidence(storage: Storage, rows: Sequence[Row], *, resamples: int = RESAMPLE
     cells: dict[tuple[str, str], dict[str, list[Row]]] = {}
     for row in rows:
         cells.setdefault((row.dataset, row.model), {}).setdefault(row.approach, []).append(row)
-    found = [_cell(storage, dataset, model, approaches, dict(resamples=resamples, seed=seed, confidence=confidence))
-             for (dataset, model), approaches in cells.items()]
+    known, how = roles(settings), dict(resamples=resamples, seed=seed, confidence=confidence)
+    found = [_cell(storage, dataset, model, approaches, known, how) for (dataset, model), approaches in cells.items()]
     _correct(found)
     for cell in found:
-        _judge(cell, 1 - confidence)
+        _judge(cell, known, 1 - confidence)
     return {"confidence": confidence, "resamples": resamples, "seed": seed, "cells": found}
 
 
@@ -101,8 +100,8 @@ def _arrays(storage: Storage, path: str, row: Row, missing: list[str]) -> dict[s
     return None
 
 
-def _cell(storage: Storage, dataset: str, model: str, approaches: dict[str, list[Row]], how: dict[str, Any]
-          ) -> dict[str, Any]:
+def _cell(storage: Storage, dataset: str, model: str, approaches: dict[str, list[Row]], known: Mapping[str, Role],
+          how: dict[str, Any]) -> dict[str, Any]:
     missing: list[str] = []
     usable: dict[str, dict[int, tuple[Row, np.ndarray]]] = {}
     labels: np.ndarray | None = None
@@ -125,10 +124,11 @@ def _cell(storage: Storage, dataset: str, model: str, approaches: dict[str, list
     for name, found in usable.items():
         in_order = [found[repeat] for repeat in sorted(found)]
         held, probabilities = [r for r, _ in in_order], [p for _, p in in_order]
-        gains = {over: gain.as_dict() for over in REFERENCES if over in usable and over != name
-                 and name != BASELINE and (gain := bootstrap.gain(name, over)) is not None}
+        gains = {over: gain.as_dict() for over, role in known.items() if role.called and over in usable
+                 and over != name and name != BASELINE and (gain := bootstrap.gain(name, over)) is not None}
         cell["approaches"].append({
-            "approach": name, "weight": held[0].weight, "repeats": [r.repeat for r in held],
+            "approach": name, "role": known[name].kind, "candidates": known[name].candidates,
+            "weight": held[0].weight, "repeats": [r.repeat for r in held],
             "seconds": statistics.fmean(r.train_seconds for r in held), "paper": held[0].paper_accuracy,
             "checkpoints": [r.checkpoint for r in held], "accuracy": bootstrap.mean(name).as_dict(),
             "val_accuracy": _summary([r.val_accuracy for r in held]),
@@ -174,11 +174,11 @@ def _correct(cells: list[dict[str, Any]]) -> None:
             gain["p_holm"] = p
 
 
-def _judge(cell: dict[str, Any], alpha: float) -> None:
+def _judge(cell: dict[str, Any], known: Mapping[str, Role], alpha: float) -> None:
     cell["verdicts"] = {}
     for entry in cell["approaches"]:
-        if entry["weight"] and entry["approach"] not in CONTROLS:
-            verdict, sentence = _verdict(entry, alpha)
+        if entry["weight"] and entry["role"] == "explained":
+            verdict, sentence = _verdict(entry, known, alpha)
             cell["verdicts"][entry["approach"]] = {"verdict": verdict, "sentence": sentence}
     chosen = cell["verdicts"].get("impactx") or next(iter(cell["verdicts"].values()), None)
     cell["sentence"] = chosen["sentence"] if chosen else "No finished model has learned from explanations."
@@ -188,30 +188,48 @@ def _judge(cell: dict[str, Any], alpha: float) -> None:
     cell["map_sentence"] = map_sentence(first["approach"], first["maps"]) if first else None
 
 
-def _verdict(entry: dict[str, Any], alpha: float) -> tuple[str, str]:
+def _verdict(entry: dict[str, Any], known: Mapping[str, Role], alpha: float) -> tuple[str, str]:
     name, gains = entry["approach"], entry["gains"]
     controls = {over: g for over, g in gains.items() if over != BASELINE}
-    numbers = "; ".join(f"{_points(g)} over {REFERENCES[over]}" for over, g in gains.items())
+    numbers = _numbers(entry, known)
+    repeats = min((g["repeats"] for g in gains.values()), default=0)
+    absent = " and ".join(text for kind, text in REFERENCES.items() if kind not in {known[over].kind for over in gains})
+
+    def sure(gain: dict[str, Any], sign: int, tries: int = 1) -> bool:
+        return tries * gain["p_holm"] < alpha and sign * gain["mean"] > 0
+
     if not gains:
         return "cannot tell", f"What {name} gains cannot be told: the cell has neither A nor a control with results."
-    if next(iter(gains.values()))["over"] == "images":
-        numbers += "; one repeat: the intervals leave out how much trainings differ"
     if not controls:
         return "cannot tell", (f"Whether the explanations help cannot be told, no control was run "
                                f"(approach lambda0 or shuffled); {name}: {numbers}.")
-
-    def sure(gain: dict[str, Any], sign: int) -> bool:
-        return gain["p_holm"] < alpha and sign * gain["mean"] > 0
-
+    if repeats < REPEATS_FOR_A_CLAIM:
+        return "cannot tell", (f"Whether the explanations help cannot be told from {repeats} "
+                               f"repeat{'s' if repeats > 1 else ''}: {REPEATS_FOR_A_CLAIM} are asked for "
+                               f"(repeats={REPEATS_FOR_A_CLAIM}); {name}: {numbers}.")
     above_a = BASELINE in gains and sure(gains[BASELINE], 1)
-    if any(sure(g, -1) for g in controls.values()):
+    if any(sure(g, -1, len(controls)) for g in controls.values()):
         return "hurt", f"The explanations hurt: {name} gains {numbers}."
     if not all(sure(g, 1) for g in controls.values()):
         what = "is better than A, but not surely better than its controls" if above_a else "is not surely better"
         return "do not help", f"The explanations do not help as far as can be told: {name} {what}: {numbers}."
     if BASELINE in gains and not above_a:
         return "do not help", (f"The explanations help {name} against its controls, but not beyond A: {numbers}.")
+    if absent:
+        return "cannot tell", (f"Whether the explanations help cannot be told: {name} was not compared with {absent} "
+                               f"(approach=[impactx,lambda0,shuffled]); {name} gains {numbers}.")
     return "help", f"The explanations help: {name} gains {numbers}."
+
+
+def _numbers(entry: dict[str, Any], known: Mapping[str, Role]) -> str:
+    """The gains, and what must be known to read them."""
+    said = [f"{_points(gain)} over {known[over].called}" for over, gain in entry["gains"].items()]
+    if any(gain["over"] == "images" for gain in entry["gains"].values()):
+        said.append("one repeat: the intervals leave out how much trainings differ")
+    ours = entry["candidates"]
+    said += [f"{entry['approach']} was chosen from {ours} candidates, {over} from {theirs}: the gain over it has the "
+             "longer search in it" for over in entry["gains"] if (theirs := known[over].candidates) and theirs < ours]
+    return "; ".join(said)
 
 
 def _points(gain: dict[str, Any]) -> str:

@@ -66,7 +66,7 @@ def export_job(storage: Storage, job: str) -> dict[str, Any]:
             cells.append(_cell(storage, about["settings"], journal) if journal else _unbegun(dataset, model))
     rows, e = [Row(**row) for cell in cells for row in cell["rows"]], about["settings"]["evaluation"]
     return {"job": job, "made": now(), "output": storage.root, **about, "cells": cells,
-            "evidence": evidence(storage, rows, resamples=e["resamples"], seed=e["seed"],
+            "evidence": evidence(storage, rows, about["settings"], resamples=e["resamples"], seed=e["seed"],
                                  confidence=e["confidence"])}
 
 

@@ -82,8 +82,8 @@ class Job:
                 self.artifacts.storage.write(f"jobs/{self.key}/results.csv", results_csv(rows).encode())
                 run.log_text(results_csv(rows), "results.csv")
                 e = self.settings.evaluation
-                self.evidence = evidence(self.artifacts.storage, rows, resamples=e.resamples, seed=e.seed,
-                                         confidence=e.confidence)
+                self.evidence = evidence(self.artifacts.storage, rows, described, resamples=e.resamples,
+                                         seed=e.seed, confidence=e.confidence)
                 self.artifacts.storage.write_json(f"jobs/{self.key}/evidence.json", self.evidence)
                 run.log_text(json.dumps(self.evidence, indent=1), "evidence.json")
                 run.log_metrics({f"{s.approach}.{s.dataset}.{s.model}.test_accuracy": s.test_mean

@@ -48,18 +48,20 @@ def table2(export: Mapping[str, Any]) -> list[Section]:
         if entry["accuracy"]["mean"] == best and len(cell["approaches"]) > 1:
             strong.add(len(rows))
         accuracy, paper = entry["accuracy"], entry["paper"]
-        rows.append([named(cell), shown(entry["approach"]), number(entry["weight"]), str(len(entry["repeats"])),
-                     percent(accuracy["mean"]), interval(accuracy), percent(accuracy["spread"]), percent(paper),
+        rows.append([named(cell), shown(entry["approach"]), number(entry["weight"]), number(entry["candidates"]),
+                     str(len(entry["repeats"])), percent(accuracy["mean"]), interval(accuracy),
+                     percent(accuracy["spread"]), percent(paper),
                      points(accuracy["mean"] - paper) if paper is not None else NONE,
                      percent(entry["val_accuracy"]["mean"])])
     shares = f"{100 * export['evidence']['confidence']:g} %"
-    head = ["cell", "approach", "λ", "repeats", "test %", f"{shares} interval", "spread", "paper %", "ours − paper",
-            "validation %"]
+    head = ["cell", "approach", "λ", "candidates", "repeats", "test %", f"{shares} interval", "spread", "paper %",
+            "ours − paper", "validation %"]
     return [Section("Table 2: test accuracy", [
         Table("table2", head, rows, frozenset(range(2, len(head))), frozenset(strong)), _accuracies(export),
         Text(f"Means over repeats; the {shares} intervals are from a bootstrap over {_what(export)}. Spread: standard "
-             "deviation over repeats. The paper (arXiv 2502.12222v2, Table 2) gives one number a cell, without a "
-             "spread. The best of a cell is bold. Each final model has read the test set once.", "note")])]
+             "deviation over repeats. Candidates: how many an approach's search had, beside A's grid. The paper (arXiv "
+             "2502.12222v2, Table 2) gives one number a cell, without a spread. The best of a cell is bold. Each final "
+             "model has read the test set once.", "note")])]
 
 
 def _what(export: Mapping[str, Any]) -> str:
@@ -97,7 +99,7 @@ def _accuracies(export: Mapping[str, Any]) -> Figure:
 
 def controls(export: Mapping[str, Any]) -> list[Section]:
     """The gains over A and over the controls, with intervals, as a table and as a picture."""
-    rows = [[named(cell), shown(entry["approach"]), OVER.get(over, over), points(gain["mean"]),
+    rows = [[named(cell), shown(entry["approach"]), OVER.get(over, shown(over)), points(gain["mean"]),
              interval(gain, signed=True), probability(gain["p"]), probability(gain.get("p_holm")),
              str(gain["repeats"]), _paper_gain(cell, entry, over)]
             for cell, entry in entries(export) for over, gain in entry["gains"].items()]
@@ -132,7 +134,7 @@ def _forest(export: Mapping[str, Any]) -> Figure:
         if y and (lines[y - 1][0] is not cell or lines[y - 1][1] is not entry):
             axes.axhline(y - 0.5, color=SOFT, linewidth=0.5)
     axes.set_yticks(range(len(lines)), [
-        f"{named(cell) + ': ' if several else ''}{shown(entry['approach'])} over {OVER.get(over, over)}"
+        f"{named(cell) + ': ' if several else ''}{shown(entry['approach'])} over {OVER.get(over, shown(over))}"
         for cell, entry, over, _ in lines])
     axes.set_ylim(len(lines) - 0.5, -0.5)
     axes.set_xlabel("gain in test accuracy (points)")

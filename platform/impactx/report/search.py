@@ -8,10 +8,11 @@ import numpy as np
 
 from impactx.report.blocks import Block, Figure, Items, Section, Table, Text
 from impactx.report.numbers import NONE, number, percent
-from impactx.report.style import INK, SURFACE, figure, plain, png
+from impactx.report.style import INK, SURFACE, figure, looks, plain, png
 
 STAGE1 = "stage 1"
 AXES = ("learning_rate", "batch_size", "validation_fraction")
+SEARCHED = {"lambda": "λ", "learning_rate": "learning rate"}  # by an approach, with A's other settings
 MOST_ROWS = 10  # trials in a table, failures in a list; the CSV has all
 
 
@@ -38,7 +39,7 @@ def _step(cell: dict[str, Any], step: str) -> list[Block]:
     if stopped := sum(u["state"] == "stopped early" for u in trials):
         said += f", {stopped} were stopped early because they fell behind"
     if chosen is not None:
-        said += f"; selected {_point(chosen)} with {percent(_score(chosen, metric))} % ({_words(metric)})"
+        said += f"; selected {_point(chosen, trials)} with {percent(_score(chosen, metric))} % ({_words(metric)})"
     blocks: list[Block] = [Text(said + ".")]
     if failed := [f"{u['name']}: {_why(u)}" for u in trials if u["state"] in ("failed", "diverged")]:
         more = [f"and {len(failed) - MOST_ROWS} more, all in {name}.csv"] if len(failed) > MOST_ROWS else []
@@ -59,10 +60,9 @@ def _words(metric: str) -> str:
             else "validation accuracy")
 
 
-def _candidate(unit: dict[str, Any]) -> tuple[str, float]:
-    """What an approach searches, for readers, and the trial's value of it."""
-    p = unit["params"]
-    return ("λ", p["lambda"]) if p.get("lambda") is not None else ("learning rate", p["learning_rate"])
+def _searched(trials: list[dict[str, Any]]) -> list[str]:
+    """What an approach's trials differ in: lambda, the learning rate, or both."""
+    return [axis for axis in SEARCHED if len({u["params"].get(axis) for u in trials}) > 1] or ["learning_rate"]
 
 
 def _score(unit: dict[str, Any], metric: str) -> float | None:
@@ -70,10 +70,10 @@ def _score(unit: dict[str, Any], metric: str) -> float | None:
     return best[metric] if best else None
 
 
-def _point(unit: dict[str, Any]) -> str:
+def _point(unit: dict[str, Any], trials: list[dict[str, Any]]) -> str:
     p = unit["params"]
     if unit["step"] != STAGE1:
-        return f"{_candidate(unit)[0]} = {_candidate(unit)[1]:g}"
+        return ", ".join(f"{SEARCHED[axis]} = {p[axis]:g}" for axis in _searched(trials))
     return (f"learning rate {p['learning_rate']:g}, batch size {p['batch_size']}, "
             f"validation fraction {p['validation_fraction']:g}")
 
@@ -135,30 +135,38 @@ def _frame(x: int, y: int, colour: str, width: float) -> Any:
 
 
 def _candidates(trials: list[dict[str, Any]], chosen: dict[str, Any] | None, metric: str, name: str) -> Figure:
-    what = _candidate(trials[0])[0]
-    found = sorted((_candidate(u)[1], 100 * s) for u in trials if (s := _score(u, metric)) is not None)
+    over, *other = _searched(trials)
+    what, lines = SEARCHED[over], sorted({u["params"][other[0]] for u in trials}) if other else [None]
     made = figure(5.2, 2.7)
     axes = made.subplots()
-    axes.plot(*zip(*found, strict=True), color="#0072B2", marker="o", linewidth=1.6)
+    for line, style in zip(lines, looks(len(lines)), strict=True):
+        found = sorted((u["params"][over], 100 * s) for u in trials if (s := _score(u, metric)) is not None
+                       and (line is None or u["params"][other[0]] == line))
+        if found:
+            axes.plot(*zip(*found, strict=True), **style, linewidth=1.6,
+                      label=None if line is None else f"{SEARCHED[other[0]]} {line:g}")
+    if other:
+        axes.legend(fontsize=8, frameon=False)
     if chosen is not None:
-        axes.plot([_candidate(chosen)[1]], [100 * (_score(chosen, metric) or 0)], marker="o", markersize=12,
+        axes.plot([chosen["params"][over]], [100 * (_score(chosen, metric) or 0)], marker="o", markersize=12,
                   markerfacecolor="none", markeredgecolor=INK, markeredgewidth=1.6, linestyle="none")
     axes.set_xlabel(what)
     axes.set_ylabel("validation accuracy (%)")
-    axes.set_xticks([weight for weight, _ in found])
+    axes.set_xticks(sorted({u["params"][over] for u in trials if _score(u, metric) is not None}))
     plain(axes, grid="y")
     return Figure(f"{name}.png", png(made), f"Validation accuracy over {what}", "The ring marks what was selected.",
                   520)
 
 
 def _table(trials: list[dict[str, Any]], chosen: dict[str, Any] | None, metric: str, name: str, step: str) -> Table:
-    searched = ["learning rate", "batch size", "validation"] if step == STAGE1 else [_candidate(trials[0])[0]]
+    searched = ["learning rate", "batch size", "validation"] if step == STAGE1 else [
+        SEARCHED[axis] for axis in _searched(trials)]
     head = [*searched, "accuracy %", "best epoch", "epochs", "train s", "state"]
     ordered = sorted(trials, key=lambda u: -(_score(u, metric) or -1))
     rows = []
     for unit in ordered:
         p, result = unit["params"], unit["result"] or {}
-        point = [number(_candidate(unit)[1])] if step != STAGE1 else [number(p[axis]) for axis in AXES]
+        point = [number(p[axis]) for axis in (AXES if step == STAGE1 else _searched(trials))]
         rows.append([*point, percent(_score(unit, metric)), number(result.get("best_epoch")),
                      number(result.get("epochs")), f"{result['seconds']:.0f}" if "seconds" in result else NONE,
                      "selected" if unit is chosen else

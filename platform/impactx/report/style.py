@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from typing import Any
 
 SURFACE = "cividis"  # of heat maps: even in lightness, the same for red-green colour-blind readers
@@ -35,6 +36,12 @@ def look(approach: str, approaches: list[str]) -> dict[str, Any]:
         place = _ORDER.index(approach) if approach in _ORDER else len(_ORDER) + others.index(approach)
         colour, marker, dash = _LOOKS[place % len(_LOOKS)]
     return {"color": colour, "marker": marker, "linestyle": dash}
+
+
+def looks(number: int) -> list[dict[str, Any]]:
+    """Colour, marker and line style of so many lines that no approach stands for."""
+    return [{"color": colour, "marker": marker, "linestyle": dash}
+            for colour, marker, dash in itertools.islice(itertools.cycle(_LOOKS), number)]
 
 
 def figure(width: float, height: float) -> Any:

@@ -45,6 +45,8 @@ class ImpactxSettings(_TrainedBase):
 
     kind: Literal["impactx"] = "impactx"
     lambdas: Lambdas = _TABLE_1
+    learning_rate_factors: axis(Positive) = Field([1.0], description=(
+        "candidates as well, times learning_rate: lambda = 0 has nothing else to search"))
     m: Literal["logits", "penultimate"] = Field("logits", description="paper 3.1: m are the K scores")
     latent: int = Field(512, ge=1, description="units of the LEP's last layer, paper 4.3")
     lep_start: Literal["as_stage1", "from_stage1"] = Field("as_stage1", description=(
@@ -55,7 +57,7 @@ class ImpactxSettings(_TrainedBase):
     attribution: AttributionSettings | None = Field(None, description=(
         "makes the maps, in a store of its own; None: the experiment's"))
 
-    _searched: ClassVar[frozenset[str]] = _ApproachBase._searched | {"lambdas"}
+    _searched: ClassVar[frozenset[str]] = _ApproachBase._searched | {"lambdas", "learning_rate_factors"}
     _younger: ClassVar[Mapping[str, Any]] = {"maps": "own"}
 
 

@@ -16,11 +16,13 @@ class ImpactxApproach(Approach):
         return [basis.maps(self.attribution)]
 
     def points(self) -> list[Point]:
-        """The lambdas."""
-        return [{"lambda": weight} for weight in self.settings.lambdas]
+        """The lambdas, each with every factor of the learning rate; a factor of 1 is not named."""
+        return [{"lambda": weight} | ({} if one["learning_rate_factor"] == 1 else one)
+                for weight in self.settings.lambdas for one in super(ImpactxApproach, self).points()]
 
     def _label(self, point: Point) -> str:
-        return f" lambda={point['lambda']:g}"
+        factor = point.get("learning_rate_factor", 1)
+        return f" lambda={point['lambda']:g}" + (f" rate x{factor:g}" if factor != 1 else "")
 
     def _recipe(self, basis: Basis, point: Point) -> dict[str, Any]:
         return point | {"weights": basis.a_result["weights"], "maps": basis.maps(self.attribution).key,
