@@ -230,9 +230,10 @@ def _examples(arrays: Arrays, approach: str, tail: str, names: list[str]) -> Fig
             panel.set_axis_off()
         _small_curves(row[-1], arrays, drawn, int(place), approach, first=i == 0, last=i == len(places) - 1)
     return Figure(f"examples-{tail}.png", png(made), "Test images with their class and score, maps and MoRF curves",
-                  "Test images, one of each class first, none picked by hand. Red speaks for the predicted class, blue "
-                  "against it; each column has one scale, symmetric around zero. Right: this image's MoRF curves "
-                  "(probability of the predicted class over the regions replaced).",
+                  "Test images, one of each class first, none picked by hand. Red speaks for the class that a "
+                  "map explains, blue against it: the predicted one in SHAP's, the true one in those that a decoder "
+                  "learns; attention has no sign. Each column has one scale, symmetric around zero. Right: this "
+                  "image's MoRF curves (probability of the predicted class over the regions replaced).",
                   int(100 * (1.5 * (1 + len(columns)) + 2.6)))
 
 
