@@ -98,7 +98,9 @@ def test_both_losses_reach_the_backbone_and_the_map_is_not_detached():
 @pytest.mark.parametrize("architecture, size, path, features, map_size", [
     ("mobilenetv1_100", 224, "blocks.4", 512, 14), ("tf_efficientnet_b2", 260, "blocks.5", 120, 17),
     ("resnet18", 224, "layer4", 256, 14), ("resnet18", 128, "layer4", 256, 8), ("resnet18", 64, "layer3", 128, 8),
-    ("lcnet_035", 32, "blocks.2", None, 8)])
+    ("lcnet_035", 32, "blocks.2", None, 8),
+    ("densenet121", 64, "features.transition2", 512, 8), ("convnext_atto", 64, "stages.2", 80, 8),
+    ("resnetblur18", 64, "layer3", 128, 8)])
 def test_a_timm_backbone_is_cut_before_its_last_halving_stage(architecture, size, path, features, map_size):
     settings = ModelSettings(name="m", architecture=architecture, input_size=size)
     net = build_abn(AbnSettings(), settings, 10, (32, 32), seed=1).eval()
@@ -130,6 +132,49 @@ def test_a_branch_that_says_nothing_leaves_the_backbone_as_it_is():
                                    a.eval()(images(2, dtype=torch.float32)), rtol=1e-5, atol=1e-6)
 
 
+def unchanged_by_training(net) -> list[str]:
+    """The parameters that two steps leave as they were (timm starts a residual branch at 0: one step has it move)."""
+    before = [p.detach().clone() for p in net.train().parameters()]
+    x, labels = images(4, dtype=torch.float32), torch.tensor([0, 1, 2, 0])
+    for rate in (1e-3, 3e-3):  # two that cannot cancel
+        net.zero_grad()
+        found = net(x)
+        (F.cross_entropy(found.logits, labels) + F.cross_entropy(found.attention_logits, labels)).backward()
+        for p in net.parameters():
+            p.data -= rate * p.grad.sign()  # however small: ConvNeXt's layer scale starts at 1e-6
+    return [name for (name, p), old in zip(net.named_parameters(), before, strict=True) if torch.equal(p, old)]
+
+
+def test_a_pooling_of_its_own_has_its_stage_before_it():
+    """VGG's, a flat list of layers: the stage begins after the pooling before, as LeNet-5's does."""
+    net = build_abn(AbnSettings(), ModelSettings(name="m", architecture="vgg11", input_size=64), 3, (32, 32), seed=1)
+    assert net.where == "features.11.0"  # features: ... 10 pooling to 8x8, 11 conv, relu, 13 conv, relu, 15 pooling ...
+    assert [type(layer).__name__ for layer in net.branch.stage] == ["Conv2d", "ReLU", "Conv2d", "ReLU", "Identity"]
+    assert net(images(2, dtype=torch.float32)).maps.shape == (2, 1, 8, 8)
+    assert unchanged_by_training(net) == []
+
+
+@pytest.mark.parametrize("architecture", ["densenet121", "convnext_atto", "resnetblur18", "lcnet_035"])
+def test_every_parameter_is_trained(architecture):
+    settings = ModelSettings(name="m", architecture=architecture, input_size=64)
+    assert unchanged_by_training(build_abn(AbnSettings(), settings, 3, (32, 32), seed=1)) == []
+
+
+@pytest.mark.parametrize("architecture, left_out", [
+    ("convnext_atto", 0), ("resnetblur18", 0), ("densenet121", 1), ("resnet10t", 1), ("legacy_xception", 0)])
+def test_at_stride_1_a_stage_keeps_every_layer_that_can_keep_the_resolution(architecture, left_out):
+    """The copy is the stage but for strides, a 2x2 convolution's padding and 2x2 poolings."""
+    net = build_abn(AbnSettings(), ModelSettings(name="m", architecture=architecture, input_size=128), 10, (32, 32),
+                    seed=1)
+    own = dict(net.a.trunk.get_submodule(net.where.removesuffix(".0"))[1].named_modules())
+    copied = dict(net.branch.stage.named_modules())
+    changed = [name for name, layer in own.items() if type(copied[name]) is not type(layer)]
+    assert len(changed) == left_out and all(type(own[name]) is torch.nn.AvgPool2d for name in changed)
+    assert all(isinstance(copied[name], torch.nn.Identity) for name in changed)
+    padded = [layer for layer in copied.values() if getattr(layer, "padding", None) == "same"]
+    assert [layer.kernel_size for layer in padded] == ([(2, 2)] if architecture == "convnext_atto" else [])
+
+
 @pytest.mark.parametrize("settings", [LENET, ModelSettings(name="m", architecture="lcnet_035", input_size=32)])
 def test_an_abn_is_explained_in_its_fast_form(settings):
     net = build_abn(AbnSettings(), settings, 10, (32, 32), seed=1).eval()
@@ -143,7 +188,7 @@ def test_an_abn_is_explained_in_its_fast_form(settings):
     ("lenet5", 16, r"at least 8x8 places before the last stage, lenet5 has 6x6 for inputs of 16x16"),
     ("mobilenetv1_100", 12, r"mobilenetv1_100 cannot be cut .* at 12x12 pixels: looked for a stage .* 8x8"),
     ("vit_tiny_patch16_224", 224, r"found no stage that halves it"),
-    ("convnext_atto", 64, r"at stride 1 makes 7x7 of 8x8")])
+    ("inception_v3", 160, r"found Mixed_6a at stride 1 fails \(RuntimeError: Sizes of tensors must match")])
 def test_a_backbone_without_a_place_for_the_branch_is_refused(architecture, size, said):
     settings = ModelSettings(name="m", architecture=architecture, input_size=size)
     with pytest.raises(NoSplit, match=said):

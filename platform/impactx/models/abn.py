@@ -19,9 +19,12 @@ from impactx.models.backbones import timm_trunk
 from impactx.models.classifier import Classifier, build_classifier
 from impactx.models.lenet5 import LeNet5Trunk
 from impactx.models.seeding import seeded
+from impactx.models.weights import first_line
 from impactx.settings import AbnSettings, ModelSettings
 
 SMALLEST_MAP = 8  # a side of M, in places
+
+_Calls = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]  # of a module, by its path: the shapes (c, h, w) in and out
 
 
 class NoSplit(ValueError):
@@ -109,11 +112,17 @@ class Abn(nn.Module):
 
 @dataclass(frozen=True)
 class Split:
-    """Where a backbone is cut: before the module at `path`, whose input is (channels, *size)."""
+    """Where a backbone is cut: before the stage made of the modules at `paths`, one after another; its input is
+    (channels, *size)."""
 
-    path: str
+    paths: tuple[str, ...]
     channels: int
     size: tuple[int, int]
+
+    @property
+    def path(self) -> str:
+        """The module before which the cut is."""
+        return self.paths[0]
 
 
 def build_abn(approach: AbnSettings, model: ModelSettings, num_classes: int, image_size: tuple[int, int], *,
@@ -167,9 +176,13 @@ def _cut(trunk: nn.Module, fresh: nn.Module, size: tuple[int, int], model: Model
             if not _carries_everything(trunk, split, size):
                 reasons.append(f"the image reaches the end past {split.path}")
                 continue
-            stage = fresh.get_submodule(split.path)
-            _to_stride_1(stage)
-            kept = stage.eval()(torch.zeros(1, split.channels, *split.size))
+            layers = [fresh.get_submodule(path) for path in split.paths]
+            try:
+                stage = _at_stride_1(layers[0] if len(layers) == 1 else nn.Sequential(*layers))
+                kept = stage.eval()(torch.zeros(1, split.channels, *split.size))
+            except Exception as error:  # any model's forward, at a resolution that it may not be made for
+                reasons.append(f"{split.path} at stride 1 fails ({first_line(error)})")
+                continue
             stage.train()
             if tuple(kept.shape[2:]) == split.size:
                 return split, stage, kept.shape[1]
@@ -185,29 +198,53 @@ def _cut(trunk: nn.Module, fresh: nn.Module, size: tuple[int, int], model: Model
 
 
 def _halving(trunk: nn.Module, size: tuple[int, int]) -> list[Split]:
-    """The outermost modules with a strided convolution that halve the resolution of features, in the order of calls."""
-    called: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
+    """The outermost modules that halve the resolution of features and have convolutions, in the order of calls.
+
+    A pooling of its own in a Sequential (VGG) has them from the layers before it: the stage begins where the
+    resolution changed before, as LeNet-5's does.
+    """
+    called: _Calls = {}
 
     def note(name: str, inputs: tuple, output: object) -> None:
-        if len(inputs) == 1 and all(isinstance(t, Tensor) and t.ndim == 4 for t in (inputs[0], output)):
-            called.append((name, tuple(inputs[0].shape), tuple(output.shape)))  # type: ignore[attr-defined]
+        if (len(inputs) == 1 and all(isinstance(t, Tensor) and t.ndim == 4 for t in (inputs[0], output))
+                and tuple(inputs[0].shape[1:]) != (3, *size)):  # else: the image itself
+            called[name] = tuple(inputs[0].shape[1:]), tuple(output.shape[1:])  # type: ignore[attr-defined]
 
     hooks = [module.register_forward_hook(lambda m, i, o, name=name: note(name, i, o))
-             for name, module in trunk.named_modules() if name and _strided(module)]
+             for name, module in trunk.named_modules() if name]
     try:
         trunk(torch.zeros(1, 3, *size))
     finally:
         for hook in hooks:
             hook.remove()
-    found = [Split(name, given[1], (given[2], given[3])) for name, given, made in called
-             if given[1:] != (3, *size) and all(m in (g // 2, -(-g // 2)) for g, m in zip(
-                 given[2:], made[2:], strict=True))]
-    paths = {split.path for split in found}
-    return [split for split in found if not any(split.path.startswith(f"{p}.") for p in paths)]
+    halving = [name for name, (given, made) in called.items()
+               if all(m in (g // 2, -(-g // 2)) for g, m in zip(given[1:], made[1:], strict=True))]
+    found = []
+    for name in halving:
+        paths = _stage(trunk, name, called)
+        if (any(_convolves(trunk, path) for path in paths)
+                and not any(name.startswith(f"{other}.") for other in halving)):
+            channels, height, width = called[paths[0]][0]
+            found.append(Split(paths, channels, (height, width)))
+    return found
 
 
-def _strided(module: nn.Module) -> bool:
-    return any(isinstance(layer, nn.Conv2d) and max(layer.stride) > 1 for layer in module.modules())
+def _stage(trunk: nn.Module, name: str, called: _Calls) -> tuple[str, ...]:
+    """The module `name`; before it, where it has no convolutions, those of its Sequential at the same resolution."""
+    parent, _, last = name.rpartition(".")
+    siblings = trunk.get_submodule(parent)
+    paths = [name]
+    if isinstance(siblings, nn.Sequential) and not _convolves(trunk, name):
+        before = [name.removesuffix(last) + sibling for sibling, _ in siblings.named_children()]
+        for path in reversed(before[:before.index(name)]):
+            if path not in called or called[path][0][1:] != called[path][1][1:]:
+                break
+            paths.insert(0, path)
+    return tuple(paths)
+
+
+def _convolves(trunk: nn.Module, path: str) -> bool:
+    return any(isinstance(layer, nn.Conv2d) for layer in trunk.get_submodule(path).modules())
 
 
 def _carries_everything(trunk: nn.Module, split: Split, size: tuple[int, int]) -> bool:
@@ -221,17 +258,24 @@ def _carries_everything(trunk: nn.Module, split: Split, size: tuple[int, int]) -
     return bool(torch.allclose(one, other, rtol=1e-4, atol=1e-6))
 
 
-def _to_stride_1(stage: nn.Module) -> None:
-    """Let a stage keep the resolution: convolutions and odd pools at stride 1, even ones (in shortcuts) left out."""
-    for parent in list(stage.modules()):
-        for name, layer in list(parent.named_children()):
-            if isinstance(layer, nn.Conv2d):
-                layer.stride = (1, 1)
-            elif isinstance(layer, (nn.AvgPool2d, nn.MaxPool2d)):
-                sides = layer.kernel_size if isinstance(layer.kernel_size, tuple) else (layer.kernel_size,)
-                if all(side % 2 for side in sides):
-                    layer.stride = 1
-                else:
-                    setattr(parent, name, nn.Identity())
-    if isinstance(stage, nn.Conv2d):
-        stage.stride = (1, 1)
+def _at_stride_1(layer: nn.Module) -> nn.Module:
+    """A stage that keeps the resolution: the given one, changed, or what stands in its place.
+
+    Its strided convolutions, and what else has a stride and no parameters (poolings, blurs), get stride 1.  Where one
+    shrinks its input even so, a convolution is padded as far as it takes (of a 2x2 one, ConvNeXt's: right and below),
+    and anything else is left out (2x2 poolings, also in shortcuts).
+    """
+    for name, child in list(layer.named_children()):
+        setattr(layer, name, _at_stride_1(child))
+    convolution = isinstance(layer, nn.Conv2d)
+    if getattr(layer, "stride", 1) in (1, (1, 1)) or not (convolution or next(layer.parameters(), None) is None):
+        return layer  # also a block that only notes its convolutions' stride
+    layer.stride = (1, 1)
+    channels = getattr(layer, "in_channels", None) or getattr(layer, "channels", None) or 1  # the latter: timm's blur
+    side = SMALLEST_MAP
+    if layer(torch.zeros(1, channels, side, side)).shape[2:] == (side, side):
+        return layer
+    if not convolution:
+        return nn.Identity()
+    layer.padding = "same"
+    return layer
