@@ -340,8 +340,11 @@ def test_a_dry_run_lists_and_writes_nothing(first, output, shared, tmp_path):
     assert not empty.exists() and "4 trials and 3 final trainings of at most 2 epochs" in fresh
     assert "5,000 explainer evaluations in 4 shards" in fresh and "0 finished" in fresh
     assert "2 finished" in finished and "A repeat 0, maps repeat 0" in finished
-    assert "judged" not in fresh and "judged:  maps of every model in 1 repeats, on 7 test images" in text(
+    assert "2 trials of impactx" in finished and "impactx lambda=" in finished
+    assert "judged" not in fresh and "judged:  maps of every model in 1 repeats, on 7 test images, at most" in text(
         f"output={empty}", "evaluation.map_images=7")
+    with pytest.raises(ConfigurationError, match="evaluation.region = 40"):
+        text(f"output={empty}", "evaluation.map_images=7", "evaluation.region=40")
 
 
 def test_float64_works_from_end_to_end(shared, tmp_path):

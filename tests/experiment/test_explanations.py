@@ -16,6 +16,7 @@ from impactx.experiment.executor import LocalExecutor
 from impactx.experiment.explanations import map_metrics
 from impactx.experiment.preparation import prepare
 from impactx.experiment.run import Job
+from impactx.experiment.survey import survey
 from impactx.experiment.tracker import NoRun, NoTracker
 from impactx.experiment.units import MAP_SCORES
 from impactx.explain.attribution import build_attribution
@@ -114,6 +115,19 @@ def test_each_model_is_judged_by_the_maps_that_it_has(done):
     result = done.result("impactx")
     assert (result["evaluations_per_map"]["decoder"], result["evaluations_per_map"]["shap_true"]) == (1, 60)
     assert 0 < result["seconds_per_map"]["decoder"] < result["seconds_per_map"]["shap_predicted"]
+
+
+def test_the_plan_counts_what_is_judged(done):
+    steps = survey(done.cell, done.place.artifacts)
+    assert not any(step.left for step in (steps.stage1, steps.stores, steps.judgements, *steps.models.values()))
+    assert {j.approach.name if j.approach else "baseline" for j in steps.judged.values()} == done.rows.keys() - {"wae"}
+    for judgement in steps.judged.values():
+        result = done.place.artifacts.result(judgement.unit)
+        assert judgement.images == result["images"]
+        assert judgement.morf((32, 32)).most == IMAGES * (1 + 64 * len(result["morf"]))
+        own = {"decoder", "attention"}
+        assert sorted(passes.most for passes in judgement.maps((32, 32))) == sorted(
+            IMAGES * each for name, each in result["evaluations_per_map"].items() if name not in own)
 
 
 @pytest.mark.parametrize("approach, order", [

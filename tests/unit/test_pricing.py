@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from impactx.configuration import load_settings
+from impactx.experiment.approaches import Basis
 from impactx.experiment.plan import Cell, Configuration, DataFacts
 from impactx.experiment.price_list import price_list
-from impactx.experiment.pricing import MAPS, Measured, Range, Slots, price_cell, probes_of
+from impactx.experiment.pricing import JUDGING, MAPS, Measured, Probe, Range, Slots, price_cell, probes_of
 from impactx.experiment.rates import STAGE1, TrainingRate
 from impactx.experiment.units import Artifacts
+from impactx.models import build_abn, build_classifier, build_impactx, build_single_stage
+from impactx.models.ensemble import Ensemble
 from impactx.storage import Storage
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 GRID = ("dataset=digits", "model=lenet5", "repeats=2", "grid.learning_rate=[0.001,0.002]", "grid.batch_size=[10,20]",
         "grid.validation_fraction=[0.2]", "training.epochs=30", "training.patience=5", "approach=[impactx]",
-        "approaches.impactx.lambdas=[0.4,0.8]", "attribution.max_evals=100")
-FACTS = DataFacts("d" * 64, 1000, 10, (32, 32), tuple("0123456789"))
+        "approaches.impactx.lambdas=[0.4,0.8]", "attribution.max_evals=100", "evaluation.map_images=0")
+JUDGED = "evaluation.map_images=100"
+FACTS = DataFacts("d" * 64, 1000, 10, (32, 32), tuple("0123456789"), test_images=300)
 
 
 def cells(*overrides: str, names=("digits",)) -> list[Cell]:
@@ -27,15 +32,37 @@ def cells(*overrides: str, names=("digits",)) -> list[Cell]:
                  FACTS) for name in names]
 
 
-def measured(of: list[Cell], gpus: float = 0.0) -> Measured:
-    """One second a step whatever the batch, a millisecond a validation image; two nodes, one of them twice as fast."""
-    rates = Measured({"trial": Slots(4, 1, gpus), "model": Slots(4, 1, 0), "maps on CPUs": Slots(4, 1, 0)}, 4, gpus * 4)
+def measured(of: list[Cell], gpus: float = 0.0, workers: int = 1) -> Measured:
+    """One second a step whatever the batch, a millisecond a validation image; two nodes, one of them twice as fast.
+
+    workers: of a trial and of a training; four of either are done at once.
+    """
+    training = Slots(4, workers, gpus, workers)
+    rates = Measured({"trial": training, "model": replace(training, gpus=0), "maps on CPUs": Slots(4, 1, 0),
+                      JUDGING: Slots(4, 1, 0)}, 4, gpus * 4)
     for probe in probes_of(of):
-        for slot in ["maps on CPUs"] if probe.what == MAPS else ["trial", "model"]:
+        for slot in {MAPS: ["maps on CPUs"], JUDGING: [JUDGING]}.get(probe.what, ["trial", "model"]):
             for speed in (1, 2):
-                rate = 5.0 * speed if probe.what == MAPS else TrainingRate(1 / speed, 0.001 / speed, 0)
+                rate = 5.0 * speed if probe.made else TrainingRate(1 / speed, 0.001 / speed, 0)
                 rates.add(slot, probe, 2, [rate, rate])
     return rates
+
+
+def finish_maps(cell: Cell, artifacts: Artifacts, repeats=(0, 1)) -> list[Basis]:
+    """Write down as finished all of stage 1 and, of these repeats, A and its maps; their bases."""
+    for k, unit in enumerate(cell.stage1_trials()):
+        artifacts.finish(unit, {"best": best(0.5 + k / 10), "weights": None})
+    point, bases = Configuration(0.002, 20, 0.2), []
+    for repeat in repeats:
+        a = cell.stage1_model(point, repeat)
+        artifacts.finish(a, result := {"weights": f"w{repeat}" * 32})
+        artifacts.finish(cell.maps(a, result, repeat), {})
+        bases.append(cell.basis(point, a, result, repeat))
+    return bases
+
+
+def best(accuracy: float) -> dict[str, float]:
+    return {"common_accuracy": accuracy, "val_accuracy": accuracy, "val_loss": 1.0}
 
 
 @pytest.fixture
@@ -63,7 +90,7 @@ def test_cells_that_are_alike_are_measured_once():
 def test_what_is_left_is_counted_and_priced(artifacts):
     (cell,) = cells()
     price = price_cell(cell, measured([cell]), artifacts)
-    assert price.trials == 4 + 2 and price.evaluations == 2 * 1000 * 100
+    assert price.trials == 4 + 2 and price.evaluations == Range(200_000, 200_000)
     assert price.map_bytes == 2 * 1000 * 3 * 32 * 32 * 4
     # Six epochs at least, thirty at most: 4 + 2 trials and 2 x 2 trainings.
     assert price.epochs == Range(6 * 10, 30 * 10)
@@ -83,20 +110,153 @@ def test_what_is_left_is_counted_and_priced(artifacts):
 
 def test_what_exists_costs_nothing(artifacts):
     (cell,) = cells()
-    units = cell.stage1_trials()
-    for k, unit in enumerate(units):
-        best = {"common_accuracy": 0.5 + k / 10, "val_loss": 1.0, "val_accuracy": 0.5}
-        artifacts.finish(unit, {"best": best, "weights": None})
-    a = cell.stage1_model(Configuration(0.002, 20, 0.2), 0)
-    artifacts.finish(a, {"weights": "w" * 64})
-    artifacts.finish(cell.maps(a, {"weights": "w" * 64}, 0), {})
+    finish_maps(cell, artifacts, repeats=[0])
     price = price_cell(cell, measured([cell]), artifacts)
-    assert price.exists == "4 trials, A repeat 0, maps repeat 0" and price.trials == 2 and price.evaluations == 100_000
+    assert price.exists == "4 trials, A repeat 0, maps repeat 0" and price.trials == 2
+    assert price.evaluations == Range(100_000, 100_000)
     found = {item.name: item for item in price.items}
     large = 2 / 3 * 40.2
     assert found["stage 1"].seconds == Range(0, 0)
     assert found["final models"].seconds.low == pytest.approx(6 * 3 * large), "the selected point is known now"
     assert found["final models"].seconds.high == pytest.approx(30 * 3 * large)
+
+
+def test_finished_work_of_stage_2_costs_nothing(artifacts):
+    (cell,) = cells(JUDGED)
+    rates, (approach,) = measured([cell]), cell.approaches()
+    bases = finish_maps(cell, artifacts)
+    large = 2 / 3 * 40.2
+
+    def priced():
+        price = price_cell(cell, rates, artifacts)
+        return price, {item.name: item for item in price.items}
+
+    (first, _), (second, _) = approach.trials(bases[0])
+    artifacts.finish(first, {"best": best(0.6), "weights": None})
+    # A model of a point that may not be the selected one is not counted as done.
+    artifacts.finish(lost := approach.model(bases[0], {"lambda": 0.4}), {"weights": "x" * 64})
+    price, found = priced()
+    assert price.trials == 1 and found["impactx's search"].seconds.low == pytest.approx(6 * large)
+    assert "1 trials of impactx" in price.exists and lost.name not in price.exists
+    assert found["final models"].seconds.low == pytest.approx(6 * 2 * large)
+
+    artifacts.finish(second, {"best": best(0.7), "weights": None})
+    price, found = priced()
+    assert price.trials == 0 and "impactx's search" not in found
+    assert price.epochs == Range(6 * 2, 30 * 2), "lambda = 0.8 is selected, and trained in no repeat"
+    finals = [approach.model(basis, {"lambda": 0.8}) for basis in bases]
+    artifacts.finish(finals[0], {"weights": "y0" * 32})
+    price, found = priced()
+    assert price.epochs == Range(6, 30) and finals[0].name in price.exists and found["judging"].slots == 4
+
+    artifacts.finish(finals[1], {"weights": "y1" * 32})
+    models = [(basis.a, basis.a_result) for basis in bases] + [
+        (unit, artifacts.result(unit)) for unit in finals]
+    for unit, result in models:
+        assert priced()[1]["judging"].seconds.low > 0
+        artifacts.finish(cell.explanations(unit, result), {})
+    price, found = priced()
+    assert price.epochs == Range() and price.evaluations == Range() and "judging" not in found
+    assert all(item.seconds == Range() for item in price.items) and "4 judgements" in price.exists
+
+
+def test_a_budget_that_is_spent_leaves_no_trial(artifacts):
+    (cell,) = cells("grid.max_hours=1")
+    unit = cell.stage1_trials()[2]
+    artifacts.finish(unit, {"best": best(0.5), "weights": None, "seconds": 3000})
+    assert price_cell(cell, measured([cell]), artifacts).trials == 3 + 2
+    artifacts.finish(unit, {"best": best(0.5), "weights": None, "seconds": 3600})
+    price = price_cell(cell, measured([cell]), artifacts)
+    assert price.trials == 2 and price.exists == "1 trials"
+
+
+def test_judging_is_counted_and_priced(artifacts):
+    (cell,) = cells(JUDGED, "evaluation.attributions=[{method: grad_cam}]")
+    assert [p.made.count("grad_cam") for p in probes_of([cell]) if p.what == JUDGING] == [0, 1]
+    price = price_cell(cell, measured([cell]), artifacts)
+    item = {item.name: item for item in price.items}["judging"]
+    # A: predicted and grad_cam (4 passes), and true where that is another class; impactx: of its A as well.
+    maps = Range(2 * 100 * (104 + 204), 2 * 100 * (204 + 304))
+    # 64 regions: A by those three, random and least relevant first; impactx by its own, of_a and mean_map besides.
+    morf = 2 * 100 * (1 + 64 * 5 + 1 + 64 * 8)
+    assert price.evaluations == Range(200_000, 200_000) + maps + Range(morf, morf)
+    # 7.5 maps a second of a process, by either attribution; impactx runs A and a second network.
+    a, net = Range(2, 3), Range(2 * 2 + 1, 2 * 3 + 1)
+    passes = (1 + 64 * 5 + 2 * (1 + 64 * 8)) / 100
+    expected = (a + net + Range(passes, passes)) * (2 * 100 / 7.5)
+    assert (item.seconds.low, item.seconds.high) == pytest.approx((expected.low, expected.high))
+    assert item.slots == 4 and item.cpu_hours(measured([cell])).low == pytest.approx(expected.low / 3600)
+    text = price_list([price], measured([cell]))
+    assert "judging:           maps of 4 of 4 models on 100 test images" in text
+    (one,) = cells(JUDGED, "evaluation.approaches=[baseline]", "evaluation.orders=[predicted]")
+    assert price_cell(one, measured([one]), artifacts).evaluations == Range(1, 1) * (
+        200_000 + 2 * 100 * (100 + 1 + 64 * 3))
+    (all_images,) = cells("evaluation.map_images=5000")
+    assert "on 300 test images" in price_list([price_cell(all_images, measured([all_images]), artifacts)],
+                                              measured([all_images]))
+
+
+def test_several_workers_hold_several_times_as_much(artifacts):
+    (cell,) = cells()
+    one, four = (measured([cell], workers=n) for n in (1, 4))
+    assert four.epoch("trial", cell, STAGE1, 20, 800, 200) == pytest.approx(
+        one.epoch("trial", cell, STAGE1, 20, 800, 50)), "each step is theirs, and a part of the validation images"
+    item = price_cell(cell, four, artifacts).items[0]
+    assert item.cpu_hours(four).low == pytest.approx(item.seconds.low * 4 / 3600)
+
+
+def test_slots_hold_all_their_workers(monkeypatch):
+    ray = pytest.importorskip("ray")
+    from impactx.cluster import measuring
+
+    nodes = [{"NodeID": str(k), "Alive": True, "Resources": {"CPU": cpus, "GPU": gpus}}
+             for k, (cpus, gpus) in enumerate([(6, 1), (6, 1), (3, 0)])]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 15, "GPU": 2})
+    tried = []
+
+    def gang(where, probes, place):
+        tried.append((where.device, where.on_node, where.workers, [probe.what for probe in probes]))
+        return [(probe, [1.0]) for probe in probes]
+
+    monkeypatch.setattr(measuring, "_gang", gang)
+    (cell,) = cells(JUDGED, "cluster.trial_workers=4", "cluster.train_workers=2", "cluster.use_gpu=true",
+                    "cluster.max_concurrent_trials=2")
+    settings = cell.settings.cluster
+    found = measuring.measure(probes_of([cell]), settings, None, lambda text: None).slots
+    assert found["trial"] == Slots(2, 4, 0, 4), "eight of fifteen CPUs: no more than two trials at once"
+    assert found["model"] == Slots(1, 2, 2, 2) and found[JUDGING] == Slots(2, 1, 1)
+    assert found["maps on CPUs"] == Slots(15, 1, 0)
+    assert ("cuda", 1, 1, [MAPS]) in tried and ("cpu", 6, 1, [MAPS]) in tried
+    settings = settings.model_copy(update={"max_concurrent_trials": None, "use_gpu": False, "train_workers": 1})
+    assert measuring.measure(probes_of([cell]), settings, None, lambda text: None).slots["trial"] == Slots(3, 4, 0, 4)
+    tried.clear()
+    measuring.measure(probes_of([cell]), settings.model_copy(update={"explain_gpu_actors": 0}), None, lambda text: None)
+    assert sum(what == [MAPS] for *_, what in tried) == 2, "judged where maps are made: measured once a kind of node"
+
+
+def test_a_worker_is_measured_on_its_share_of_a_batch(monkeypatch):
+    pytest.importorskip("ray")
+    from impactx.cluster import measuring
+
+    monkeypatch.setattr(measuring, "measure_training", lambda cell, place, what, batch_size, device: batch_size)
+    (cell,) = cells()
+    where = measuring.Place("node", "cpu", 1, 0, 4, 4)
+    sizes = {(n, size): measuring.Prober().run(Probe(cell, STAGE1, size), None, replace(where, workers=n))
+             for n in (1, 4) for size in (1, 4, 10)}
+    assert sizes == {(1, 1): 1, (1, 4): 4, (1, 10): 10, (4, 1): 1, (4, 4): 2, (4, 10): 3}
+
+
+def test_what_the_plan_knows_of_a_model_is_true():
+    settings = load_settings("full_grid", ["model=lenet5", "approach=[impactx,abn,single_stage,ensemble]"], CONFIGS)
+    cell = Cell(settings, settings.datasets["cifar10"], settings.models["lenet5"], FACTS)
+    a = build_classifier(cell.model, 10, (32, 32), seed=0)
+    nets = {"impactx": build_impactx(cell.settings.approaches["impactx"], cell.model, a, seed=1),
+            "abn": build_abn(cell.settings.approaches["abn"], cell.model, 10, (32, 32), seed=0),
+            "single_stage": build_single_stage(cell.settings.approaches["single_stage"], cell.model, 10, (32, 32),
+                                               seed=0),
+            "ensemble": Ensemble([a, a])}
+    assert {x.name: x.makes_maps for x in cell.approaches()} == {n: hasattr(m, "with_maps") for n, m in nets.items()}
 
 
 def test_strategies_cost_less(artifacts):

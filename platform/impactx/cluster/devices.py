@@ -5,6 +5,12 @@ from __future__ import annotations
 import socket
 
 from impactx.experiment.units import WorkError
+from impactx.settings import ClusterSettings
+
+
+def alone(settings: ClusterSettings) -> tuple[float, float]:
+    """CPUs and GPUs of work that is done in one process: a test, a judgement."""
+    return settings.trial_cpus, min(settings.trial_gpus or float(settings.use_gpu), 1)
 
 
 def device_of(gpus: float) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from impactx.cluster.devices import device_of
+from impactx.cluster.devices import alone, device_of
 from impactx.cluster.pool import explain_on_pools, pools_of
 from impactx.cluster.search import tune_search
 from impactx.cluster.shares import Amounts, Shares
@@ -127,14 +127,13 @@ class RayExecutor:
         return self._in_one_task(task, tracked_judgement)
 
     def _in_one_task(self, task: Task, how: Callable[..., dict[str, Any]]) -> dict[str, Any]:
-        gpus = min(self.settings.trial_gpus or float(self.settings.use_gpu), 1)
-        place, tracker = self.place, self.tracker
+        (cpus, gpus), place, tracker = alone(self.settings), self.place, self.tracker
 
-        @ray.remote(num_cpus=self.settings.trial_cpus, num_gpus=gpus, max_retries=self.settings.max_failures)
+        @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=self.settings.max_failures)
         def work() -> dict[str, Any]:
             return how(task, place, tracker, device=device_of(gpus))
 
-        with self._held(task, {"CPU": self.settings.trial_cpus, "GPU": gpus}):
+        with self._held(task, {"CPU": cpus, "GPU": gpus}):
             return ray.get(work.remote())
 
     @contextlib.contextmanager

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from impactx.cluster.devices import alone
 from impactx.cluster.errors import portable
 from impactx.experiment.plan import Cell
 from impactx.experiment.price_list import price_list
-from impactx.experiment.pricing import MAPS, Measured, Probe, Slots, price_cell, probes_of
+from impactx.experiment.pricing import JUDGING, MAPS, Measured, Probe, Slots, price_cell, probes_of
 from impactx.experiment.rates import measure_maps, measure_training
 from impactx.experiment.workplace import Workplace
 from impactx.settings import ClusterSettings
@@ -24,7 +27,10 @@ log = logging.getLogger("impactx")
 
 @dataclass(frozen=True)
 class Place:
-    """A kind of slot on a kind of node: one of its nodes, and how many such slots that node and the cluster have."""
+    """A kind of process on a kind of node: one of its nodes, and how many of them that node and the cluster hold.
+
+    workers: of them share one piece of work.
+    """
 
     node: str
     device: str
@@ -32,23 +38,27 @@ class Place:
     gpus: float
     on_node: int
     in_all: int
+    workers: int = 1
 
 
 class Prober:
-    """Measures in one slot."""
+    """Measures in one process."""
 
-    def run(self, probe: Probe, place: Workplace, device: str) -> Any:
+    def run(self, probe: Probe, place: Workplace, where: Place) -> Any:
         """A rate, or the error that there is none."""
         try:
             if probe.what == MAPS:
-                return measure_maps(probe.cell, place, *json.loads(probe.made), device)
-            return measure_training(probe.cell, place, probe.what, probe.batch_size, device)
+                return measure_maps(probe.cell, place, *json.loads(probe.made), where.device)
+            # A worker's share of a batch, two images at least (datasets.batches).
+            share = min(probe.batch_size, max(2, math.ceil(probe.batch_size / where.workers)))
+            return measure_training(probe.cell, place, probe.what, share, where.device)
         except Exception as error:
             return portable(error)
 
 
-def places(nodes: Sequence[dict[str, Any]], cpus: float, gpus: float, limit: int | None = None) -> list[Place]:
-    """The slots that need so much, by kind of node. nodes: as ray.nodes(); limit: of slots in all."""
+def places(nodes: Sequence[dict[str, Any]], cpus: float, gpus: float, limit: int | None = None,
+           workers: int = 1) -> list[Place]:
+    """The processes that need so much, by kind of node. nodes: as ray.nodes(); limit: of pieces of work in all."""
     kinds: dict[tuple, list[dict[str, Any]]] = {}
     for node in nodes:
         if node["Alive"]:
@@ -60,43 +70,61 @@ def places(nodes: Sequence[dict[str, Any]], cpus: float, gpus: float, limit: int
         fits = int((have_cpus + 1e-9) // cpus) if not gpus else min(
             int((have_cpus + 1e-9) // cpus), int((have_gpus + 1e-9) // gpus))
         if fits:
-            found.append(Place(same[0]["NodeID"], "cuda" if gpus else "cpu", cpus, gpus, fits, fits * len(same)))
-    total = sum(p.in_all for p in found)
-    if limit is not None and total > limit:
-        found = [Place(p.node, p.device, p.cpus, p.gpus, max(1, p.on_node * limit // total),
-                       max(1, p.in_all * limit // total)) for p in found]
-    return found
+            found.append(Place(same[0]["NodeID"], "cuda" if gpus else "cpu", cpus, gpus, fits, fits * len(same),
+                               workers))
+    total, most = sum(p.in_all for p in found), None if limit is None else limit * workers
+    if most is None or total <= most:
+        return found
+    # Each kind its part, by rounding what it has come to so far: the parts sum up to the limit.
+    ends = [end * most // total for end in itertools.accumulate(p.in_all for p in found)]
+    return [replace(p, on_node=max(1, p.on_node * most // total), in_all=end - start)
+            for p, start, end in zip(found, [0, *ends], ends, strict=False) if end > start]
 
 
 def slots_of(settings: ClusterSettings) -> dict[str, list[Place]]:
-    """Where trials, final trainings and maps (on CPUs, on GPUs) are done on the connected cluster."""
+    """Where trials, final trainings, maps (on CPUs, on GPUs) and judgements are done on the connected cluster."""
     s, nodes = settings, ray.nodes()
     cpus = s.explain_cpu_actors, s.explain_gpu_actors
-    found = {"trial": places(nodes, s.trial_cpus, s.trial_gpus, s.max_concurrent_trials),
-             "model": places(nodes, s.train_cpus, float(s.use_gpu)),
+    found = {"trial": places(nodes, s.trial_cpus, s.trial_gpus, s.max_concurrent_trials, s.trial_workers),
+             "model": places(nodes, s.train_cpus, float(s.use_gpu), workers=s.train_workers),
              "maps on CPUs": places(nodes, 1, 0, cpus[0]) if cpus[0] != 0 else [],
-             "maps on GPUs": places(nodes, 0.1, 1, cpus[1]) if cpus[1] != 0 else []}
+             "maps on GPUs": places(nodes, 0.1, 1, cpus[1]) if cpus[1] != 0 else [],
+             JUDGING: places(nodes, *alone(s))}
     return {name: where for name, where in found.items() if where}
+
+
+def _slots(where: Sequence[Place]) -> Slots:
+    """Pieces of work: their workers may be on several nodes."""
+    one, processes = where[0], sum(p.in_all for p in where)
+    return Slots(max(1, processes // one.workers), one.cpus * one.workers, one.gpus * one.workers, one.workers)
 
 
 def measure(probes: Sequence[Probe], settings: ClusterSettings, place: Workplace,
             say: Callable[[str], None] = log.info) -> Measured:
     """The rate of every probe in every kind of slot in which its work may be done. Raises what a probe raised."""
-    have = ray.cluster_resources()
-    measured = Measured({name: Slots(sum(p.in_all for p in where), where[0].cpus, where[0].gpus)
-                         for name, where in slots_of(settings).items()}, have.get("CPU", 1), have.get("GPU", 0))
+    have, slots = ray.cluster_resources(), slots_of(settings)
+    measured = Measured({name: _slots(where) for name, where in slots.items()}, have.get("CPU", 1), have.get("GPU", 0))
     known: dict[tuple[Place, Probe], list[Any]] = {}
-    for name, where in slots_of(settings).items():
-        wanted = [probe for probe in probes if (probe.what == MAPS) == name.startswith("maps")]
+    for name, where in slots.items():
+        # What is measured by what it stands for: to judge a model, maps are made as they are for a store.
+        wanted = {probe: replace(probe, what=MAPS) if probe.what == JUDGING else probe
+                  for probe in probes if _done_in(name, probe)}
         for one in where:
-            missing = [probe for probe in wanted if (one, probe) not in known]
+            missing = list(dict.fromkeys(run for run in wanted.values() if (one, run) not in known))
             if missing:
-                say(f"measuring {len(missing)} rates for {name}: {one.on_node} slots of {one.cpus:g} CPU, "
+                say(f"measuring {len(missing)} rates for {name}: {one.on_node} processes of {one.cpus:g} CPU, "
                     f"{one.gpus:g} GPU at once")
-                known |= {(one, probe): found for probe, found in _gang(one, missing, place)}
-            for probe in wanted:
-                measured.add(name, probe, one.in_all, known[one, probe])
+                known |= {(one, run): found for run, found in _gang(one, missing, place)}
+            for probe, run in wanted.items():
+                measured.add(name, probe, one.in_all, known[one, run])
     return measured
+
+
+def _done_in(slot: str, probe: Probe) -> bool:
+    """Whether what a probe measures is done in such slots."""
+    if probe.what in (MAPS, JUDGING):
+        return slot.startswith(probe.what)
+    return slot in ("trial", "model")
 
 
 def plan(cells: Sequence[Cell], settings: ClusterSettings, place: Workplace) -> str:
@@ -106,14 +134,14 @@ def plan(cells: Sequence[Cell], settings: ClusterSettings, place: Workplace) -> 
 
 
 def _gang(where: Place, probes: Sequence[Probe], place: Workplace) -> list[tuple[Probe, list[Any]]]:
-    """Each probe in all slots of a node at once: alone on a node, everything is faster than it will be."""
+    """Each probe in all processes of a node at once: alone on a node, everything is faster than it will be."""
     actor = ray.remote(num_cpus=where.cpus, num_gpus=where.gpus)(Prober)
     pinned = NodeAffinitySchedulingStrategy(where.node, soft=False)
     gang = [actor.options(scheduling_strategy=pinned).remote() for _ in range(where.on_node)]
     try:
         found = []
         for probe in probes:
-            rates = ray.get([one.run.remote(probe, place, where.device) for one in gang])
+            rates = ray.get([one.run.remote(probe, place, where) for one in gang])
             for error in rates:
                 if isinstance(error, Exception):
                     raise error

@@ -71,8 +71,8 @@ def judge_maps(unit: Unit, place: Workplace, *, device: torch.device | str = "cp
     settings = EvaluationSettings.model_validate(unit.recipe["evaluation"])
     data = place.dataset(unit.inputs["dataset"])
     test = data.load_test()
-    count = min(settings.map_images, len(test.labels))
-    rows = stratified_draw(test.labels, max(count, len(np.unique(test.labels))), settings.seed)
+    count = images_judged(settings, len(test.labels), len(np.unique(test.labels)))
+    rows = stratified_draw(test.labels, count, settings.seed)
     subject = Subject(unit, place, where, settings, rows, test.images[rows], np.asarray(test.labels[rows], np.int64))
     arrays: dict[str, np.ndarray] = {"rows": rows, "labels": subject.labels}
     with forward_precision("float32", where):  # as maps are made: TF32 is for training
@@ -84,6 +84,11 @@ def judge_maps(unit: Unit, place: Workplace, *, device: torch.device | str = "cp
     np.savez_compressed(stream, **arrays)
     place.artifacts.finish(unit, result, {MAP_SCORES: stream.getvalue()})
     return result
+
+
+def images_judged(settings: EvaluationSettings, test_images: int, classes: int) -> int:
+    """How many of so many test images of so many classes are drawn: one a class at least."""
+    return max(min(settings.map_images, test_images), classes)
 
 
 def _judge(subject: Subject, arrays: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -12,9 +12,10 @@ import torch
 from impactx.configuration import ConfigurationError
 from impactx.datasets import DataError, Dataset, load_dataset, locate, make_split
 from impactx.evaluation.morf import grid_of
-from impactx.experiment.approaches import Basis, approaches_of
-from impactx.experiment.plan import Cell, Configuration, DataFacts, select
-from impactx.experiment.units import Artifacts, Unit
+from impactx.experiment.approaches import approaches_of
+from impactx.experiment.plan import Cell, DataFacts
+from impactx.experiment.survey import evaluations_of_map, images_of_store, survey
+from impactx.experiment.units import Artifacts
 from impactx.experiment.workplace import Workplace
 from impactx.explain.attribution import build_attribution
 from impactx.explain.masking import MaskerError, parse_masker
@@ -26,7 +27,6 @@ from impactx.settings import (
     DatasetSettings,
     ExperimentSettings,
     ModelSettings,
-    parse_attribution,
 )
 from impactx.storage import Storage, StorageError
 
@@ -128,12 +128,17 @@ def check_attribution(attribution: AttributionSettings, data: Dataset | None = N
                                  f"({data.image_size[0]}x{data.image_size[1]})")
 
 
+def _check_region(settings: ExperimentSettings, size: tuple[int, int], name: str) -> None:
+    """Raise ConfigurationError where MoRF's regions do not fit images of a size (height, width)."""
+    try:
+        grid_of(size, settings.evaluation.region)
+    except ValueError as error:
+        raise ConfigurationError(f"evaluation.region = {settings.evaluation.region}: {error} ({name})") from error
+
+
 def _check_evaluation(settings: ExperimentSettings, data: Dataset) -> None:
     """Raise ConfigurationError where MoRF's regions or a further attribution do not fit the data's images."""
-    try:
-        grid_of(data.image_size, settings.evaluation.region)
-    except ValueError as error:
-        raise ConfigurationError(f"evaluation.region = {settings.evaluation.region}: {error} ({data.name})") from error
+    _check_region(settings, data.image_size, data.name)
     for attribution in settings.evaluation.attributions:
         try:
             check_attribution(attribution, data)
@@ -209,14 +214,10 @@ def _facts_if_here(dataset: DatasetSettings, place: Workplace) -> tuple[DataFact
     return _facts(data), where
 
 
-def _count(artifacts: Artifacts, units: list[Unit]) -> int:
-    return sum(artifacts.result(u) is not None for u in units)
-
-
 def dry_run(settings: ExperimentSettings) -> str:
     """What would run, cell by cell, and what of it exists already. Starts nothing, downloads nothing."""
     place = workplace(settings)
-    artifacts, lines, totals = place.artifacts, [], [0, 0, 0, 0]
+    artifacts, lines, totals = place.artifacts, [], [0, 0, 0, 0, 0]
     for dataset in _absolute(settings):
         facts, where = _facts_if_here(dataset, place)
         images = facts.train_images if facts else dataset.train_images
@@ -225,20 +226,21 @@ def dry_run(settings: ExperimentSettings) -> str:
             cell = Cell(settings, dataset, model, facts or DataFacts("unknown", images or 0, 0, (0, 0), ()),
                         _weights_file(model))
             lines += _dry_cell(cell, artifacts, images, bool(facts), totals)
-    trials, trainings, evaluations, shards = totals
+    trials, trainings, evaluations, shards, judging = totals
     head = [f"{settings.name}: {len(settings.datasets) * len(settings.models)} cells, output {artifacts.storage.root}",
             f"in all: {trials} trials and {trainings} final trainings of at most {settings.training.epochs} epochs, "
-            f"{evaluations:,} explainer evaluations in {shards} shards", ""]
+            f"{evaluations:,} explainer evaluations in {shards} shards"
+            + (f", at most {judging:,} forward passes to judge maps" if judging else ""), ""]
     return "\n".join(head + lines)
 
 
 def _dry_cell(cell: Cell, artifacts: Artifacts, images: int | None, known: bool, totals: list[int]) -> list[str]:
     settings, approaches = cell.settings, approaches_of(cell.settings)
-    trials, repeats = cell.stage1_trials(), settings.repeats
+    found = survey(cell, artifacts)
+    trials, stores, repeats = found.stage1.units, found.stores.units, settings.repeats
     size = cell.facts.image_size if known else (cell.dataset.image_size,) * 2 if cell.dataset.image_size else None
     searched = {a.name: n for a in approaches if (n := len(a.points())) > 1}
     trainings = repeats * (1 + len(approaches))
-    stores = stores_of(cell)
     counted = [images_of_store(cell, unit, images) for unit in stores]
     of_stores = [evaluations_of_map(cell, unit.inputs["attribution"], unit.inputs.get("target"), size)
                  for unit in stores]
@@ -248,12 +250,16 @@ def _dry_cell(cell: Cell, artifacts: Artifacts, images: int | None, known: bool,
                             (a.attribution or settings.attribution).evaluations(size) or 0) for a in approaches}
     own = sum(maps * per_map * (repeats + searched.get(name, 0)) for name, (maps, per_map) in in_training.items())
     stage2_trials = sum(searched.values())
-    totals[:] = [a + b for a, b in zip(totals, (len(trials) + stage2_trials, trainings, evaluations + own, shards),
-                                       strict=True)]
+    judging = 0
+    if size and found.judged:
+        _check_region(settings, size, cell.dataset.name)
+        judging = sum(judgement.most(size) for judgement in found.judged.values())
+    totals[:] = [a + b for a, b in zip(totals, (len(trials) + stage2_trials, trainings, evaluations + own, shards,
+                                                judging), strict=True)]
     names = ", ".join(a.name for a in approaches) or "nothing else"
     lines = [f"  {cell.name}",
              f"    stage 1: {len(trials)} trials, at most {len(trials) * settings.training.epochs} epochs"
-             + (f"; {_count(artifacts, trials)} finished" if known else ""),
+             + (f"; {len(found.stage1.made)} finished" if known else ""),
              f"    models:  {trainings} final trainings (A and {names}; {repeats} repeats), "
              f"at most {trainings * settings.training.epochs} epochs"]
     if stores:
@@ -268,50 +274,10 @@ def _dry_cell(cell: Cell, artifacts: Artifacts, images: int | None, known: bool,
         lines.append(f"    stage 2: {stage2_trials} trials"
                      + (f" ({', '.join(f'{k}: {n}' for k, n in searched.items())})" if searched else ""))
     e = settings.evaluation
-    if e.map_images:
+    if found.judged:
         whose = "every model" if e.approaches is None else ", ".join(e.approaches)
-        lines.append(f"    judged:  maps of {whose} in {repeats} repeats, on {e.map_images} test images")
-    if known and (found := _existing(cell, artifacts, trials)):
-        lines.append(f"    exists:  {found}")
+        lines.append(f"    judged:  maps of {whose} in {repeats} repeats, on {e.map_images} test images, "
+                     f"{f'at most {judging:,}' if size else 'an unknown number of'} forward passes")
+    if known and (exists := found.exists()):
+        lines.append(f"    exists:  {', '.join(exists)}")
     return lines
-
-
-def stores_of(cell: Cell, bases: list[Basis] | None = None) -> list[Unit]:
-    """The stores of maps of all approaches and repeats; without `bases`, of models that are not there yet."""
-    if bases is None:
-        point = cell.configurations()[0]
-        bases = [cell.basis(point, cell.stage1_model(point, r), {"weights": f"of repeat {r}"}, r)
-                 for r in range(cell.settings.repeats)]
-    units = [unit for basis in bases for approach in cell.approaches() for unit in approach.stores(basis)]
-    return list({unit.key: unit for unit in units}.values())
-
-
-def images_of_store(cell: Cell, unit: Unit, images: int | None) -> int | None:
-    """How many maps a store has, of a data set with so many training images; None where that is not known."""
-    return (cell.facts.test_images or None) if unit.inputs.get("part") == "test" else images
-
-
-def evaluations_of_map(cell: Cell, described: dict, target: str | None, size: tuple[int, int] | None) -> int | None:
-    """Of one map; a sum over classes costs as many where the attribution cannot explain the weighted sum itself."""
-    attribution = parse_attribution(described)
-    each = attribution.evaluations(size)
-    apart = target == "class_weighted" and attribution.method != "partition"
-    return each and each * (cell.facts.num_classes if apart else 1)
-
-
-def _existing(cell: Cell, artifacts: Artifacts, trials: list[Unit]) -> str:
-    """What the steps after the search have left already; known only once the search is complete."""
-    results = {u.key: r for u in trials if (r := artifacts.result(u)) is not None}
-    if len(results) < len(trials):
-        return ""
-    chosen, _ = select(trials, results, cell.selection_metric)
-    c = Configuration(*(chosen.params[k] for k in ("learning_rate", "batch_size", "validation_fraction")))
-    found = []
-    for repeat in range(cell.settings.repeats):
-        a = cell.stage1_model(c, repeat)
-        if (result := artifacts.result(a)) is None:
-            continue
-        found.append(a.name)
-        found += [unit.name for unit in stores_of(cell, [cell.basis(c, a, result, repeat)])
-                  if artifacts.result(unit) is not None]
-    return ", ".join(found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from impactx.experiment.pricing import HOUR, CellPrice, Measured, Range
+from impactx.experiment.pricing import HOUR, CellPrice, Measured, Range, counted
 from impactx.timing import duration
 
 
@@ -39,11 +39,12 @@ def price_list(prices: Sequence[CellPrice], measured: Measured) -> str:
     least = max([cpus.low * HOUR / measured.cpus, gpus.low * HOUR / measured.gpus if measured.gpus else 0.0,
                  *(one.low for one in alone)])
     whole = Range(least, sum(one.high for one in alone))
-    epochs = sum((price.epochs for price in prices), Range())
+    epochs, evaluations = (sum(parts, Range()) for parts in (
+        (price.epochs for price in prices), (price.evaluations for price in prices)))
     return "\n".join(lines + [
-        "", f"in all: {sum(price.trials for price in prices)} trials, {epochs.say(lambda n: f'{n:,.0f}')} epochs, "
-        f"{sum(price.evaluations for price in prices):,} evaluations, maps of at most "
+        "", f"in all: {sum(price.trials for price in prices)} trials, {epochs.say(counted)} epochs, "
+        f"{evaluations.say(counted)} evaluations, maps of at most "
         f"{_bytes(sum(price.map_bytes for price in prices))}",
         f"        {cpus.say(_hours)} CPU-hours, {gpus.say(_hours)} GPU-hours",
         f"        {whole.say(duration)} on this cluster as it is now, without start-up "
-        "times (about 15 s a final training)"])
+        "times (about 15 s a final training) and what several workers of one training exchange"])

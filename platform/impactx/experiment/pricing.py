@@ -12,13 +12,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from impactx.experiment.approaches import Basis
-from impactx.experiment.plan import Cell, Configuration, select
-from impactx.experiment.preparation import evaluations_of_map, images_of_store, stores_of
+from impactx.experiment.plan import BASELINE, Cell, Configuration
 from impactx.experiment.rates import STAGE1, TrainingRate
+from impactx.experiment.survey import (
+    Passes,
+    Step,
+    Survey,
+    configuration_of,
+    evaluations_of_map,
+    images_of_store,
+    survey,
+)
 from impactx.experiment.units import Artifacts, Unit
+from impactx.settings import AttributionSettings
 
-MAPS = "maps"
+MAPS, JUDGING = "maps", "judging"
 HOUR = 3600.0
 
 
@@ -41,18 +49,27 @@ class Range:
         return low if low == high else f"{low} to {high}"
 
 
+def counted(value: float) -> str:
+    """A number of things for people."""
+    return f"{value:,.0f}"
+
+
 @dataclass(frozen=True)
 class Slots:
-    """How many pieces of work of a kind the cluster holds at once, and what each takes."""
+    """How many pieces of work of a kind the cluster holds at once, and what each takes.
+
+    workers: processes that share each batch of one piece of work; cpus, gpus: of all of them.
+    """
 
     count: int
     cpus: float
     gpus: float
+    workers: int = 1
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Something to measure: of a cell, "stage 1", an approach's name, or "maps".
+    """Something to measure: of a cell, "stage 1", an approach's name, "maps", or "judging" (maps where that is done).
 
     batch_size: of a training; made: of maps, by what and of what they are made (`made_of`).
     """
@@ -77,7 +94,10 @@ def probes_of(cells: Sequence[Cell]) -> list[Probe]:
         for approach in cell.approaches():
             own = getattr(approach.settings, "batch_size", None)
             found += [Probe(cell, approach.name, size) for size in ([own] if own else sizes)]
-        found += [Probe(cell, MAPS, 0, made) for made in dict.fromkeys(made_of(unit) for unit in stores_of(cell))]
+        steps = survey(cell)
+        found += [Probe(cell, MAPS, 0, made) for made in dict.fromkeys(made_of(unit) for unit in steps.stores.units)]
+        found += [Probe(cell, JUDGING, 0, made) for made in dict.fromkeys(
+            made_by(attribution) for judgement in steps.judged.values() for attribution in judgement.attributions)]
     return found
 
 
@@ -86,9 +106,14 @@ def made_of(unit: Unit) -> str:
     return json.dumps([unit.inputs["attribution"], unit.inputs.get("target", "label")], sort_keys=True)
 
 
+def made_by(attribution: AttributionSettings) -> str:
+    """The same of maps of one class."""
+    return json.dumps([attribution.described(), "label"], sort_keys=True)
+
+
 @dataclass
 class Measured:
-    """Rates by kind of slot ("trial", "model", "maps on CPUs", "maps on GPUs"), on a cluster of so many CPUs, GPUs."""
+    """Rates by kind of slot ("trial", "model", "maps on CPUs", "maps on GPUs", "judging"), on so many CPUs, GPUs."""
 
     slots: dict[str, Slots]
     cpus: float
@@ -96,30 +121,37 @@ class Measured:
     _rates: dict[tuple[Any, ...], list[tuple[int, list[Any]]]] = field(default_factory=dict)
 
     def add(self, slot: str, probe: Probe, count: int, rates: list[Any]) -> None:
-        """Rates of a probe on one kind of node, of which the cluster has `count` such slots."""
+        """Rates of processes on one kind of node, of which the cluster has room for `count`."""
         key = (slot, *like(probe.cell), probe.what, probe.batch_size, probe.made)
         self._rates.setdefault(key, []).append((count, rates))
 
     def epoch(self, slot: str, cell: Cell, what: str, batch_size: int, train: int, validation: int) -> float:
         """Seconds of an epoch in such a slot, over the kinds of nodes (each takes as many as it is fast)."""
-        found = self._rates[slot, *like(cell), what, batch_size, ""]
-        speed = sum(count * _mean([1 / rate.seconds(train, validation, batch_size) for rate in rates])
-                    for count, rates in found)
+        found, workers = self._rates[slot, *like(cell), what, batch_size, ""], self.slots[slot].workers
+        # Several workers take as many steps as one: each of its share of the batch, which is what was measured.
+        speed = sum(count * _mean([1 / rate.seconds(train, math.ceil(validation / workers), batch_size)
+                                   for rate in rates]) for count, rates in found)
         return sum(count for count, _ in found) / speed
 
     def maps(self, cell: Cell, made: str) -> dict[str, float]:
         """Maps a second by kind of slot, of all such slots together."""
-        keys = {slot: (slot, *like(cell), MAPS, 0, made) for slot in self.slots}
+        keys = {slot: (slot, *like(cell), MAPS, 0, made) for slot in self.slots if slot.startswith(MAPS)}
         return {slot: sum(count * _mean(rates) for count, rates in self._rates[key])
                 for slot, key in keys.items() if key in self._rates}
+
+    def judged_maps(self, cell: Cell, attribution: AttributionSettings) -> float:
+        """Maps of A a second of one process that judges models."""
+        found = self._rates[JUDGING, *like(cell), JUDGING, 0, made_by(attribution)]
+        return sum(count * _mean(rates) for count, rates in found) / sum(count for count, _ in found)
 
     def lines(self) -> list[str]:
         """What was measured, for people."""
         found = []
         for (slot, model, size, what, batch, made), kinds in self._rates.items():
             for count, rates in kinds:
-                where = f"  {slot} ({count} at once): {model} on {size[0]}x{size[1]}, {what}"
-                if what == MAPS:
+                where = (f"  {slot} ({count} processes at once): {model} on {size[0]}x{size[1]}, "
+                         f"{MAPS if made else what}")
+                if made:
                     attribution, target = json.loads(made)
                     found.append(f"{where} by {attribution['method']} of {target}: {_mean(rates):.3g} maps/s each")
                 else:
@@ -165,38 +197,28 @@ class CellPrice:
     items: list[Item]
     trials: int
     epochs: Range
-    evaluations: int
+    evaluations: Range  # forward passes of an image, to make maps and to judge them
     map_bytes: int
     exists: str
 
 
 def price_cell(cell: Cell, measured: Measured, artifacts: Artifacts) -> CellPrice:
     """Count what is left of a cell and price it."""
-    trials, length = cell.stage1_trials(), _length(cell)
-    left = [unit for unit in trials if artifacts.result(unit) is None and artifacts.stopped(unit) is None]
-    # Until the search is over, any of its points may be the selected one.
-    results = {unit.key: result for unit in trials if (result := artifacts.result(unit)) is not None}
-    chosen = [select(trials, results, cell.selection_metric)[0]] if not left and results else trials
-    points = [_configuration(unit) for unit in chosen]
-    bases = _bases(cell, artifacts, points[0]) if len(points) == 1 else None
-    models = [cell.stage1_model(points[0], repeat) for repeat in range(cell.settings.repeats)] if bases else []
-    stores = stores_of(cell, bases)
-    made = [unit for unit in [*models, *(stores if bases else [])] if artifacts.result(unit) is not None]
-    there = {unit.key for unit in made}
-    searches = {approach.name: n for approach in cell.approaches() if (n := len(approach.points())) > 1}
-    trainings = cell.settings.repeats * (1 + len(cell.approaches())) - sum(unit.role == "model" for unit in made)
-    shortest = _shortest(cell)
-    stage1 = _item("stage 1", f"{len(left)} of {len(trials)} trials left", "trial", _stage1_seconds(
+    steps, length, shortest = survey(cell, artifacts), _length(cell), _shortest(cell)
+    left, searches = steps.stage1.left, {name: step for name, step in steps.searches.items() if step.left}
+    searched = sum(len(step.left) for step in searches.values())
+    trainings = sum(len(step.left) for step in steps.models.values())
+    stage1 = _item("stage 1", f"{len(left)} of {len(steps.stage1.units)} trials left", "trial", _stage1_seconds(
         cell, left, measured), len(left), measured)
-    maps, evaluations, images = _map_items(cell, [unit for unit in stores if unit.key not in there], measured)
+    maps, evaluations, images = _map_items(cell, steps.stores.left, measured)
+    judging, passes = _judging(cell, steps, measured)
     return CellPrice(
-        cell, [stage1, _models(cell, points, trainings, made, measured), *maps, *(
-            _item(f"{name}'s search", f"{n} trials", "trial", _training(cell, name, "trial", points, measured) * n, n,
-                  measured) for name, n in searches.items())],
-        len(left) + sum(searches.values()),
-        Range(shortest, length.high) * len(left) + length * (trainings + sum(searches.values())), evaluations,
-        images * math.prod(cell.facts.image_size) * 3 * 4,
-        ", ".join([f"{len(trials) - len(left)} trials", *(unit.name for unit in made)]))
+        cell, [stage1, _models(cell, steps, trainings, measured), *maps,
+               *(_search(cell, name, step, steps.points, measured) for name, step in searches.items()), *judging],
+        len(left) + searched,
+        Range(shortest, length.high) * len(left) + length * (trainings + searched),
+        Range(evaluations, evaluations) + passes, images * math.prod(cell.facts.image_size) * 3 * 4,
+        ", ".join([f"{len(steps.stage1.made)} trials", *steps.exists()]))
 
 
 def _length(cell: Cell) -> Range:
@@ -214,7 +236,7 @@ def _shortest(cell: Cell) -> float:
 def _stage1_seconds(cell: Cell, left: Sequence[Unit], measured: Measured) -> Range:
     seconds, most = Range(), (cell.settings.grid.max_hours or math.inf) * HOUR
     for unit in left:
-        epoch = _epoch(measured, "trial", cell, STAGE1, _configuration(unit))
+        epoch = _epoch(measured, "trial", cell, STAGE1, configuration_of(unit))
         seconds += Range(_shortest(cell) * epoch, _length(cell).high * epoch)
     return Range(min(seconds.low, most), min(seconds.high, most))
 
@@ -225,15 +247,20 @@ def _training(cell: Cell, what: str, slot: str, points: Sequence[Configuration],
     return Range(_length(cell).low * min(epochs), _length(cell).high * max(epochs))
 
 
-def _models(cell: Cell, points: Sequence[Configuration], trainings: int, made: Sequence[Unit],
-            measured: Measured) -> Item:
-    repeats, names = cell.settings.repeats, [approach.name for approach in cell.approaches()]
-    seconds = _training(cell, STAGE1, "model", points, measured) * (
-        repeats - sum(unit.role == "model" for unit in made))
-    for name in names:
-        seconds += _training(cell, name, "model", points, measured) * repeats
-    return _item("final models", f"{trainings} trainings ({', '.join(['A', *names])}; {repeats} repeats)", "model",
-                 seconds, trainings, measured)
+def _search(cell: Cell, name: str, trials: Step, points: Sequence[Configuration], measured: Measured) -> Item:
+    n = len(trials.left)
+    return _item(f"{name}'s search", f"{n} of {len(trials.units)} trials left", "trial",
+                 _training(cell, name, "trial", points, measured) * n, n, measured)
+
+
+def _models(cell: Cell, steps: Survey, trainings: int, measured: Measured) -> Item:
+    seconds = Range()
+    for name, step in steps.models.items():
+        what = STAGE1 if name == BASELINE else name
+        seconds += _training(cell, what, "model", steps.points, measured) * len(step.left)
+    names = ", ".join("A" if name == BASELINE else name for name in steps.models)
+    return _item("final models", f"{trainings} trainings ({names}; {cell.settings.repeats} repeats)", "model", seconds,
+                 trainings, measured)
 
 
 def _map_items(cell: Cell, stores: Sequence[Unit], measured: Measured) -> tuple[list[Item], int, int]:
@@ -254,8 +281,26 @@ def _map_items(cell: Cell, stores: Sequence[Unit], measured: Measured) -> tuple[
     return items, evaluations, images
 
 
-def _configuration(unit: Unit) -> Configuration:
-    return Configuration(*(unit.params[k] for k in ("learning_rate", "batch_size", "validation_fraction")))
+def _judging(cell: Cell, steps: Survey, measured: Measured) -> tuple[list[Item], Range]:
+    """The judgements that are left, and their forward passes."""
+    left, size = [steps.judged[unit.key] for unit in steps.judgements.left], cell.facts.image_size
+    if not left:
+        return [], Range()
+    maps, morf = ([passes for judgement in left for passes in judgement.maps(size)],
+                  [judgement.morf(size) for judgement in left])
+    seconds = sum((_passes_seconds(cell, passes, measured) for passes in [*maps, *morf]), Range())
+    of_maps, of_morf = (sum((Range(one.least, one.most) for one in some), Range()) for some in (maps, morf))
+    text = (f"maps of {len(left)} of {len(steps.judgements.units)} models on {left[0].images:,} test images, "
+            f"{of_maps.say(counted)} evaluations, and {counted(of_morf.high)} forward passes of MoRF")
+    # A cell judges no more models at once than it trains.
+    at_once = min(len(left), measured.slots["model"].count)
+    return [_item("judging", text, JUDGING, seconds, at_once, measured)], of_maps + of_morf
+
+
+def _passes_seconds(cell: Cell, passes: Passes, measured: Measured) -> Range:
+    a_map = passes.attribution.evaluations(cell.facts.image_size) or 1
+    each = passes.networks / (measured.judged_maps(cell, passes.attribution) * a_map)
+    return Range(passes.least, passes.most) * each
 
 
 def _epoch(measured: Measured, slot: str, cell: Cell, what: str, point: Configuration) -> float:
@@ -266,10 +311,3 @@ def _epoch(measured: Measured, slot: str, cell: Cell, what: str, point: Configur
 
 def _item(name: str, what: str, slot: str, seconds: Range, pieces: int, measured: Measured) -> Item:
     return Item(name, what, slot, seconds, max(1, min(pieces, measured.slots[slot].count)))
-
-
-def _bases(cell: Cell, artifacts: Artifacts, point: Configuration) -> list[Basis]:
-    """Of each repeat, by the selected point; weights that are not there yet are made up."""
-    units = [cell.stage1_model(point, repeat) for repeat in range(cell.settings.repeats)]
-    return [cell.basis(point, a, artifacts.result(a) or {"weights": f"of repeat {repeat}"}, repeat)
-            for repeat, a in enumerate(units)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -136,20 +136,47 @@ def add_own_maps(subject: Subject) -> str | None:
     return name
 
 
+@dataclass(frozen=True)
+class Order:
+    """Maps of an explainer that are judged.
+
+    of_a: made of A, and not of the model itself; classes: predicted or true; beside: the order of the same model and
+    attribution whose maps need not be made again where its classes are the same.
+    """
+
+    name: str
+    attribution: AttributionSettings
+    classes: Literal["predicted", "true"]
+    of_a: bool = False
+    beside: str | None = None
+
+
+def orders_of(unit: Unit, taught: AttributionSettings | None) -> list[Order]:
+    """The explainers' maps that a judgement compares. taught: whose maps the model learned; None: of none."""
+    settings = EvaluationSettings.model_validate(unit.recipe["evaluation"])
+    main, found = parse_attribution(unit.recipe["attribution"]), []
+    predicted = f"{short_name(main)}_predicted"
+    if "predicted" in settings.orders:
+        found.append(Order(predicted, main, "predicted"))
+    if "true" in settings.orders:
+        found.append(Order(f"{short_name(main)}_true", main, "true", beside=predicted if found else None))
+    if "of_a" in settings.orders and "a" in unit.inputs:
+        found.append(Order(f"{short_name(taught or main)}_of_a", taught or main, "true", of_a=True))
+    for number, other in enumerate(settings.attributions, 1):
+        name = f"{short_name(other)}_predicted"
+        known = {order.name for order in found}
+        found.append(Order(name if name not in known else f"{name}_{number}", other, "predicted"))
+    return found
+
+
 def add_explained_maps(subject: Subject, model: nn.Module, learned: Learned | None) -> None:
     """Add the maps of explainers that the settings name. model: the subject's, as a classifier, on the device."""
-    wanted, unit = subject.settings.orders, subject.unit
-    main = parse_attribution(unit.recipe["attribution"])
-    name, known = short_name(main), None
-    if "predicted" in wanted:
-        subject.explain(f"{name}_predicted", main, model, subject.predicted)
-        known = subject.predicted, subject.maps[f"{name}_predicted"]
-    if "true" in wanted:
-        subject.explain(f"{name}_true", main, model, subject.labels, known)
-    if "of_a" in wanted and "a" in unit.inputs:
-        a = open_model({"kind": "unit", "folder": unit.inputs["a"]}, subject.place, unit.recipe["a"])
-        taught = learned.attribution if learned is not None else main
-        subject.explain(f"{short_name(taught)}_of_a", taught, a.to(subject.device), subject.labels)
-    for number, other in enumerate(subject.settings.attributions, 1):
-        name = f"{short_name(other)}_predicted"
-        subject.explain(name if name not in subject.maps else f"{name}_{number}", other, model, subject.predicted)
+    unit = subject.unit
+    for order in orders_of(unit, learned.attribution if learned is not None else None):
+        explained = model
+        if order.of_a:
+            a = open_model({"kind": "unit", "folder": unit.inputs["a"]}, subject.place, unit.recipe["a"])
+            explained = a.to(subject.device)
+        known = None if order.beside is None else (subject.predicted, subject.maps[order.beside])
+        subject.explain(order.name, order.attribution, explained,
+                        subject.predicted if order.classes == "predicted" else subject.labels, known)

@@ -9,6 +9,8 @@ from impactx.settings import ModelSettings
 class AbnApproach(Approach):
     """settings: AbnSettings."""
 
+    makes_maps = True
+
     def check(self, model: ModelSettings, num_classes: int, image_size: tuple[int, int]) -> None:
         """Raises models.NoSplit where the backbone has no place for an attention branch."""
         from impactx.models import build_abn

@@ -83,7 +83,14 @@ class Trained:
 
 
 class Approach:
-    """One entry of the setting `approaches`."""
+    """One entry of the setting `approaches`.
+
+    makes_maps: whether its model makes maps in its forward pass (`with_maps`); networks: how many networks of A's size
+    a forward pass for its scores runs through, at most.
+    """
+
+    makes_maps = False
+    networks = 2
 
     def __init__(self, name: str, settings: ApproachSettings) -> None:
         self.name = name

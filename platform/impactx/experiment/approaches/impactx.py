@@ -11,6 +11,8 @@ from impactx.experiment.units import Unit
 class ImpactxApproach(Approach):
     """settings: ImpactxSettings."""
 
+    makes_maps = True
+
     def stores(self, basis: Basis) -> list[Unit]:
         """The maps of the training images."""
         return [basis.maps(self.attribution)]

@@ -31,6 +31,8 @@ class UnitFiles:
 class SingleStageApproach(Approach):
     """settings: SingleStageSettings."""
 
+    makes_maps = True
+
     def points(self) -> list[Point]:
         """The lambdas."""
         return [{"lambda": weight} for weight in self.settings.lambdas]
