@@ -328,6 +328,15 @@ def test_what_can_be_known_before_is_told_before(tmp_path, shared, override, sai
     assert not any((tmp_path / role).exists() for role in ("trials", "models", "maps"))
 
 
+def test_a_dry_run_tells_what_is_wrong(tmp_path):
+    lenet = ModelSettings(name="lenet5", architecture="lenet5", weights=str(tmp_path / "none.pth"))
+    net = ModelSettings(name="net", architecture="resnet999")
+    settings = load_settings("demo", [f"output={tmp_path}/out"], ROOT / "configs")
+    with pytest.raises(ConfigurationError) as caught:
+        dry_run(settings.model_copy(update={"models": {"lenet5": lenet, "net": net}}))
+    assert "none.pth': no such file" in str(caught.value) and "resnet999" in str(caught.value)
+
+
 def test_a_dry_run_lists_and_writes_nothing(first, output, shared, tmp_path):
     def text(*overrides):
         return dry_run(load_settings("demo", [*TINY, f"cache={shared}", f"data_root={shared}", *overrides],

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from impactx.configuration import ConfigurationError
+from impactx.configuration import ConfigurationError, check_weights_file
 from impactx.datasets import DataError, Dataset, load_dataset, locate, make_split
 from impactx.evaluation.morf import grid_of
 from impactx.experiment.approaches import Basis, approaches_of
@@ -65,15 +65,14 @@ def _absolute_models(settings: ExperimentSettings) -> list[ModelSettings]:
 
 
 def _weights_file(model: ModelSettings) -> str | None:
+    """The fingerprint of the file that a model's weights come from. Raises ConfigurationError where it is absent."""
     if model.weights in ("random", "hub"):
         return None
+    check_weights_file(model.name, model.weights)
     try:
         path = fetch_file(model.weights) if is_remote(model.weights) else Path(model.weights).expanduser()
     except (FileNotFoundError, StorageError) as error:
-        raise DataError(f"models.{model.name}.weights = {model.weights!r}: {error}") from error
-    if not path.is_file():
-        raise DataError(f"models.{model.name}.weights = {model.weights!r}: no such file; give a .pth or .safetensors "
-                        "file that every node can read, or 'hub' or 'random'")
+        raise ConfigurationError(f"models.{model.name}.weights = {model.weights!r}: {error}") from error
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -87,7 +86,7 @@ def _check_names(settings: ExperimentSettings) -> dict[str, str | None]:
             errors.append(f"models.{model.name}.architecture = {model.architecture!r}: {error}")
         try:
             files[model.name] = _weights_file(model)
-        except DataError as error:
+        except ConfigurationError as error:
             errors.append(str(error))
     for place, attribution in _attributions(settings).items():
         try:
@@ -107,17 +106,15 @@ def _attributions(settings: ExperimentSettings) -> dict[str, AttributionSettings
 
 def check_attribution(attribution: AttributionSettings, data: Dataset | None = None, *,
                       place: str = "attribution") -> None:
-    """Raise ConfigurationError where maskers do not exist, do not fit the data's images, or a package is missing.
+    """Raise ConfigurationError where maskers do not fit the data's images, or a package is missing.
 
     place: where it is set, for the message.
     """
-    for name in attribution.hidden_by:
+    for name in attribution.hidden_by if data is not None else ():
         try:
-            masker = parse_masker(name)
-            if data is not None:
-                masker.background(torch.zeros(1, data.channels, *data.image_size))
+            parse_masker(name).background(torch.zeros(1, data.channels, *data.image_size))
         except MaskerError as error:
-            raise ConfigurationError(f"{place}: {error}" + (f", for {data.name}" if data else "")) from error
+            raise ConfigurationError(f"{place}: {error}, for {data.name}") from error
     try:
         build_attribution(attribution)
     except MissingPackage as error:
@@ -214,8 +211,11 @@ def _count(artifacts: Artifacts, units: list[Unit]) -> int:
 
 
 def dry_run(settings: ExperimentSettings) -> str:
-    """What would run, cell by cell, and what of it exists already. Starts nothing, downloads nothing."""
-    place = workplace(settings)
+    """What would run, cell by cell, and what of it exists already. Starts nothing, downloads no data set.
+
+    Raises ConfigurationError for what can be known to be wrong without data.
+    """
+    place, weights_files = workplace(settings), _check_names(settings)
     artifacts, lines, totals = place.artifacts, [], [0, 0, 0, 0]
     for dataset in _absolute(settings):
         facts, where = _facts_if_here(dataset, place)
@@ -223,7 +223,7 @@ def dry_run(settings: ExperimentSettings) -> str:
         lines.append(f"{dataset.name}: {where}" + (f"; {images} training images" if images else ""))
         for model in _absolute_models(settings):
             cell = Cell(settings, dataset, model, facts or DataFacts("unknown", images or 0, 0, (0, 0), ()),
-                        _weights_file(model))
+                        weights_files[model.name])
             lines += _dry_cell(cell, artifacts, images, bool(facts), totals)
     trials, trainings, evaluations, shards = totals
     head = [f"{settings.name}: {len(settings.datasets) * len(settings.models)} cells, output {artifacts.storage.root}",
