@@ -60,6 +60,7 @@ def _absolute(settings: ExperimentSettings) -> list[DatasetSettings]:
 
 
 def _absolute_models(settings: ExperimentSettings) -> list[ModelSettings]:
+    """The models with absolute paths of their files, as `_absolute`."""
     return [m if m.weights in ("random", "hub") else m.model_copy(
         update={"weights": _absolute_path(m.weights)}) for m in settings.models.values()]
 
@@ -160,7 +161,7 @@ def prepare(settings: ExperimentSettings) -> Prepared:
         for where, attribution in _attributions(settings).items():
             check_attribution(attribution, data, place=where)
         _check_evaluation(settings, data)
-        for model in settings.models.values():
+        for model in _absolute_models(settings):
             try:
                 build_classifier(model, data.num_classes, data.image_size, seed=settings.seed)
             except ValueError as error:
