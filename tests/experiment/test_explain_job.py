@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 
 from impactx.command import explain_options
 from impactx.configuration import ConfigurationError
+from impactx.datasets import DataError
 from impactx.experiment import explain_job
 from impactx.experiment.executor import LocalExecutor
 from impactx.experiment.model_source import timm_classifier
@@ -169,6 +171,26 @@ def test_wrong_weights_of_a_timm_model(options, tmp_path):
             prepared(options("--timm", *arguments))
     with pytest.raises(ConfigurationError, match="--input-size"):
         options("--timm", "resnet18", "--weights", "random", "--input-size", "2").choice()
+
+
+def test_addresses_stay_addresses_and_paths_become_absolute(options, tmp_path, monkeypatch):
+    asked = []
+
+    def opened(dataset, *_, **__):
+        asked.append(dataset.path)
+        raise DataError("not read here")
+
+    monkeypatch.setattr(explain_job, "load_dataset", opened)
+    monkeypatch.chdir(tmp_path)
+    for path, weights, model in (("s3://b/images", "s3://b/w.safetensors", "s3://b/net.pt"),
+                                 ("images", "w.safetensors", "net.pt")):
+        timm = options("--timm", "resnet18", "--weights", weights, f"datasets.digits.path={path}")
+        with pytest.raises(DataError, match="not read here"):
+            prepared(timm)
+        here = "" if "://" in path else f"{tmp_path}/"
+        data = SimpleNamespace(num_classes=10, image_size=(32, 32))
+        assert asked.pop() == here + path and timm.choice().source(data)["model"]["weights"] == here + weights
+        assert options("--model", model).choice().source(data)["path"] == here + model
 
 
 CODE = """

@@ -14,7 +14,7 @@ import torch
 from impactx.datasets import Dataset, load_dataset
 from impactx.experiment.executor import Executor, Task
 from impactx.experiment.model_source import check_scores, describe, open_source
-from impactx.experiment.preparation import check_attribution, workplace
+from impactx.experiment.preparation import absolute_path, check_attribution, workplace
 from impactx.experiment.units import Unit
 from impactx.experiment.work import maps_complete
 from impactx.experiment.workplace import Workplace
@@ -39,13 +39,11 @@ class ModelChoice:
     def source(self, data: Dataset) -> dict[str, Any]:
         """The choice as the plain data that travels to every process, see `model_source`."""
         if self.checkpoint is not None:
-            local = "://" not in self.checkpoint
-            return {"kind": "checkpoint",
-                    "path": str(Path(self.checkpoint).expanduser().absolute()) if local else self.checkpoint}
+            return {"kind": "checkpoint", "path": absolute_path(self.checkpoint)}
         if self.timm is not None:
             settings = self.timm.model_dump(mode="json")
             if self.timm.weights not in ("hub", "random"):
-                settings["weights"] = str(Path(self.timm.weights).expanduser().absolute())
+                settings["weights"] = absolute_path(self.timm.weights)
             return {"kind": "timm", "model": settings, "num_classes": data.num_classes,
                     "image_size": list(data.image_size)}
         return {"kind": "import", "path": self.path, "folder": str(Path.cwd())}
@@ -83,7 +81,7 @@ def prepare(settings: ExplainSettings, choice: ModelChoice) -> Explained:
     check_attribution(attribution)
     dataset = settings.dataset
     if dataset.path:
-        dataset = dataset.model_copy(update={"path": str(Path(dataset.path).expanduser().absolute())})
+        dataset = dataset.model_copy(update={"path": absolute_path(dataset.path)})
     data = load_dataset(dataset, place.data_root, place.cache, progress=log.info)
     check_attribution(attribution, data)
     source = choice.source(data)

@@ -43,26 +43,27 @@ class Prepared:
 
 def workplace(settings: ExperimentSettings) -> Workplace:
     """Where the settings say that work is done."""
-    return Workplace(Storage(settings.output).root, _absolute_path(settings.data_root),
+    return Workplace(Storage(settings.output).root, absolute_path(settings.data_root),
                      str(Path(settings.cache).expanduser().absolute()) if settings.cache else None,
                      settings.cluster.threads, settings.cluster.explain_memory_mb * 2**20,
                      settings.cluster.storage_patience)
 
 
-def _absolute_path(path: str) -> str:
+def absolute_path(path: str) -> str:
+    """A local path as every process finds it, whatever folder it runs in; an address as it is."""
     return path if is_remote(path) else str(Path(path).expanduser().absolute())
 
 
 def _absolute(settings: ExperimentSettings) -> list[DatasetSettings]:
     """The data sets with absolute paths: workers do not run in the driver's folder."""
-    return [d.model_copy(update={"path": _absolute_path(d.path)}) if d.path else d
+    return [d.model_copy(update={"path": absolute_path(d.path)}) if d.path else d
             for d in settings.datasets.values()]
 
 
 def _absolute_models(settings: ExperimentSettings) -> list[ModelSettings]:
     """The models with absolute paths of their files, as `_absolute`."""
     return [m if m.weights in ("random", "hub") else m.model_copy(
-        update={"weights": _absolute_path(m.weights)}) for m in settings.models.values()]
+        update={"weights": absolute_path(m.weights)}) for m in settings.models.values()]
 
 
 def _weights_file(model: ModelSettings) -> str | None:
