@@ -122,6 +122,7 @@ def test_wrong_preset_is_named_with_what_there_is():
     ("approaches.impactx.lambdas=[]", "at least 1 item"),
     ("seed=-1", "greater than or equal to 0"),
     ("datasets.digits.name=other", "they must be equal"),
+    ("datasets.digits.test_fraction=null", "test_fraction null of digits: an experiment ends with a test"),
     ("datasets.digits.name=a/b", "should match pattern"),
     ("training.memory_mb=1", "greater than or equal to 64"),
 ])

@@ -224,6 +224,22 @@ def test_resizing_makes_one_size_and_is_antialiased(tmp_path):
     data = load(tmp_path, image_size=16)
     assert data.image_size == (16, 16) and data.load_test().images.shape == (16, 16, 16, 3)
     assert abs(data.train.images[0][2:-2, 2:-2].astype(int) - 127).max() < 8
+    assert any(note.startswith("16 train images of 12x10, ") and "64x64" in note and "9x30" in note
+               and note.endswith(" were resized to 16x16 (image_size)") for note in data.notes)
+    assert "16 test images of 12x10 were resized to 16x16 (image_size)" in data.notes
+
+
+def test_without_a_drawn_test_part_every_image_is_a_training_image(tmp_path):
+    folders(tmp_path, parts=("",))
+    drawn, whole = load(tmp_path), load(tmp_path, test_fraction=None)
+    assert len(drawn.train) == 13 and np.array_equal(whole.train.images, np.stack([image(i) for i in range(16)]))
+    assert any("none is drawn" in note for note in whole.notes)
+    with pytest.raises(DataError, match="'pets' has no test part .*test_fraction"):
+        whole.load_test()
+    assert len(load(tmp_path, test_fraction=None, subset=None).train) == 16  # and from the cache
+    pets(tmp_path / "b")
+    own, same = load(tmp_path / "b"), load(tmp_path / "b", test_fraction=None)
+    assert same.fingerprint == own.fingerprint and len(same.load_test()) == 12
 
 
 def test_a_subset_is_stratified_and_follows_its_seed(tmp_path):

@@ -140,6 +140,14 @@ def _check_evaluation(settings: ExperimentSettings, data: Dataset) -> None:
             raise ConfigurationError(f"evaluation.attributions: {error}") from error
 
 
+def opened(dataset: DatasetSettings, place: Workplace) -> Dataset:
+    """The data set, decoded where that was not done before; says what was converted, drawn or left out."""
+    data = load_dataset(dataset, place.data_root, place.cache, progress=log.info)
+    for note in data.notes:
+        log.info("%s: %s", dataset.name, note)
+    return data
+
+
 def prepare(settings: ExperimentSettings) -> Prepared:
     """Check names, storage, data, splits, masks and models; decode the data.
 
@@ -150,9 +158,7 @@ def prepare(settings: ExperimentSettings) -> Prepared:
     place.artifacts.storage.check()
     cells = []
     for dataset in _absolute(settings):
-        data = load_dataset(dataset, place.data_root, place.cache, progress=log.info)
-        for note in data.notes:
-            log.info("%s: %s", dataset.name, note)
+        data = opened(dataset, place)
         for fraction in settings.grid.validation_fraction:
             make_split(data.train.labels, fraction, seed=settings.seed, class_names=data.class_names,
                        common_fraction=min(settings.grid.validation_fraction))
