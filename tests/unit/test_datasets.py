@@ -123,6 +123,36 @@ def test_the_layouts_of_the_hub(tmp_path, where, columns, struct):
     assert where in locate(DatasetSettings(name="pets"), tmp_path)
 
 
+@pytest.mark.parametrize("train, test, other", [
+    (["data/train-00000-of-00002-1359597a978bc4fa.parquet", "data/train-00001-of-00002-0b2c46a7f8e4d1aa.parquet"],
+     "data/test-00000-of-00001-ffe2b63b6a3a2b17.parquet", "data/train-00000-of-00002-4cc1df67a978bc4f.parquet"),
+    (["default/train/0000.parquet", "default/train/0001.parquet"], "default/test/0000.parquet",
+     "default/train-00000-of-00001.parquet"),
+    (["train/0000.parquet", "train/0001.parquet"], "test/0000.parquet", "train.parquet")])
+def test_older_and_converted_exports_of_the_hub(tmp_path, train, test, other):
+    place = tmp_path / "pets"
+    for number, name in enumerate([*train, test]):
+        write_parquet(place / name, [encode(image(10 * number + i)) for i in range(10)], [i % 2 for i in range(10)])
+    (place / test).with_name("README.md").write_text("not of the data")
+    data = load(tmp_path, cache=tmp_path / "cache")
+    assert np.array_equal(data.train.images, np.stack([image(i) for i in range(20)])) and data.notes == []
+    assert np.array_equal(data.load_test().images[0], image(20))
+    first = place / train[0]
+    (place / other).write_bytes(first.read_bytes())
+    refused(tmp_path, "mixes files of several exports", Path(other).name)
+    (place / other).unlink()
+    first.unlink()
+    refused(tmp_path, f"{first.parent} lacks {first.name[:5]}", "1 of 2 files")
+
+
+def test_parquet_files_of_other_names_are_named(tmp_path):
+    for name in ("images.parquet", "default/partial-train/0000.parquet"):
+        write_parquet(tmp_path / "pets" / name, [encode(image(0))], [0])
+    for source in ("auto", "parquet"):
+        refused(tmp_path, "train-*.parquet or train/0000.parquet", "default/partial-train/0000.parquet, images.parquet",
+                "rename those of the training part", source=source)
+
+
 def test_other_splits_are_ignored_and_said(tmp_path):
     folder = pets(tmp_path)
     write_parquet(folder / "validation-00000-of-00001.parquet", [encode(image(5))], [0])
