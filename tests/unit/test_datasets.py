@@ -601,6 +601,8 @@ FLOAT_IMAGE = encode(Image.fromarray(np.ones((12, 10), np.float32)), kind="TIFF"
     (CELLS, [str(x) for x in LABELS], {}, ["'label'", "string", "expected integers"]),
     (CELLS, [0] * 24, {}, ["1 class", "at least 2"]),
     (CELLS, [0, 2] * 12, {}, ["no training image of class '1'"]),
+    (CELLS, [*LABELS[:7], 20, *LABELS[8:]], {}, ["21 classes were counted, from the largest label: 20 in", "row 7;",
+                                                 "set num_classes"]),
     (CELLS, LABELS, {"names": ["cat", "dog", "owl", "fox"]}, ["no training image of class 'fox'"]),
     (CELLS, LABELS, {"names": ["cat", "dog", "cat"]}, ["names two classes alike"]),
     (CELLS, LABELS, {"image_column": "picture"}, ["no image column", "img, image", "picture"]),

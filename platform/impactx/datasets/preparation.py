@@ -58,7 +58,7 @@ def _labels(source: Source, settings: DatasetSettings) -> tuple[tuple[str, ...],
     for part, values in labels.items():
         if not len(values):
             raise DataError(f"{source.describe()}: the {part} part holds no image")
-    names = source.class_names()
+    names, counted = source.class_names(), ""
     if names is None:
         largest = int(labels["train"].argmax())
         count = settings.num_classes or int(labels["train"][largest]) + 1
@@ -66,6 +66,9 @@ def _labels(source: Source, settings: DatasetSettings) -> tuple[tuple[str, ...],
             raise DataError(f"{source.where('train', largest)}: the label {count - 1} means {count} classes, "
                             f"but there are {len(labels['train'])} training images: labels must be 0..K-1")
         names = tuple(str(label) for label in range(count))
+        if settings.num_classes is None:  # then one wrong label looks like many empty classes
+            counted = (f". {count} classes were counted, from the largest label: {count - 1} in "
+                       f"{source.where('train', largest)}; correct it if it is wrong, or set num_classes")
     if settings.num_classes not in (None, len(names)):
         raise DataError(f"{source.describe()} has {len(names)} classes, but num_classes is "
                         f"{settings.num_classes}: correct or remove num_classes")
@@ -81,7 +84,7 @@ def _labels(source: Source, settings: DatasetSettings) -> tuple[tuple[str, ...],
     counts = np.bincount(labels["train"], minlength=len(names))
     if not counts.all():
         raise DataError(f"{source.describe()} has no training image of class {names[int(counts.argmin())]!r} "
-                        f"(label {int(counts.argmin())} of 0..{len(names) - 1}): every class needs some")
+                        f"(label {int(counts.argmin())} of 0..{len(names) - 1}): every class needs some{counted}")
     return names, labels
 
 
