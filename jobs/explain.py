@@ -9,6 +9,10 @@
 Such a module takes float images (B, 3, H, W) in [0, 1] and gives logits (B, K). The maps are Parquet files: read them
 with impactx.explain.reading, pyarrow, pandas or DuckDB (docs/METHOD.md). The same command started again makes only
 what is missing.
+
+Explained are the training images; of a folder without a test part of its own, all images. An experiment draws a test
+part there: to explain what it trains on, and share its maps, set datasets.<name>.test_fraction as it does (0.2 where it
+does not). The log says which images were converted, resized or left out.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from impactx.fetching import is_remote
 from impactx.settings import ExperimentSettings, Settings, tagged
 
 DEFAULT_PRESET = "full_grid"
@@ -107,7 +108,7 @@ def load_settings(preset: str = DEFAULT_PRESET, overrides: Sequence[str] = (), f
         settings = root.model_validate(composed)
     except ValidationError as error:
         errors += [_readable(e, root) for e in error.errors()]
-    errors += _unknown_architectures(composed)
+    errors += _unusable_models(composed)
     if errors or settings is None:
         count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
         raise ConfigurationError(f"{count} in the configuration (preset {preset}):\n" + "\n".join(
@@ -122,19 +123,31 @@ def _forget_other_attribution(composed: dict[str, Any], method: str, folder: Pat
         composed["attribution"] = _compose(folder, f"attribution/{method}", []).get("attribution")
 
 
-def _unknown_architectures(composed: dict[str, Any]) -> list[str]:
+def check_weights_file(model: str, weights: str) -> None:
+    """Raise ConfigurationError where a model's `weights` are a local file that is absent; no address is asked."""
+    if weights not in ("random", "hub") and not is_remote(weights) and not Path(weights).expanduser().is_file():
+        raise ConfigurationError(f"models.{model}.weights = {weights!r}: no such file; give a .pth or .safetensors "
+                                 "file that every node can read, or 'hub' or 'random'")
+
+
+def _unusable_models(composed: dict[str, Any]) -> list[str]:
+    """Unknown architectures and absent weights, of whatever else is wrong with the settings."""
     models = composed.get("models")
-    named = {f"models.{key}.architecture": m.get("architecture") for key, m in models.items()
-             if isinstance(m, dict)} if isinstance(models, dict) else {}
     found = []
-    for where, name in named.items():
+    for key, model in models.items() if isinstance(models, dict) else ():
+        name, weights = (model.get("architecture"), model.get("weights")) if isinstance(model, dict) else (None, None)
         if isinstance(name, str) and name != "lenet5":
             from impactx.models.backbones import UnknownArchitecture, check_architecture
 
             try:
                 check_architecture(name)
             except UnknownArchitecture as error:
-                found.append(f"{where} = {name!r}: {error}")
+                found.append(f"models.{key}.architecture = {name!r}: {error}")
+        if isinstance(weights, str) and weights:
+            try:
+                check_weights_file(key, weights)
+            except ConfigurationError as error:
+                found.append(str(error))
     return found
 
 
@@ -223,8 +236,8 @@ def _place(location: Sequence[Any], root: type[Settings]) -> tuple[list[Any], An
             model = typing.get_args(model)[0]
         if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
             annotation = model.model_fields[part].annotation
-        elif typing.get_origin(model) is dict:
-            annotation = typing.get_args(model)[1]
+        elif typing.get_origin(model) in (dict, list):
+            annotation = typing.get_args(model)[-1]
         else:
             annotation = None
         if typing.get_origin(annotation) in (typing.Union, types.UnionType) and not tagged(annotation):

@@ -110,7 +110,7 @@ def read_images(files: Sequence[Path], size: tuple[int, int]) -> np.ndarray:
     pixels, errors = [], []
     for file in files:
         try:
-            image, kind = decode(file)
+            image, kind, _ = decode(file)
         except DataError as error:
             errors.append(f"{file} {error}" if file.exists() else f"{file}: no such file")
             continue

@@ -29,7 +29,7 @@ from impactx.experiment.tracker import NoRun, NoTracker
 from impactx.experiment.units import WorkError
 from impactx.experiment.work import finish_maps, train_unit
 from impactx.explain.store import MapStore
-from impactx.models import load_checkpoint
+from impactx.models import build_classifier, load_checkpoint
 from impactx.settings import ModelSettings, TrainingSettings
 from impactx.storage import StorageError
 from impactx.training import train_stage1, train_stage2
@@ -328,6 +328,25 @@ def test_what_can_be_known_before_is_told_before(tmp_path, shared, override, sai
     with pytest.raises((ConfigurationError, DataError), match=said.replace("(", r"\(")):
         Done(tmp_path, shared, override)
     assert not any((tmp_path / role).exists() for role in ("trials", "models", "maps"))
+
+
+def test_a_relative_weights_file_reaches_the_workers_as_an_absolute_one(tmp_path, shared, monkeypatch):
+    net = build_classifier(ModelSettings(name="lenet5", architecture="lenet5"), 10, (32, 32), seed=1)
+    torch.save(net.trunk.state_dict(), tmp_path / "w.pth")
+    monkeypatch.chdir(tmp_path)
+    near, far = (Done(tmp_path / "out", shared, f"models.lenet5.weights={path}").cell.stage1_trials()[0]
+                 for path in ("w.pth", tmp_path / "w.pth"))
+    assert near.inputs["model"]["weights"] == far.inputs["model"]["weights"] == str(tmp_path / "w.pth")
+    assert near.key == far.key and "w.pth" not in json.dumps(near.recipe)
+
+
+def test_a_dry_run_tells_what_is_wrong(tmp_path):
+    lenet = ModelSettings(name="lenet5", architecture="lenet5", weights=str(tmp_path / "none.pth"))
+    net = ModelSettings(name="net", architecture="resnet999")
+    settings = load_settings("demo", [f"output={tmp_path}/out"], ROOT / "configs")
+    with pytest.raises(ConfigurationError) as caught:
+        dry_run(settings.model_copy(update={"models": {"lenet5": lenet, "net": net}}))
+    assert "none.pth': no such file" in str(caught.value) and "resnet999" in str(caught.value)
 
 
 def test_a_dry_run_lists_and_writes_nothing(first, output, shared, tmp_path):

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from impactx.command import explain_options
 from impactx.configuration import ConfigurationError
+from impactx.datasets import DataError, load_dataset
 from impactx.experiment import explain_job
 from impactx.experiment.executor import LocalExecutor
 from impactx.experiment.model_source import timm_classifier
@@ -20,7 +24,7 @@ from impactx.experiment.tracker import NoTracker
 from impactx.experiment.units import WorkError
 from impactx.experiment.work import ShardWorker
 from impactx.models import build_classifier, build_impactx, save_checkpoint
-from impactx.settings import ImpactxSettings, ModelSettings
+from impactx.settings import DatasetSettings, ImpactxSettings, ModelSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 JOB = str(ROOT / "jobs" / "explain.py")
@@ -108,6 +112,33 @@ def test_a_checkpoint_is_explained_resumed_verified_and_drawn(options, tmp_path)
     assert done.returncode == 1 and shards[0].name in done.stdout and shards[2].name in done.stdout
 
 
+def pictures(folder: Path, parts: tuple[str, ...]) -> None:
+    """Two classes of 10 grey images of 16x12 in each part."""
+    for number, (part, name) in enumerate((p, n) for p in parts for n in ("cat", "dog")):
+        (folder / part / name).mkdir(parents=True)
+        for k in range(10):
+            pixels = np.random.default_rng(10 * number + k).integers(0, 256, (16, 12), np.uint8)
+            Image.fromarray(pixels).save(folder / part / name / f"{k}.png")
+
+
+@pytest.mark.parametrize("parts, settings, images", [
+    (("",), {}, 20), (("",), {"test_fraction": 0.2}, 16), (("train", "test"), {}, 20)])
+def test_every_image_of_a_folder_is_explained_and_what_happened_to_it_told(parts, settings, images, tmp_path, caplog):
+    pictures(tmp_path / "mine", parts)
+    options = explain_options("", JOB, [
+        "--timm", "test_efficientnet", "--weights", "random", "dataset=my_images", f"datasets.my_images.path={tmp_path}"
+        "/mine", "datasets.my_images.image_size=32", f"output={tmp_path}/out", f"data_root={tmp_path}",
+        *(f"datasets.my_images.{key}={value}" for key, value in settings.items())])
+    with caplog.at_level(logging.INFO, "impactx"):
+        job = prepared(options)
+    assert len(job.data.train) == images and f"{images} train images of kind grey were converted" in caplog.text
+    assert f"{images} train images of 16x12 were resized to 32x32" in caplog.text
+    # what an experiment would call them, where it explains the same images
+    experiments = load_dataset(DatasetSettings(name="my_images", path=f"{tmp_path}/mine", image_size=32), tmp_path)
+    assert (job.unit.recipe["data"] == experiments.fingerprint) == (settings != {} or len(parts) == 2)
+    assert len(ShardWorker(job.unit, job.place).images) == images  # of every process
+
+
 def test_the_sheet(options, tmp_path):
     matplotlib = pytest.importorskip("matplotlib.image")
     job, _ = explained(options("--model", checkpoint(tmp_path)))
@@ -169,6 +200,26 @@ def test_wrong_weights_of_a_timm_model(options, tmp_path):
             prepared(options("--timm", *arguments))
     with pytest.raises(ConfigurationError, match="--input-size"):
         options("--timm", "resnet18", "--weights", "random", "--input-size", "2").choice()
+
+
+def test_addresses_stay_addresses_and_paths_become_absolute(options, tmp_path, monkeypatch):
+    asked = []
+
+    def opened(dataset, *_, **__):
+        asked.append(dataset.path)
+        raise DataError("not read here")
+
+    monkeypatch.setattr(explain_job, "opened", opened)
+    monkeypatch.chdir(tmp_path)
+    for path, weights, model in (("s3://b/images", "s3://b/w.safetensors", "s3://b/net.pt"),
+                                 ("images", "w.safetensors", "net.pt")):
+        timm = options("--timm", "resnet18", "--weights", weights, f"datasets.digits.path={path}")
+        with pytest.raises(DataError, match="not read here"):
+            prepared(timm)
+        here = "" if "://" in path else f"{tmp_path}/"
+        data = SimpleNamespace(num_classes=10, image_size=(32, 32))
+        assert asked.pop() == here + path and timm.choice().source(data)["model"]["weights"] == here + weights
+        assert options("--model", model).choice().source(data)["path"] == here + model
 
 
 CODE = """

@@ -84,6 +84,26 @@ def test_all_errors_come_in_one_message_with_setting_value_and_what_is_allowed()
         assert any(all(p in line for p in parts) for line in text.splitlines()), (parts, text)
 
 
+def test_maskers_and_weights_files_are_in_that_message_too():
+    text = failure("attribution.masker=blurr(3)", "training.epochs=0", "models.lenet5.weights=/nope.pth",
+                   "evaluation.attributions=[{method: gradient_shap, maskers: ['0', '2']}]",
+                   "approaches.impactx.attribution={method: occlusion, masker: 'blur(0,3)'}")
+    assert text.startswith("5 errors in the configuration (preset demo)")
+    for parts in (["  - attribution.masker = 'blurr(3)'", "'blur(kw,kh)' with whole numbers"],
+                  ["training.epochs = 0", "greater than or equal to 1"],
+                  ["models.lenet5.weights = '/nope.pth'", "no such file", "'hub' or 'random'"],
+                  ["evaluation.attributions.0.maskers.1 = '2'", "outside [0, 1]"],
+                  ["approaches.impactx.attribution.masker = 'blur(0,3)'", "a kernel side of 0"]):
+        assert any(all(p in line for p in parts) for line in text.splitlines()), (parts, text)
+    addresses = load_settings("demo", ["models.lenet5.weights=s3://bucket/w.pth"], CONFIGS)  # not asked here
+    assert addresses.models["lenet5"].weights == "s3://bucket/w.pth"
+
+
+@pytest.mark.parametrize("masker", ["blur(3,5)", "0.5", "constant(0.1, 0.2, 0.3)"])
+def test_a_masker_is_kept_as_it_is_written(masker):
+    assert PartitionSettings(masker=masker).described()["masker"] == masker
+
+
 def test_wrong_preset_is_named_with_what_there_is():
     text = failure(preset="demmo")
     assert "'demmo'" in text and "did you mean 'demo'?" in text and "full_grid" in text
@@ -102,6 +122,7 @@ def test_wrong_preset_is_named_with_what_there_is():
     ("approaches.impactx.lambdas=[]", "at least 1 item"),
     ("seed=-1", "greater than or equal to 0"),
     ("datasets.digits.name=other", "they must be equal"),
+    ("datasets.digits.test_fraction=null", "test_fraction null of digits: an experiment ends with a test"),
     ("datasets.digits.name=a/b", "should match pattern"),
     ("training.memory_mb=1", "greater than or equal to 64"),
 ])

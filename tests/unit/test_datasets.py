@@ -123,6 +123,36 @@ def test_the_layouts_of_the_hub(tmp_path, where, columns, struct):
     assert where in locate(DatasetSettings(name="pets"), tmp_path)
 
 
+@pytest.mark.parametrize("train, test, other", [
+    (["data/train-00000-of-00002-1359597a978bc4fa.parquet", "data/train-00001-of-00002-0b2c46a7f8e4d1aa.parquet"],
+     "data/test-00000-of-00001-ffe2b63b6a3a2b17.parquet", "data/train-00000-of-00002-4cc1df67a978bc4f.parquet"),
+    (["default/train/0000.parquet", "default/train/0001.parquet"], "default/test/0000.parquet",
+     "default/train-00000-of-00001.parquet"),
+    (["train/0000.parquet", "train/0001.parquet"], "test/0000.parquet", "train.parquet")])
+def test_older_and_converted_exports_of_the_hub(tmp_path, train, test, other):
+    place = tmp_path / "pets"
+    for number, name in enumerate([*train, test]):
+        write_parquet(place / name, [encode(image(10 * number + i)) for i in range(10)], [i % 2 for i in range(10)])
+    (place / test).with_name("README.md").write_text("not of the data")
+    data = load(tmp_path, cache=tmp_path / "cache")
+    assert np.array_equal(data.train.images, np.stack([image(i) for i in range(20)])) and data.notes == []
+    assert np.array_equal(data.load_test().images[0], image(20))
+    first = place / train[0]
+    (place / other).write_bytes(first.read_bytes())
+    refused(tmp_path, "mixes files of several exports", Path(other).name)
+    (place / other).unlink()
+    first.unlink()
+    refused(tmp_path, f"{first.parent} lacks {first.name[:5]}", "1 of 2 files")
+
+
+def test_parquet_files_of_other_names_are_named(tmp_path):
+    for name in ("images.parquet", "default/partial-train/0000.parquet"):
+        write_parquet(tmp_path / "pets" / name, [encode(image(0))], [0])
+    for source in ("auto", "parquet"):
+        refused(tmp_path, "train-*.parquet or train/0000.parquet", "default/partial-train/0000.parquet, images.parquet",
+                "rename those of the training part", source=source)
+
+
 def test_other_splits_are_ignored_and_said(tmp_path):
     folder = pets(tmp_path)
     write_parquet(folder / "validation-00000-of-00001.parquet", [encode(image(5))], [0])
@@ -224,6 +254,22 @@ def test_resizing_makes_one_size_and_is_antialiased(tmp_path):
     data = load(tmp_path, image_size=16)
     assert data.image_size == (16, 16) and data.load_test().images.shape == (16, 16, 16, 3)
     assert abs(data.train.images[0][2:-2, 2:-2].astype(int) - 127).max() < 8
+    assert any(note.startswith("16 train images of 12x10, ") and "64x64" in note and "9x30" in note
+               and note.endswith(" were resized to 16x16 (image_size)") for note in data.notes)
+    assert "16 test images of 12x10 were resized to 16x16 (image_size)" in data.notes
+
+
+def test_without_a_drawn_test_part_every_image_is_a_training_image(tmp_path):
+    folders(tmp_path, parts=("",))
+    drawn, whole = load(tmp_path), load(tmp_path, test_fraction=None)
+    assert len(drawn.train) == 13 and np.array_equal(whole.train.images, np.stack([image(i) for i in range(16)]))
+    assert any("none is drawn" in note for note in whole.notes)
+    with pytest.raises(DataError, match="'pets' has no test part .*test_fraction"):
+        whole.load_test()
+    assert len(load(tmp_path, test_fraction=None, subset=None).train) == 16  # and from the cache
+    pets(tmp_path / "b")
+    own, same = load(tmp_path / "b"), load(tmp_path / "b", test_fraction=None)
+    assert same.fingerprint == own.fingerprint and len(same.load_test()) == 12
 
 
 def test_a_subset_is_stratified_and_follows_its_seed(tmp_path):
@@ -555,6 +601,8 @@ FLOAT_IMAGE = encode(Image.fromarray(np.ones((12, 10), np.float32)), kind="TIFF"
     (CELLS, [str(x) for x in LABELS], {}, ["'label'", "string", "expected integers"]),
     (CELLS, [0] * 24, {}, ["1 class", "at least 2"]),
     (CELLS, [0, 2] * 12, {}, ["no training image of class '1'"]),
+    (CELLS, [*LABELS[:7], 20, *LABELS[8:]], {}, ["21 classes were counted, from the largest label: 20 in", "row 7;",
+                                                 "set num_classes"]),
     (CELLS, LABELS, {"names": ["cat", "dog", "owl", "fox"]}, ["no training image of class 'fox'"]),
     (CELLS, LABELS, {"names": ["cat", "dog", "cat"]}, ["names two classes alike"]),
     (CELLS, LABELS, {"image_column": "picture"}, ["no image column", "img, image", "picture"]),

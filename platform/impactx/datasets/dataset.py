@@ -24,7 +24,8 @@ class Dataset:
 
     name; class_names: K names in the order of the labels; image_size: (H, W).
     fingerprint, test_fingerprint: sha256 (hex) of images, labels and class names of a part: they follow
-    the content, whatever file it came from.  notes: what was converted, drawn or left out.
+    the content, whatever file it came from; "" for a test part that there is not (test_fraction None).
+    notes: what was converted, resized, drawn or left out.
     train: the training images (after the draws of subset and test part).  source: one line on the origin.
     folder: the decoded files.
     """
@@ -47,8 +48,11 @@ class Dataset:
     def load_test(self) -> ImageSet:
         """Open the test images. This is the only place where they are read after decoding.
 
-        Raises DataError when the decoded file was damaged since it was loaded.
+        Raises DataError when there is none, or when the decoded file was damaged since it was loaded.
         """
+        if not self.test_fingerprint:
+            raise DataError(f"the data set {self.name!r} has no test part ({self.source}), and none was drawn: give it "
+                            "one, or set its test_fraction")
         try:
             return open_part(self.folder, "test", read_meta(self.folder)["parts"]["test"])
         except CacheDamaged as damage:
@@ -58,7 +62,7 @@ class Dataset:
 
 def load_dataset(settings: DatasetSettings, data_root: str | Path, cache: str | Path | None = None,
                  progress: Callable[[str], None] | None = None) -> Dataset:
-    """Load a data set, decoding training and test part if no cache holds them yet.
+    """Load a data set, decoding its parts if no cache holds them yet.
 
     settings: what to load. data_root: folder of the data sets, local or shared; or an s3:// address, whose files
     are fetched into the cache once a node. cache: local folder of decoded images; None: data_root/.cache, or where
@@ -95,7 +99,7 @@ def _open(name: str, entry: Path) -> Dataset:
     parts = meta["parts"]
     return Dataset(name=name, class_names=tuple(meta["class_names"]),
                    image_size=tuple(parts["train"]["shape"][1:3]), fingerprint=parts["train"]["fingerprint"],
-                   test_fingerprint=parts["test"]["fingerprint"], notes=list(meta["notes"]),
+                   test_fingerprint=parts.get("test", {}).get("fingerprint", ""), notes=list(meta["notes"]),
                    source=meta["source"], folder=entry, train=open_part(entry, "train", parts["train"]))
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -26,11 +27,20 @@ _NAMES = {"1": "grey", "L": "grey", "LA": "grey with alpha", "La": "grey with al
           "I;16B": "16-bit grey", "RGB": "RGB with transparency"}
 
 
-def decode(raw: Raw, size: int | None = None) -> tuple[np.ndarray, str | None]:
+class Decoded(NamedTuple):
+    """image: uint8 (H, W, 3); kind: of image it was made from ("grey", "RGBA", ...), None for plain RGB;
+    resized: its (height, width) before it was resized, None where it was not.
+    """
+
+    image: np.ndarray
+    kind: str | None
+    resized: tuple[int, int] | None
+
+
+def decode(raw: Raw, size: int | None = None) -> Decoded:
     """Decode one image.
 
-    Returns uint8 (H, W, 3) and the kind of image it was made from ("grey", "RGBA", ...), None for
-    plain RGB. Transparent parts are laid over black; 16-bit grey keeps its upper 8 bits; other modes
+    Transparent parts are laid over black; 16-bit grey keeps its upper 8 bits; other modes
     go through Pillow's conversion. size: side in pixels of the square to which the image is resized
     (bilinear, antialiased; the aspect ratio is not kept), None: as it is.
 
@@ -38,17 +48,19 @@ def decode(raw: Raw, size: int | None = None) -> tuple[np.ndarray, str | None]:
     """
     if isinstance(raw, np.ndarray):
         if size is None or raw.shape[:2] == (size, size):
-            return raw, None
-        return np.asarray(Image.fromarray(raw).resize((size, size), Image.Resampling.BILINEAR)), None
+            return Decoded(raw, None, None)
+        resized = np.asarray(Image.fromarray(raw).resize((size, size), Image.Resampling.BILINEAR))
+        return Decoded(resized, None, (raw.shape[0], raw.shape[1]))
     try:
         with Image.open(io.BytesIO(raw) if isinstance(raw, bytes) else raw) as image:
             image.load()
             kind = None if image.mode == "RGB" and "transparency" not in image.info else (
                 _NAMES.get(image.mode, f"mode {image.mode}"))
-            rgb = _to_rgb(image)
+            rgb, before = _to_rgb(image), None
             if size is not None and rgb.size != (size, size):
+                before = (rgb.height, rgb.width)
                 rgb = rgb.resize((size, size), Image.Resampling.BILINEAR)
-            return np.asarray(rgb), kind
+            return Decoded(np.asarray(rgb), kind, before)
     except DataError:
         raise
     except MemoryError:
@@ -71,10 +83,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def decode_blocks(raws: Iterable[Raw], where: Callable[[int], str], size: int | None,
-                  kinds: Counter) -> Iterator[list[np.ndarray]]:
+                  kinds: Counter[str], sizes: Counter[tuple[int, int]]) -> Iterator[list[np.ndarray]]:
     """Decode many images in their order; yields lists of uint8 (H, W, 3), at most BLOCK each.
 
-    where(position) names the image at that position in an error; `kinds` counts what was converted.
+    where(position) names the image at that position in an error; `kinds` counts what was converted, `sizes` what was
+    resized, by (height, width) before.
     No more blocks than threads + 1 are in memory. Raises DataError for the first bad image.
     """
     threads = min(THREADS, _cpus())
@@ -82,7 +95,7 @@ def decode_blocks(raws: Iterable[Raw], where: Callable[[int], str], size: int | 
     start = 0
     waiting: deque[Future] = deque()
 
-    def work(first: int, block: list[Raw]) -> list[tuple[np.ndarray, str | None]]:
+    def work(first: int, block: list[Raw]) -> list[Decoded]:
         done = []
         for offset, raw in enumerate(block):
             try:
@@ -102,8 +115,9 @@ def decode_blocks(raws: Iterable[Raw], where: Callable[[int], str], size: int | 
                     return
                 if not block or len(waiting) > threads:
                     done = waiting.popleft().result()
-                    kinds.update(kind for _, kind in done if kind)
-                    yield [image for image, _ in done]
+                    kinds.update(decoded.kind for decoded in done if decoded.kind)
+                    sizes.update(decoded.resized for decoded in done if decoded.resized)
+                    yield [decoded.image for decoded in done]
         finally:
             for future in waiting:
                 future.cancel()

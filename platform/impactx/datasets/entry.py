@@ -1,7 +1,7 @@
 """One decoded data set on disk: how it is written, fingerprinted and opened again.
 
 An entry is a folder with <part>_images.npy (uint8, (N, H, W, 3)), <part>_labels.npy (int64, (N,)) for the
-parts train and test, and meta.json.
+parts train and (where there is one) test, and meta.json.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ Rows = dict[Part, tuple[Part, np.ndarray]]
 
 
 def prepare(source: Source, settings: DatasetSettings, folder: Path, say: Callable[[str], None]) -> None:
-    """Write training and test part of `source` into the empty `folder`.
+    """Write training and test part of `source` (as far as it has or gets one) into the empty `folder`.
 
     Raises DataError for the first thing wrong with the data, labels before images.
     """
@@ -31,17 +31,23 @@ def prepare(source: Source, settings: DatasetSettings, folder: Path, say: Callab
     rows, notes = _rows(source, settings, labels, names)
     parts, first = {}, {}
     for part, (origin, chosen) in rows.items():
-        kinds: Counter = Counter()
+        kinds: Counter[str] = Counter()
+        sizes: Counter[tuple[int, int]] = Counter()
 
         def where(position: int, origin: Part = origin, chosen: np.ndarray = chosen) -> str:
             return source.where(origin, int(chosen[position]))
 
-        blocks = decode_blocks(source.images(origin, chosen), where, settings.image_size, kinds)
+        blocks = decode_blocks(source.images(origin, chosen), where, settings.image_size, kinds, sizes)
         blocks = _one_size(blocks, where, first)
         blocks = _told(blocks, len(chosen), f"{settings.name}: {part} images", say)
         parts[part] = write_part(folder, part, labels[origin][chosen], blocks, names)
         notes += [f"{count} {part} images of kind {kind} were converted to RGB"
                   for kind, count in sorted(kinds.items())]
+        if sizes:
+            common = ", ".join(f"{height}x{width}" for (height, width), _ in sizes.most_common(3))
+            others = " and other sizes" if len(sizes) > 3 else ""
+            notes.append(f"{sizes.total()} {part} images of {common}{others} were resized to "
+                         f"{settings.image_size}x{settings.image_size} (image_size)")
     write_meta(folder, {"name": settings.name, "class_names": list(names), "parts": parts,
                         "notes": source.notes + notes, "source": source.describe()})
 
@@ -52,7 +58,7 @@ def _labels(source: Source, settings: DatasetSettings) -> tuple[tuple[str, ...],
     for part, values in labels.items():
         if not len(values):
             raise DataError(f"{source.describe()}: the {part} part holds no image")
-    names = source.class_names()
+    names, counted = source.class_names(), ""
     if names is None:
         largest = int(labels["train"].argmax())
         count = settings.num_classes or int(labels["train"][largest]) + 1
@@ -60,6 +66,9 @@ def _labels(source: Source, settings: DatasetSettings) -> tuple[tuple[str, ...],
             raise DataError(f"{source.where('train', largest)}: the label {count - 1} means {count} classes, "
                             f"but there are {len(labels['train'])} training images: labels must be 0..K-1")
         names = tuple(str(label) for label in range(count))
+        if settings.num_classes is None:  # then one wrong label looks like many empty classes
+            counted = (f". {count} classes were counted, from the largest label: {count - 1} in "
+                       f"{source.where('train', largest)}; correct it if it is wrong, or set num_classes")
     if settings.num_classes not in (None, len(names)):
         raise DataError(f"{source.describe()} has {len(names)} classes, but num_classes is "
                         f"{settings.num_classes}: correct or remove num_classes")
@@ -75,19 +84,22 @@ def _labels(source: Source, settings: DatasetSettings) -> tuple[tuple[str, ...],
     counts = np.bincount(labels["train"], minlength=len(names))
     if not counts.all():
         raise DataError(f"{source.describe()} has no training image of class {names[int(counts.argmin())]!r} "
-                        f"(label {int(counts.argmin())} of 0..{len(names) - 1}): every class needs some")
+                        f"(label {int(counts.argmin())} of 0..{len(names) - 1}): every class needs some{counted}")
     return names, labels
 
 
 def _rows(source: Source, settings: DatasetSettings, labels: dict[Part, np.ndarray],
           names: tuple[str, ...]) -> tuple[Rows, list[str]]:
     notes = []
+    rows: Rows = {}
     train = np.arange(len(labels["train"]), dtype=np.int64)
     if source.has_test:
-        test: tuple[Part, np.ndarray] = ("test", np.arange(len(labels["test"]), dtype=np.int64))
+        rows["test"] = ("test", np.arange(len(labels["test"]), dtype=np.int64))
         absent = [names[c] for c in np.flatnonzero(np.bincount(labels["test"], minlength=len(names)) == 0)]
         if absent:
             notes.append(f"classes without test images: {', '.join(absent)}")
+    elif settings.test_fraction is None:
+        notes.append("no test part of its own, and none is drawn: all images are taken")
     else:
         count = round(len(train) * settings.test_fraction)
         drawn = _draw(labels["train"], count, settings.split_seed, f"test_fraction {settings.test_fraction}")
@@ -96,7 +108,7 @@ def _rows(source: Source, settings: DatasetSettings, labels: dict[Part, np.ndarr
         if not left.all():
             raise DataError(f"{source.describe()}: a test_fraction of {settings.test_fraction} leaves no "
                             f"training image of class {names[int(left.argmin())]!r}: lower it or add images")
-        test = ("train", drawn)
+        rows["test"] = ("train", drawn)
         notes.append(f"no test part of its own: {len(drawn)} images drawn by split_seed "
                      f"{settings.split_seed}")
     if settings.subset is not None and settings.subset < len(train):
@@ -106,7 +118,7 @@ def _rows(source: Source, settings: DatasetSettings, labels: dict[Part, np.ndarr
                             f"subset {settings.subset}")]
     elif settings.subset is not None:
         notes.append(f"subset of {settings.subset}: there are {len(train)} training images, all are used")
-    return {"train": ("train", train), "test": test}, notes
+    return {"train": ("train", train), **rows}, notes
 
 
 def _draw(labels: np.ndarray, count: int, seed: int, setting: str) -> np.ndarray:

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from impactx.datasets import Dataset, load_dataset
+from impactx.datasets import Dataset
 from impactx.experiment.executor import Executor, Task
 from impactx.experiment.model_source import check_scores, describe, open_source
-from impactx.experiment.preparation import check_attribution, workplace
+from impactx.experiment.preparation import absolute_path, check_attribution, opened, workplace
 from impactx.experiment.units import Unit
 from impactx.experiment.work import maps_complete
 from impactx.experiment.workplace import Workplace
@@ -39,13 +39,11 @@ class ModelChoice:
     def source(self, data: Dataset) -> dict[str, Any]:
         """The choice as the plain data that travels to every process, see `model_source`."""
         if self.checkpoint is not None:
-            local = "://" not in self.checkpoint
-            return {"kind": "checkpoint",
-                    "path": str(Path(self.checkpoint).expanduser().absolute()) if local else self.checkpoint}
+            return {"kind": "checkpoint", "path": absolute_path(self.checkpoint)}
         if self.timm is not None:
             settings = self.timm.model_dump(mode="json")
             if self.timm.weights not in ("hub", "random"):
-                settings["weights"] = str(Path(self.timm.weights).expanduser().absolute())
+                settings["weights"] = absolute_path(self.timm.weights)
             return {"kind": "timm", "model": settings, "num_classes": data.num_classes,
                     "image_size": list(data.image_size)}
         return {"kind": "import", "path": self.path, "folder": str(Path.cwd())}
@@ -81,10 +79,10 @@ def prepare(settings: ExplainSettings, choice: ModelChoice) -> Explained:
     place, attribution = workplace(settings), settings.attribution
     place.artifacts.storage.check()
     check_attribution(attribution)
-    dataset = settings.dataset
+    dataset = _whole(settings.dataset)
     if dataset.path:
-        dataset = dataset.model_copy(update={"path": str(Path(dataset.path).expanduser().absolute())})
-    data = load_dataset(dataset, place.data_root, place.cache, progress=log.info)
+        dataset = dataset.model_copy(update={"path": absolute_path(dataset.path)})
+    data = opened(dataset, place)
     check_attribution(attribution, data)
     source = choice.source(data)
     model, weights, about = open_source(source, place)
@@ -96,6 +94,19 @@ def prepare(settings: ExplainSettings, choice: ModelChoice) -> Explained:
     if (attribution.evaluations(data.image_size) or 0) <= CHEAP:
         build_attribution(attribution).explain(model, data.train.images[:1], data.train.labels[:1])
     return Explained(_unit(settings, dataset, data, source, weights, about), place, data)
+
+
+def _whole(dataset: DatasetSettings) -> DatasetSettings:
+    """The data set with all its images as training images, where no test part of its own says which are not.
+
+    A share that an experiment draws for its test would be missed among the maps of somebody's folder. It is left out
+    where test_fraction is set: then these are the images, and so the store, of an experiment with that setting. Of the
+    embedded digits, which nobody brings along, the experiments' share is explained; a data set with a test part is the
+    same in both.
+    """
+    if dataset.source == "digits" or "test_fraction" in dataset.model_fields_set:
+        return dataset
+    return dataset.model_copy(update={"test_fraction": None})
 
 
 def _unit(settings: ExplainSettings, dataset: DatasetSettings, data: Dataset, source: Mapping[str, Any], weights: str,

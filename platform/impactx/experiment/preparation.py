@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from impactx.configuration import ConfigurationError
+from impactx.configuration import ConfigurationError, check_weights_file
 from impactx.datasets import DataError, Dataset, load_dataset, locate, make_split
 from impactx.evaluation.morf import grid_of
 from impactx.experiment.approaches import approaches_of
@@ -43,37 +43,38 @@ class Prepared:
 
 def workplace(settings: ExperimentSettings) -> Workplace:
     """Where the settings say that work is done."""
-    return Workplace(Storage(settings.output).root, _absolute_path(settings.data_root),
+    return Workplace(Storage(settings.output).root, absolute_path(settings.data_root),
                      str(Path(settings.cache).expanduser().absolute()) if settings.cache else None,
                      settings.cluster.threads, settings.cluster.explain_memory_mb * 2**20,
                      settings.cluster.storage_patience)
 
 
-def _absolute_path(path: str) -> str:
+def absolute_path(path: str) -> str:
+    """A local path as every process finds it, whatever folder it runs in; an address as it is."""
     return path if is_remote(path) else str(Path(path).expanduser().absolute())
 
 
 def _absolute(settings: ExperimentSettings) -> list[DatasetSettings]:
     """The data sets with absolute paths: workers do not run in the driver's folder."""
-    return [d.model_copy(update={"path": _absolute_path(d.path)}) if d.path else d
+    return [d.model_copy(update={"path": absolute_path(d.path)}) if d.path else d
             for d in settings.datasets.values()]
 
 
 def _absolute_models(settings: ExperimentSettings) -> list[ModelSettings]:
+    """The models with absolute paths of their files, as `_absolute`."""
     return [m if m.weights in ("random", "hub") else m.model_copy(
-        update={"weights": _absolute_path(m.weights)}) for m in settings.models.values()]
+        update={"weights": absolute_path(m.weights)}) for m in settings.models.values()]
 
 
 def _weights_file(model: ModelSettings) -> str | None:
+    """The fingerprint of the file that a model's weights come from. Raises ConfigurationError where it is absent."""
     if model.weights in ("random", "hub"):
         return None
+    check_weights_file(model.name, model.weights)
     try:
         path = fetch_file(model.weights) if is_remote(model.weights) else Path(model.weights).expanduser()
     except (FileNotFoundError, StorageError) as error:
-        raise DataError(f"models.{model.name}.weights = {model.weights!r}: {error}") from error
-    if not path.is_file():
-        raise DataError(f"models.{model.name}.weights = {model.weights!r}: no such file; give a .pth or .safetensors "
-                        "file that every node can read, or 'hub' or 'random'")
+        raise ConfigurationError(f"models.{model.name}.weights = {model.weights!r}: {error}") from error
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -87,7 +88,7 @@ def _check_names(settings: ExperimentSettings) -> dict[str, str | None]:
             errors.append(f"models.{model.name}.architecture = {model.architecture!r}: {error}")
         try:
             files[model.name] = _weights_file(model)
-        except DataError as error:
+        except ConfigurationError as error:
             errors.append(str(error))
     for place, attribution in _attributions(settings).items():
         try:
@@ -107,17 +108,15 @@ def _attributions(settings: ExperimentSettings) -> dict[str, AttributionSettings
 
 def check_attribution(attribution: AttributionSettings, data: Dataset | None = None, *,
                       place: str = "attribution") -> None:
-    """Raise ConfigurationError where maskers do not exist, do not fit the data's images, or a package is missing.
+    """Raise ConfigurationError where maskers do not fit the data's images, or a package is missing.
 
     place: where it is set, for the message.
     """
-    for name in attribution.hidden_by:
+    for name in attribution.hidden_by if data is not None else ():
         try:
-            masker = parse_masker(name)
-            if data is not None:
-                masker.background(torch.zeros(1, data.channels, *data.image_size))
+            parse_masker(name).background(torch.zeros(1, data.channels, *data.image_size))
         except MaskerError as error:
-            raise ConfigurationError(f"{place}: {error}" + (f", for {data.name}" if data else "")) from error
+            raise ConfigurationError(f"{place}: {error}, for {data.name}") from error
     try:
         build_attribution(attribution)
     except MissingPackage as error:
@@ -146,6 +145,14 @@ def _check_evaluation(settings: ExperimentSettings, data: Dataset) -> None:
             raise ConfigurationError(f"evaluation.attributions: {error}") from error
 
 
+def opened(dataset: DatasetSettings, place: Workplace) -> Dataset:
+    """The data set, decoded where that was not done before; says what was converted, drawn or left out."""
+    data = load_dataset(dataset, place.data_root, place.cache, progress=log.info)
+    for note in data.notes:
+        log.info("%s: %s", dataset.name, note)
+    return data
+
+
 def prepare(settings: ExperimentSettings) -> Prepared:
     """Check names, storage, data, splits, masks and models; decode the data.
 
@@ -156,9 +163,7 @@ def prepare(settings: ExperimentSettings) -> Prepared:
     place.artifacts.storage.check()
     cells = []
     for dataset in _absolute(settings):
-        data = load_dataset(dataset, place.data_root, place.cache, progress=log.info)
-        for note in data.notes:
-            log.info("%s: %s", dataset.name, note)
+        data = opened(dataset, place)
         for fraction in settings.grid.validation_fraction:
             make_split(data.train.labels, fraction, seed=settings.seed, class_names=data.class_names,
                        common_fraction=min(settings.grid.validation_fraction))
@@ -168,7 +173,7 @@ def prepare(settings: ExperimentSettings) -> Prepared:
         for where, attribution in _attributions(settings).items():
             check_attribution(attribution, data, place=where)
         _check_evaluation(settings, data)
-        for model in settings.models.values():
+        for model in _absolute_models(settings):
             try:
                 build_classifier(model, data.num_classes, data.image_size, seed=settings.seed)
             except ValueError as error:
@@ -215,8 +220,11 @@ def _facts_if_here(dataset: DatasetSettings, place: Workplace) -> tuple[DataFact
 
 
 def dry_run(settings: ExperimentSettings) -> str:
-    """What would run, cell by cell, and what of it exists already. Starts nothing, downloads nothing."""
-    place = workplace(settings)
+    """What would run, cell by cell, and what of it exists already. Starts nothing, downloads no data set.
+
+    Raises ConfigurationError for what can be known to be wrong without data.
+    """
+    place, weights_files = workplace(settings), _check_names(settings)
     artifacts, lines, totals = place.artifacts, [], [0, 0, 0, 0, 0]
     for dataset in _absolute(settings):
         facts, where = _facts_if_here(dataset, place)
@@ -224,7 +232,7 @@ def dry_run(settings: ExperimentSettings) -> str:
         lines.append(f"{dataset.name}: {where}" + (f"; {images} training images" if images else ""))
         for model in _absolute_models(settings):
             cell = Cell(settings, dataset, model, facts or DataFacts("unknown", images or 0, 0, (0, 0), ()),
-                        _weights_file(model))
+                        weights_files[model.name])
             lines += _dry_cell(cell, artifacts, images, bool(facts), totals)
     trials, trainings, evaluations, shards, judging = totals
     head = [f"{settings.name}: {len(settings.datasets) * len(settings.models)} cells, output {artifacts.storage.root}",

@@ -10,8 +10,6 @@ background, never a blend. Two maskers are offered, with the names that shap's i
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,18 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from impactx.settings.masker import ALLOWED, BlurSpec, ConstantSpec, MaskerError, read_masker
+
 MaskerSpec = "str | float | Sequence[float] | np.ndarray | Masker"
-
-_BLUR = re.compile(r"^\s*blur\s*\(\s*(-?\d+)\s*,\s*(-?\d+)\s*\)\s*$")
-_CONSTANT = re.compile(r"^\s*(?:constant\s*\((?P<inner>[^()]*)\)|(?P<bare>[^()]*))\s*$")
-_ALLOWED = (
-    "'blur(kw,kh)' with whole numbers of at least 1, or a colour in [0, 1] such as 0.5 or "
-    "'constant(0.5,0.4,0.3)'"
-)
-
-
-class MaskerError(ValueError):
-    """A masker that cannot be read, or that does not fit the images; the message names value and remedy."""
 
 
 class Masker(Protocol):
@@ -47,20 +36,8 @@ class Masker(Protocol):
 
 
 @dataclass(frozen=True)
-class Blur:
+class Blur(BlurSpec):
     """``cv2.blur`` with a kernel of ``width`` x ``height`` pixels (shap's ``blur(width,height)``)."""
-
-    width: int
-    height: int
-
-    def __post_init__(self) -> None:
-        for side in (self.width, self.height):
-            if side < 1:
-                raise MaskerError(f"masker {self.name}: a kernel side of {side}; allowed: 1 or more")
-
-    @property
-    def name(self) -> str:
-        return f"blur({self.width},{self.height})"
 
     def background(self, images: Tensor) -> Tensor:
         _require_images(images, self.name)
@@ -71,21 +48,8 @@ class Blur:
 
 
 @dataclass(frozen=True)
-class Constant:
+class Constant(ConstantSpec):
     """One colour for every hidden pixel: one value for all channels, or one a channel, each in [0, 1]."""
-
-    colour: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if not self.colour:
-            raise MaskerError(f"masker: an empty colour; allowed: {_ALLOWED}")
-        for value in self.colour:
-            if not (math.isfinite(value) and 0.0 <= value <= 1.0):
-                raise MaskerError(f"masker {self.name}: the value {value} lies outside [0, 1]")
-
-    @property
-    def name(self) -> str:
-        return f"constant({','.join(format(value, 'g') for value in self.colour)})"
 
     def background(self, images: Tensor) -> Tensor:
         _require_images(images, self.name)
@@ -110,35 +74,20 @@ def parse_masker(spec: MaskerSpec) -> Masker:  # type: ignore[valid-type]
         MaskerError: anything else, with the value and what is allowed.
     """
     if isinstance(spec, (bool, type(None))):
-        raise MaskerError(f"masker {spec!r} is not a masker; allowed: {_ALLOWED}")
+        raise MaskerError(f"masker {spec!r} is not a masker; allowed: {ALLOWED}")
     if isinstance(spec, str):
-        return _parse_text(spec)
+        read = read_masker(spec)
+        return Blur(read.width, read.height) if isinstance(read, BlurSpec) else Constant(read.colour)
     if isinstance(spec, (int, float, np.floating, np.integer)):
         return Constant((float(spec),))
     if isinstance(spec, (Sequence, np.ndarray)):
         try:
             return Constant(tuple(float(value) for value in spec))
         except (TypeError, ValueError) as error:
-            raise MaskerError(f"masker {spec!r} is not a list of numbers; allowed: {_ALLOWED}") from error
+            raise MaskerError(f"masker {spec!r} is not a list of numbers; allowed: {ALLOWED}") from error
     if hasattr(spec, "background") and hasattr(spec, "name"):
         return spec  # type: ignore[no-any-return]
-    raise MaskerError(f"masker {spec!r} is not a masker; allowed: {_ALLOWED}")
-
-
-def _parse_text(text: str) -> Masker:
-    blur = _BLUR.match(text)
-    if blur:
-        return Blur(int(blur.group(1)), int(blur.group(2)))
-    constant = _CONSTANT.match(text)
-    if constant:
-        numbers = constant.group("inner") if constant.group("inner") is not None else constant.group("bare")
-        try:
-            return Constant(tuple(float(number) for number in numbers.split(",")))
-        except MaskerError:
-            raise
-        except ValueError:
-            pass
-    raise MaskerError(f"masker {text!r} is not understood; allowed: {_ALLOWED}")
+    raise MaskerError(f"masker {spec!r} is not a masker; allowed: {ALLOWED}")
 
 
 def _require_images(images: Tensor, name: str) -> None:

@@ -8,11 +8,14 @@ import typing
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
 )
+
+from impactx.settings.masker import read_masker
 
 
 class Settings(BaseModel):
@@ -57,6 +60,12 @@ def _colour_as_text(value: Any) -> Any:
     return f"{value:g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
+def _readable_masker(value: str) -> str:
+    """The text as it is (it belongs to fingerprints). Raises MaskerError for what is no masker."""
+    read_masker(value)
+    return value
+
+
 def tagged(annotation: Any) -> dict[str, type[Settings]]:
     """The classes of a union of settings by their tag (the only value of their `method` or `kind`); else empty.
 
@@ -77,7 +86,7 @@ def tagged(annotation: Any) -> dict[str, type[Settings]]:
     return found
 
 
-MaskerName = Annotated[str, BeforeValidator(_colour_as_text)]
+MaskerName = Annotated[str, BeforeValidator(_colour_as_text), AfterValidator(_readable_masker)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 LearningRate = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
 BatchSize = Annotated[int, Field(ge=1, le=65536)]

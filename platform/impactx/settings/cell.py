@@ -34,8 +34,9 @@ class DatasetSettings(Settings):
         "size of the training split: only for --dry-run, while the data are not here yet"))
     image_size: int | None = Field(None, ge=8, le=1024, description=(
         "side in pixels to which every image is resized; None: all images must have one size"))
-    test_fraction: Fraction = Field(0.2, description=(
-        "share drawn (stratified, by split_seed) as test set where the source has no test split of its own"))
+    test_fraction: Fraction | None = Field(0.2, description=(
+        "share drawn (stratified, by split_seed) as test set where the source has no test split of its own; None: none "
+        "is drawn, for jobs/explain.py, which takes that for a folder's default"))
     split_seed: int = Field(0, ge=0, description="seed of that draw and of subset; not the repeats' seed")
     subset: int | None = Field(None, ge=20, description=(
         "use only this many training images, drawn stratified by split_seed; for trials of a set-up"))

@@ -137,6 +137,15 @@ class ExperimentSettings(Settings):
     cluster: ClusterSettings = ClusterSettings()
     tracking: TrackingSettings = TrackingSettings()
 
+    @field_validator("datasets")
+    @classmethod
+    def _datasets_have_tests(cls, datasets: dict[str, DatasetSettings]) -> dict[str, DatasetSettings]:
+        without = [name for name, dataset in datasets.items() if dataset.test_fraction is None]
+        if without:
+            raise ValueError(f"test_fraction null of {', '.join(without)}: an experiment ends with a test; give a "
+                             "share above 0 and below 1")
+        return datasets
+
     @model_validator(mode="after")
     def _asha_stops_one_worker(self) -> ExperimentSettings:
         if self.grid.strategy == "asha" and self.cluster.trial_workers > 1:

@@ -10,7 +10,7 @@ from .base import Part, Source
 from .digits import DigitsSource
 from .downloaded import TorchvisionSource
 from .folder import FolderSource, has_class_folders
-from .parquet import ParquetSource, find_parquet
+from .parquet import ParquetSource, find_parquet, parquet_names
 
 __all__ = ["Part", "Source", "find_source"]
 
@@ -33,7 +33,7 @@ def find_source(settings: DatasetSettings, data_root: str | Path) -> Source:
         place = find_parquet(folder)
         if place is not None:
             return ParquetSource(place)
-        looked.append("Parquet files (train-*.parquet)")
+        looked.append("Parquet files (train-*.parquet or train/0000.parquet)")
     if kind in ("auto", "folder"):
         if has_class_folders(folder):
             return FolderSource(folder)
@@ -45,6 +45,10 @@ def find_source(settings: DatasetSettings, data_root: str | Path) -> Source:
         at = folder if kind == "torchvision" and settings.path else root / "torchvision"
         return TorchvisionSource(settings.torchvision_class, at, settings.download, hints)
     there = "which does not exist" if not folder.exists() else "which holds none"
+    if folder.is_dir() and (others := parquet_names(folder)):
+        more = " and more" if len(others) > 5 else ""
+        there += (f" (its Parquet files are {', '.join(others[:5])}{more}: rename those of the training part like "
+                  "train-00000-of-00001.parquet)")
     raise DataError(f"data set {settings.name!r} was not found: looked for {' and '.join(looked)} in "
                     f"{folder}, {there}. {hints}")
 

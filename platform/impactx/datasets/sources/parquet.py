@@ -1,7 +1,9 @@
 """A folder of Parquet files in the layout of the Hugging Face hub.
 
-Files are named train-00000-of-00004.parquet (or train.parquet), and test-... likewise; they lie in the
-folder itself, in data/, or in its only subfolder that holds any.  A row has the image in `img` or
+Files are named train-00000-of-00004.parquet (or train.parquet; the hub's older exports add a hash, as in
+train-00000-of-00001-1359597a978bc4fa.parquet), and test-... likewise; or, as in the hub's own conversions,
+train/0000.parquet and test/0000.parquet. They lie in the folder itself, in data/, or in its only subfolder that
+holds any (default/train/0000.parquet).  A row has the image in `img` or
 `image` (encoded bytes, or a struct {bytes, path}) and the label in `label`, `fine_label` or `labels`.
 """
 
@@ -24,7 +26,8 @@ IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "fine_label", "labels")
 ROWS = 64  # read at a time
 
-_SHARD = re.compile(r"(?P<split>.+?)(?:-(?P<index>\d+)-of-(?P<count>\d+))?\.parquet")
+_SHARD = re.compile(r"(?P<split>.+?)(?:-(?P<index>\d+)-of-(?P<count>\d+)(?P<hash>-[0-9a-f]+)?)?\.parquet")
+_CONVERTED = re.compile(r"\d+\.parquet")  # below a folder that has the split's name
 
 
 def find_parquet(folder: Path) -> Path | None:
@@ -43,6 +46,11 @@ def find_parquet(folder: Path) -> Path | None:
         raise DataError(f"several folders in {folder} hold train-*.parquet: "
                         f"{', '.join(p.name for p in places)}; set `path` of the data set to one of them")
     return places[0] if places else None
+
+
+def parquet_names(folder: Path) -> list[str]:
+    """All Parquet files at any depth of a folder, whatever their names, for a message."""
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.parquet"))
 
 
 class ParquetSource(Source):
@@ -148,31 +156,36 @@ class ParquetSource(Source):
 
 
 def _files(place: Path) -> list[Path]:
-    return sorted(p for p in place.glob("*.parquet") if not p.name.startswith(("._", ".")))
+    named = [p for p in place.glob("*.parquet") if not p.name.startswith(".")]
+    return sorted([*named, *(p for p in place.glob("*/*.parquet") if _CONVERTED.fullmatch(p.name))])
 
 
 def _split_of(file: Path) -> str:
-    return _SHARD.fullmatch(file.name)["split"] if file.name != ".parquet" else ""
+    return file.parent.name if _CONVERTED.fullmatch(file.name) else _SHARD.fullmatch(file.name)["split"]
 
 
 def _check_complete(files: list[Path]) -> None:
-    """Every shard that '-of-00004' promises must be there, and of one set only."""
+    """Every shard that '-of-00004' or a higher number promises must be there, once, and of one set only."""
+    folder = files[0].parent
+    converted = all(_CONVERTED.fullmatch(file.name) for file in files)
     shards = [_SHARD.fullmatch(file.name) for file in files]
-    totals = {shard["count"] for shard in shards}
-    if len(totals) > 1:
-        raise DataError(f"{files[0].parent} mixes files of several exports of one split: "
+    numbers = [int(shard["split" if converted else "index"] or 0) for shard in shards]
+    if len({file.parent for file in files}) > 1 or len(set(numbers)) < len(files) or len(
+            {shard["count"] for shard in shards}) > 1:
+        raise DataError(f"{folder} mixes files of several exports of one split: "
                         f"{', '.join(file.name for file in files[:6])}; keep one export")
-    total = totals.pop()
-    if total is None:
+    one = shards[0]
+    if converted:
+        total, written = max(numbers) + 1, f"{{:0{len(one['split'])}d}}.parquet"
+    elif one["count"] is None:
         return
-    digits = len(shards[0]["index"])
-    present = {int(shard["index"]) for shard in shards}
-    missing = [f"{shards[0]['split']}-{i:0{digits}d}-of-{total}.parquet"
-               for i in range(int(total)) if i not in present]
+    else:
+        total, written = int(one["count"]), (f"{one['split']}-{{:0{len(one['index'])}d}}-of-{one['count']}"
+                                             f"{'-*' if one['hash'] else ''}.parquet")
+    missing = [written.format(i) for i in range(total) if i not in numbers]
     if missing:
-        raise DataError(f"{files[0].parent} lacks {', '.join(missing[:5])}"
-                        f"{' and more' if len(missing) > 5 else ''} ({len(files)} of {int(total)} files are "
-                        "there): copy the missing files")
+        raise DataError(f"{folder} lacks {', '.join(missing[:5])}{' and more' if len(missing) > 5 else ''} "
+                        f"({len(files)} of {total} files are there): copy the missing files")
 
 
 def _open(file: Path) -> Any:
