@@ -182,13 +182,22 @@ class MapStore:
         return table
 
     def verify(self) -> list[str]:
-        """Read every shard; one message for each that is missing, torn, foreign or altered."""
+        """Read every shard; one message for each that is missing, torn, foreign or altered.
+
+        Also for each other Parquet file in the folder: every program that reads the folder takes it for a part of the
+        store. It may be another store's, or of this one, cut by another shard size, before its head was made anew.
+        """
         problems = []
         for shard in range(self.spec.shards):
             try:
                 self.read_shard(shard)
             except StoreError as error:
                 problems.append(str(error))
+        expected = {self.shard_name(k) for k in range(self.spec.shards)}
+        problems += [f"{self.storage.uri(f'{self.folder}/{name}')} is no shard of this store, which has "
+                     f"{self.spec.shards} of {self.spec.shard_size} images: delete it, or whoever reads the folder "
+                     "reads it too" for name in self.storage.names(self.folder)
+                     if name.endswith(".parquet") and name not in expected]
         return problems
 
     def unpack(self, cache: str | Path) -> np.ndarray:
