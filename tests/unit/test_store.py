@@ -269,6 +269,10 @@ def test_the_other_scales():
     assert map_scale(maps, np.array([0]), "raw") == 1.0
     with pytest.raises(StoreError, match="constant"):
         map_scale(np.ones((4, 1, 2, 2), np.float32), np.arange(3), "std")
-    maps[1] = 0
-    with pytest.raises(StoreError, match="image 1 is all zeros"):
-        map_scale(maps, np.array([0]), "max_abs")
+
+
+def test_a_map_of_zeros_has_the_max_abs_scale_1():
+    maps = np.array([[[[1.0, -4.0]]], [[[0.0, 0.0]]], [[[1e-40, 0.0]]]], np.float32)  # 1 / 1e-40 is above float32
+    np.testing.assert_array_equal(map_scale(maps, np.array([0]), "max_abs"), np.array([0.25, 1, 1], np.float32))
+    with pytest.raises(StoreError, match="all training maps are zeros"):
+        map_scale(maps, np.array([1]), "max_abs")
