@@ -32,7 +32,7 @@ def run(arguments: list[str] | None = None) -> None:
 
     if options.verify:
         problems = explain_job.verify(options.verify)
-        print("\n".join(problems) or f"{options.verify}: every shard is there and as it was written")
+        print("\n".join(problems) or f"{options.verify}: every shard is there and as it was written, and no other")
         sys.exit(1 if problems else 0)
     settings = options.settings()
     job = explain_job.prepare(settings, options.choice())

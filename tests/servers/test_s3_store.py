@@ -138,6 +138,8 @@ def test_a_store_of_maps(bucket, tmp_path):
     write(1)
     write(2)
     assert store.storage.read(name) == whole and again.verify() == []
+    store.storage.write("maps/key/shard-00000-of-00005.parquet", whole)
+    assert [f"{bucket}/maps/key/shard-00000-of-00005.parquet is no shard" in text for text in again.verify()] == [True]
     with pytest.raises(StoreError, match="another|fingerprint"):
         MapStore.create(Storage(bucket), "maps/key", StoreSpec("e" * 32, 10, (3, 4, 5), 4, {}))
 

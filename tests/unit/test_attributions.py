@@ -17,7 +17,7 @@ from impactx.experiment.preparation import dry_run, prepare
 from impactx.experiment.tracker import NoTracker
 from impactx.explain.attribution import AttributionError, build_attribution
 from impactx.explain.precision import forward_precision, map_error
-from impactx.explain.scores import MissingPackage
+from impactx.explain.scores import MissingPackage, completeness_gaps
 from impactx.explain.store import MapStore
 from impactx.settings import AttributionSettings, parse_attribution, tagged
 
@@ -114,6 +114,36 @@ class Narrow(nn.Module):
             self.refused += 1
             raise torch.OutOfMemoryError("no room")
         return self.net(x)
+
+
+def low_contrast() -> tuple[np.ndarray, np.ndarray]:
+    """Images whose scores hardly differ from those of their blurred versions; the first is all of one grey."""
+    images = np.random.default_rng(0).integers(128, 130, (12, 12, 12, 3), np.uint8)
+    images[0] = 128
+    return images, np.arange(12) % 5
+
+
+@pytest.mark.parametrize("explain", ["logit", "probability"])
+def test_shaps_maps_of_low_contrast_add_up(explain):
+    """The batch in which f(image) is computed moves it by more than these maps may miss."""
+    pytest.importorskip("shap")
+    found = attribution("shap_partition", explain=explain, masker="blur(3,3)").explain(net(), *low_contrast())
+    assert not found.maps[0].any() and found.maps[1:].any((1, 2, 3)).all()
+    assert completeness_gaps(found.maps, found.scores, found.base_values).max() < 1e-6
+
+
+def test_a_wrong_map_of_low_contrast_is_refused(monkeypatch):
+    shap = pytest.importorskip("shap")
+
+    class Wrong(shap.PartitionExplainer):
+        def __call__(self, *args, **settings):  # noqa: ANN002, ANN003, ANN204
+            made = super().__call__(*args, **settings)
+            made.values = made.values * 1.001
+            return made
+
+    monkeypatch.setattr(shap, "PartitionExplainer", Wrong)
+    with pytest.raises(AttributionError, match="map of image 1, output 0, sums to"):
+        attribution("shap_partition", masker="blur(3,3)").explain(net(), *low_contrast())
 
 
 def test_out_of_memory_leads_to_smaller_batches(method):

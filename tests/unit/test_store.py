@@ -94,7 +94,31 @@ def test_a_shard_is_read_in_the_callers_thread_alone(store):
 
 def test_create_keeps_the_shards_of_a_store_begun_with_another_shard_size(store):
     again = MapStore.create(store.storage, "maps/key", replace(SPEC, shard_size=3))
-    assert again.spec.shard_size == 4 and again.missing() == []
+    assert again.spec.shard_size == 4 and again.missing() == [] and again.verify() == []
+
+
+def test_shards_that_are_not_of_the_store_are_named(store, tmp_path):
+    other = MapStore.create(Storage(tmp_path), "maps/other", replace(SPEC, fingerprint="e" * 32, shard_size=2))
+    rows = other.shard_indices(0)
+    other.write_shard(0, LABELS[rows], explanations(rows))
+    foreign = file_of(store, 0).with_name(other.shard_name(0))
+    foreign.write_bytes(file_of(other, 0).read_bytes())
+    store.storage.write_json("maps/key/result.json", {"images": 10})
+    assert store.missing() == []
+    assert store.verify() == [f"{foreign} is no shard of this store, which has 3 of 4 images: delete it, or whoever "
+                              "reads the folder reads it too"]
+    foreign.unlink()
+    assert store.verify() == []
+
+
+def test_shards_of_the_size_before_the_head_was_made_anew_are_named(store):
+    old = [str(file_of(store, shard)) for shard in range(3)]
+    store.storage.delete(f"maps/key/{HEAD}")
+    again = MapStore.create(store.storage, "maps/key", replace(SPEC, shard_size=5))
+    for shard in range(2):
+        rows = again.shard_indices(shard)
+        again.write_shard(shard, LABELS[rows], explanations(rows))
+    assert [message.split()[0] for message in again.verify()] == old
 
 
 def test_another_fingerprint_is_another_store(store):
@@ -245,6 +269,10 @@ def test_the_other_scales():
     assert map_scale(maps, np.array([0]), "raw") == 1.0
     with pytest.raises(StoreError, match="constant"):
         map_scale(np.ones((4, 1, 2, 2), np.float32), np.arange(3), "std")
-    maps[1] = 0
-    with pytest.raises(StoreError, match="image 1 is all zeros"):
-        map_scale(maps, np.array([0]), "max_abs")
+
+
+def test_a_map_of_zeros_has_the_max_abs_scale_1():
+    maps = np.array([[[[1.0, -4.0]]], [[[0.0, 0.0]]], [[[1e-40, 0.0]]]], np.float32)  # 1 / 1e-40 is above float32
+    np.testing.assert_array_equal(map_scale(maps, np.array([0]), "max_abs"), np.array([0.25, 1, 1], np.float32))
+    with pytest.raises(StoreError, match="all training maps are zeros"):
+        map_scale(maps, np.array([1]), "max_abs")

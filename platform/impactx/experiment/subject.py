@@ -17,7 +17,7 @@ from impactx.experiment.work import split_of
 from impactx.experiment.workplace import Workplace
 from impactx.explain.attribution import AttributionError, build_attribution
 from impactx.explain.masking import MaskerError
-from impactx.explain.store import MapStore, map_scale
+from impactx.explain.store import MapStore, largest_scale, map_scale
 from impactx.settings import AttributionSettings, EvaluationSettings, parse_attribution
 
 
@@ -105,8 +105,7 @@ class Learned:
         """Other maps of the same kind in the units that were learned."""
         if self.scale is not None:
             return maps * np.float32(self.scale)
-        largest = np.abs(maps).max((1, 2, 3), keepdims=True)
-        return maps / np.where(largest > 0, largest, 1)
+        return maps * largest_scale(maps)[:, None, None, None]
 
 
 def own_network(subject: Subject) -> nn.Module:

@@ -66,6 +66,9 @@ class ShapPartitionAttribution:
                              fixed_context=s.fixed_context, silent=True)
             maps[i] = np.moveaxis(made.values[0, ..., 0], 2, 0)
             base[i] = float(np.ravel(made.base_values)[0])
+            # f(image) as shap had it, alone in a forward: among others it is rounded another way (by up to 131 float32
+            # eps of the score, in the networks tried), which is more than a map of low contrast may miss.
+            found[i] = values(pixels[None])[0, int(y[i])]
             if not np.isfinite(maps[i]).all():
                 raise AttributionError(f"the map of image {name} is not finite: the model gives such scores to masked "
                                        "versions of it")

@@ -182,13 +182,22 @@ class MapStore:
         return table
 
     def verify(self) -> list[str]:
-        """Read every shard; one message for each that is missing, torn, foreign or altered."""
+        """Read every shard; one message for each that is missing, torn, foreign or altered.
+
+        Also for each other Parquet file in the folder: every program that reads the folder takes it for a part of the
+        store. It may be another store's, or of this one, cut by another shard size, before its head was made anew.
+        """
         problems = []
         for shard in range(self.spec.shards):
             try:
                 self.read_shard(shard)
             except StoreError as error:
                 problems.append(str(error))
+        expected = {self.shard_name(k) for k in range(self.spec.shards)}
+        problems += [f"{self.storage.uri(f'{self.folder}/{name}')} is no shard of this store, which has "
+                     f"{self.spec.shards} of {self.spec.shard_size} images: delete it, or whoever reads the folder "
+                     "reads it too" for name in self.storage.names(self.folder)
+                     if name.endswith(".parquet") and name not in expected]
         return problems
 
     def unpack(self, cache: str | Path) -> np.ndarray:
@@ -234,8 +243,8 @@ def map_scale(maps: np.ndarray, training: np.ndarray, how: str) -> np.ndarray | 
     """The factor(s) by which maps are multiplied before stage 2; fitted on the training part alone.
 
     maps: float32 (N, C, H, W); training: indices. "std": 1 / standard deviation of the training maps, a float;
-    "max_abs": float32 (N,), 1 / each map's largest absolute value; "raw": 1.0.
-    Raises StoreError where all maps are constant or a map is all zeros.
+    "max_abs": float32 (N,), as `largest_scale`; "raw": 1.0.
+    Raises StoreError where all training maps are constant ("std") or zeros ("max_abs").
     """
     if how == "raw":
         return 1.0
@@ -251,7 +260,16 @@ def map_scale(maps: np.ndarray, training: np.ndarray, how: str) -> np.ndarray | 
         if not variance > 0:
             raise StoreError("all training maps are constant: there is nothing to learn from them")
         return float(variance**-0.5)
-    largest = np.array([np.abs(m).max() for m in maps])
-    if not (largest > 0).all():
-        raise StoreError(f"the map of image {int(np.argmin(largest))} is all zeros: it has no max_abs scale")
-    return (1.0 / largest).astype(np.float32)
+    if not any(np.any(maps[i]) for i in training):
+        raise StoreError("all training maps are zeros: there is nothing to learn from them")
+    return largest_scale(maps)
+
+
+def largest_scale(maps: np.ndarray) -> np.ndarray:
+    """The scale "max_abs" of maps (N, C, H, W): float32 (N,), 1 / each map's largest absolute value.
+
+    A map of zeros, as of an image of one colour that a blur leaves as it is, has 1: no factor changes it.
+    """
+    largest = np.array([np.abs(one).max() for one in maps], np.float32)  # one by one: they may be larger than memory
+    # Of a value below float32's normal ones, 1 / value may be above float32: such a map counts as zeros.
+    return 1 / np.where(largest < np.finfo(np.float32).tiny, np.float32(1), largest)

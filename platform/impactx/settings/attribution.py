@@ -158,4 +158,4 @@ class MapSettings(Settings):
     shard_size: int = Field(500, ge=1, description="images a Parquet file; part of the store's layout")
     scale: Literal["std", "max_abs", "raw"] = Field("std", description=(
         "std: divided by the training maps' standard deviation, one number a store; "
-        "max_abs: each map by its largest absolute value; raw: as they are"))
+        "max_abs: each map by its largest absolute value, a map of zeros stays one; raw: as they are"))

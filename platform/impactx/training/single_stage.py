@@ -20,7 +20,7 @@ from torch import nn
 from impactx.datasets import Dataset, Split
 from impactx.datasets.batches import Batch, DeviceData
 from impactx.explain.attribution import build_attribution
-from impactx.explain.store import StoreError, map_scale
+from impactx.explain.store import StoreError, largest_scale, map_scale
 from impactx.models import SingleStageImpactx, build_single_stage
 from impactx.models.logits import Logits
 from impactx.settings import AttributionSettings, ModelSettings, SingleStageSettings, TrainingSettings
@@ -117,8 +117,7 @@ class SelfExplanation:
         rows = self._there()
         if self.scale == "max_abs":
             factor = np.ones(len(self.maps), np.float32)
-            largest = np.abs(self.maps[rows]).max(axis=(1, 2, 3))
-            factor[rows] = 1 / np.maximum(largest, np.finfo(np.float32).tiny)
+            factor[rows] = largest_scale(self.maps[rows])
             return factor
         try:
             return map_scale(self.maps, rows, self.scale)
