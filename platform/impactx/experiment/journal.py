@@ -44,6 +44,7 @@ class CellJournal:
         self._about = {"dataset": dataset, "model": model} | dict(about)
         self._units: dict[tuple[str, str], dict[str, Any]] = {}
         self._failed: dict[str, str] = {}
+        self._lost: dict[str, str] = {}
         self._selected: dict[str, str] = {}
         self._error: str | None = None
         self._rows: list[dict[str, Any]] = []
@@ -66,6 +67,12 @@ class CellJournal:
             self._failed[unit.folder] = error
             self._write()
 
+    def lost(self, what: str, error: str) -> None:
+        """The cell goes on without this (an approach, or a unit by its name)."""
+        with self._lock:
+            self._lost[what] = error
+            self._write()
+
     def stopped(self, error: str) -> None:
         """The cell cannot go on."""
         with self._lock:
@@ -86,5 +93,5 @@ class CellJournal:
 
     def _write(self) -> None:
         self._storage.write_json(self._path, self._about | {
-            "units": list(self._units.values()), "failed": self._failed, "selected": self._selected,
-            "error": self._error, "rows": self._rows})
+            "units": list(self._units.values()), "failed": self._failed, "lost": self._lost,
+            "selected": self._selected, "error": self._error, "rows": self._rows})
