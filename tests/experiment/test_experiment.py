@@ -34,7 +34,7 @@ from impactx.experiment.work import finish_maps, train_unit
 from impactx.explain.store import MapStore
 from impactx.models import load_checkpoint
 from impactx.settings import ModelSettings, TrainingSettings
-from impactx.storage import StorageError
+from impactx.storage import Storage, StorageError
 from impactx.training import train_stage1, train_stage2
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -383,6 +383,27 @@ def test_a_data_set_above_the_memory_budget_trains_to_the_same_numbers(first):
                               weight=0.8, maps=maps, scale=2.0, **how)
         histories.append([{k: v for k, v in row.items() if k != "seconds"} for row in one.history + two.history])
     assert histories[0] == histories[1]
+
+
+def test_a_finished_job_that_is_started_again_and_interrupted_keeps_its_report(first, output, shared):
+    storage = Storage(output)
+
+    def left():
+        export = export_job(storage, first.job.key)
+        return {k: export[k] for k in ("cells", "evidence")}
+
+    class Interrupting(NoTracker):
+        def replay(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    before = left()
+    assert len(before["cells"][0]["rows"]) == 3 and not before["cells"][0]["missing"]
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            Done(output, shared, tracker=Interrupting()).run()
+        assert left() == before
+    Done(output, shared).run()
+    assert left()["cells"][0]["units"] == before["cells"][0]["units"]
 
 
 # ---- what fails alone

@@ -43,7 +43,8 @@ class CellRun:
         self.key = f"{job.key}/{cell.dataset.name}/{cell.model.name}"
         self.journal = CellJournal(job.artifacts.storage, job.key, cell.dataset.name, cell.model.name, {
             "class_names": list(cell.facts.class_names), "image_size": list(cell.facts.image_size),
-            "train_images": cell.facts.train_images, "selection_metric": cell.selection_metric})
+            "train_images": cell.facts.train_images, "selection_metric": cell.selection_metric,
+            "common": cell.fingerprint})
         self.log = CellLog(log, {"cell": cell.name})
         self.rows: list[Row] = []
         self.failed: dict[str, str] = {}  # what failed alone, by name, and why
@@ -61,6 +62,7 @@ class CellRun:
             return None
         if result is not None:
             self._replay(unit, result, {"impactx.reused": "true"})
+            self.journal.done(unit)
         return result
 
     def _replay(self, unit: Unit, result: dict[str, Any], tags: dict[str, str]) -> None:
@@ -85,6 +87,7 @@ class CellRun:
         except Exception as error:
             self.journal.failed(unit, f"{type(error).__name__}: {error}")
             raise
+        self.journal.done(unit)
         if result.get("best"):
             self.log.info("%s: validation accuracy %.4f at epoch %d of %d, in %s", unit.name,
                      result["best"]["val_accuracy"], result["best_epoch"], result["epochs"],
@@ -126,6 +129,8 @@ class CellRun:
                     self.log.warning("%s diverged at epoch %d (loss not finite)", unit.name, result["epochs"])
                 score = result["best"][metric] if result.get("best") else float("nan")
                 said, best = f"{metric} {score:.4f}", score if not best >= score else best
+            if result is not None:
+                self.journal.done(unit)
             over = len(results) + len(stopped) + len(failed)
             self.job.summary.ended(self.cell.name, unit.name)
             self.job.summary.at(self.cell.name, f"{what}, {over} of {len(units)} trials")
@@ -266,6 +271,7 @@ class CellRun:
                 if (published := paper_accuracy(s.dataset, s.model, s.approach)) is not None:
                     run.log_metrics({f"{s.approach}.paper_accuracy": published})
             run.log_text(results_csv(self.rows), "results.csv")
+            self.journal.finished()
             if self.failed:
                 run.finish("FAILED", str(self._failure()))
 

@@ -80,7 +80,7 @@ def _cell(storage: Storage, settings: dict[str, Any], journal: dict[str, Any]) -
     with ThreadPoolExecutor(READERS, thread_name_prefix="results") as pool:
         units = list(pool.map(lambda unit: _unit(storage, unit, journal["failed"].get(unit["folder"])),
                               journal["units"]))
-    return {k: v for k, v in journal.items() if k not in ("failed", "lost")} | {
+    return {k: v for k, v in journal.items() if k not in ("failed", "lost", "common")} | {
         "units": units, "missing": list(_missing(settings, journal, units))}
 
 
