@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from impactx.datasets import DataError, make_split
 from impactx.experiment.cell_run import PartsFailed
 from impactx.experiment.claims import TakenOver
 from impactx.experiment.executor import LocalExecutor
+from impactx.experiment.explanations import judge_maps
 from impactx.experiment.export import export_job
 from impactx.experiment.plan import SelectionError
 from impactx.experiment.preparation import dry_run, prepare
@@ -30,8 +32,9 @@ from impactx.experiment.results import table
 from impactx.experiment.run import CellsFailed, Job
 from impactx.experiment.tracker import NoRun, NoTracker
 from impactx.experiment.units import WorkError
-from impactx.experiment.work import finish_maps, train_unit
-from impactx.explain.store import MapStore
+from impactx.experiment.work import evaluate_unit, finish_maps, maps_complete, train_unit
+from impactx.explain.attribution import Explanations
+from impactx.explain.store import HEAD, MapStore, StoreError
 from impactx.models import load_checkpoint
 from impactx.settings import ModelSettings, TrainingSettings
 from impactx.storage import Storage, StorageError
@@ -197,6 +200,51 @@ def test_a_deleted_shard_is_made_anew_although_the_maps_were_finished(first, out
     again = Done(output, shared).run()
     assert again.work == ["maps repeat 0: 100 of 100"] and shard.read_bytes() == content
     assert again.numbers() == first.numbers()
+
+
+def of_another_model(storage: Storage, folder: str) -> None:
+    """Put a store that is whole and consistent in itself, of another fingerprint, into a folder."""
+    store = MapStore.open(storage, folder)
+    shards = [store.read_shard(k) for k in range(store.spec.shards)]
+    other = MapStore(storage, folder, replace(store.spec, fingerprint="0" * 32))
+    for k, rows in enumerate(shards):
+        maps = np.stack(rows["map"].to_numpy()).reshape(-1, *store.spec.shape)
+        other.write_shard(k, rows["label"].to_numpy(), Explanations(
+            maps, rows["score"].to_numpy(), rows["base_value"].to_numpy()))
+    storage.write_json(f"{folder}/{HEAD}", storage.read_json(f"{folder}/{HEAD}") | {"fingerprint": "0" * 32})
+
+
+def test_a_store_of_another_model_is_refused_by_whoever_opens_it(shared, tmp_path):
+    job = ("approach=[impactx,wae]", "approaches.impactx.lambdas=[0.8]", "approaches.wae.learning_rate_factors=[1]",
+           "grid.learning_rate=[0.004]", "attribution.max_evals=12", "evaluation.map_images=4")
+    done, units = Done(tmp_path, shared, *job), {}
+
+    def noting(how, task, *rest):
+        units[task.unit.name] = task.unit
+        return how(task, *rest)
+
+    for what in ("train", "explain", "evaluate", "judge"):
+        setattr(done.executor, what, partial(noting, getattr(done.executor, what)))
+    done.run().job.check()
+    storage = done.place.artifacts.storage
+    train, test = units["maps repeat 0"], units["class-weighted maps of test images repeat 0"]
+    for maps in (train, test):
+        assert maps_complete(maps, done.place)
+        of_another_model(storage, maps.folder)
+        assert not maps_complete(maps, done.place)
+    for maps, user, work in [(train, "explanations of impactx lambda=0.8 repeat 0", judge_maps),
+                             (train, "impactx lambda=0.8 repeat 0", train_unit),
+                             (test, "test of wae repeat 0", evaluate_unit)]:
+        (tmp_path / units[user].folder / "result.json").unlink()
+        with pytest.raises(StoreError) as caught:
+            work(units[user], done.place)
+        said = str(caught.value)
+        assert f"{storage.uri(maps.folder)} holds maps under fingerprint {'0' * 32}, not {maps.key}" in said
+        assert "delete the folder and compute the maps again" in said
+    again = Done(tmp_path, shared, *job).run()
+    assert [row.approach for row in again.rows] == ["baseline"]
+    with pytest.raises(PartsFailed, match=f"maps repeat 0: StoreError: .*{'0' * 32}, not {train.key}"):
+        again.job.check()
 
 
 @pytest.mark.parametrize("override, work", [

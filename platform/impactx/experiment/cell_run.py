@@ -58,7 +58,7 @@ class CellRun:
     def _reused(self, unit: Unit) -> dict[str, Any] | None:
         result = self.job.artifacts.result(unit)
         if result is not None and unit.role == "maps" and not maps_complete(unit, self.job.place):
-            self.log.warning("%s: shards were deleted since they were finished: they are made anew", unit.name)
+            self.log.warning("%s: it was finished, but its store is not whole any more: it is completed", unit.name)
             return None
         if result is not None:
             self._replay(unit, result, {"impactx.reused": "true"})
