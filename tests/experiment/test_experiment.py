@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,18 +21,23 @@ import impactx
 from impactx.command import main
 from impactx.configuration import ConfigurationError, load_settings
 from impactx.datasets import DataError, make_split
+from impactx.experiment.cell_run import PartsFailed
+from impactx.experiment.claims import TakenOver
 from impactx.experiment.executor import LocalExecutor
+from impactx.experiment.explanations import judge_maps
+from impactx.experiment.export import export_job
 from impactx.experiment.plan import SelectionError
 from impactx.experiment.preparation import dry_run, prepare
 from impactx.experiment.results import table
 from impactx.experiment.run import CellsFailed, Job
 from impactx.experiment.tracker import NoRun, NoTracker
 from impactx.experiment.units import WorkError
-from impactx.experiment.work import finish_maps, train_unit
-from impactx.explain.store import MapStore
+from impactx.experiment.work import evaluate_unit, finish_maps, maps_complete, train_unit
+from impactx.explain.attribution import Explanations
+from impactx.explain.store import HEAD, MapStore, StoreError
 from impactx.models import build_classifier, load_checkpoint
 from impactx.settings import ModelSettings, TrainingSettings
-from impactx.storage import StorageError
+from impactx.storage import Storage, StorageError
 from impactx.training import train_stage1, train_stage2
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -198,6 +204,51 @@ def test_a_deleted_shard_is_made_anew_although_the_maps_were_finished(first, out
     assert again.numbers() == first.numbers()
 
 
+def of_another_model(storage: Storage, folder: str) -> None:
+    """Put a store that is whole and consistent in itself, of another fingerprint, into a folder."""
+    store = MapStore.open(storage, folder)
+    shards = [store.read_shard(k) for k in range(store.spec.shards)]
+    other = MapStore(storage, folder, replace(store.spec, fingerprint="0" * 32))
+    for k, rows in enumerate(shards):
+        maps = np.stack(rows["map"].to_numpy()).reshape(-1, *store.spec.shape)
+        other.write_shard(k, rows["label"].to_numpy(), Explanations(
+            maps, rows["score"].to_numpy(), rows["base_value"].to_numpy()))
+    storage.write_json(f"{folder}/{HEAD}", storage.read_json(f"{folder}/{HEAD}") | {"fingerprint": "0" * 32})
+
+
+def test_a_store_of_another_model_is_refused_by_whoever_opens_it(shared, tmp_path):
+    job = ("approach=[impactx,wae]", "approaches.impactx.lambdas=[0.8]", "approaches.wae.learning_rate_factors=[1]",
+           "grid.learning_rate=[0.004]", "attribution.max_evals=12", "evaluation.map_images=4")
+    done, units = Done(tmp_path, shared, *job), {}
+
+    def noting(how, task, *rest):
+        units[task.unit.name] = task.unit
+        return how(task, *rest)
+
+    for what in ("train", "explain", "evaluate", "judge"):
+        setattr(done.executor, what, partial(noting, getattr(done.executor, what)))
+    done.run().job.check()
+    storage = done.place.artifacts.storage
+    train, test = units["maps repeat 0"], units["class-weighted maps of test images repeat 0"]
+    for maps in (train, test):
+        assert maps_complete(maps, done.place)
+        of_another_model(storage, maps.folder)
+        assert not maps_complete(maps, done.place)
+    for maps, user, work in [(train, "explanations of impactx lambda=0.8 repeat 0", judge_maps),
+                             (train, "impactx lambda=0.8 repeat 0", train_unit),
+                             (test, "test of wae repeat 0", evaluate_unit)]:
+        (tmp_path / units[user].folder / "result.json").unlink()
+        with pytest.raises(StoreError) as caught:
+            work(units[user], done.place)
+        said = str(caught.value)
+        assert f"{storage.uri(maps.folder)} holds maps under fingerprint {'0' * 32}, not {maps.key}" in said
+        assert "delete the folder and compute the maps again" in said
+    again = Done(tmp_path, shared, *job).run()
+    assert [row.approach for row in again.rows] == ["baseline"]
+    with pytest.raises(PartsFailed, match=f"maps repeat 0: StoreError: .*{'0' * 32}, not {train.key}"):
+        again.job.check()
+
+
 @pytest.mark.parametrize("override, work", [
     ("approaches.impactx.lambdas=[0.4,0.6]", ["impactx lambda=0.6"]),
     ("training.patience=3", None),
@@ -291,7 +342,7 @@ def test_a_wrong_checkpoint_is_refused_by_name(output, shared, damage, said, wor
                   "test": ("tests", "test of A repeat 0")}[work]
     shutil.rmtree(folder_of(output, role, name))
     with pytest.raises(WorkError) as caught:
-        Done(output, shared).run()
+        Done(output, shared).run().job.check()
     assert str(file) in str(caught.value) and said in str(caught.value) and "delete the folder" in str(caught.value)
 
 
@@ -404,6 +455,146 @@ def test_a_data_set_above_the_memory_budget_trains_to_the_same_numbers(first):
                               weight=0.8, maps=maps, scale=2.0, **how)
         histories.append([{k: v for k, v in row.items() if k != "seconds"} for row in one.history + two.history])
     assert histories[0] == histories[1]
+
+
+def test_a_finished_job_that_is_started_again_and_interrupted_keeps_its_report(first, output, shared):
+    storage = Storage(output)
+
+    def left():
+        export = export_job(storage, first.job.key)
+        return {k: export[k] for k in ("cells", "evidence")}
+
+    class Interrupting(NoTracker):
+        def replay(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    before = left()
+    assert len(before["cells"][0]["rows"]) == 3 and not before["cells"][0]["missing"]
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            Done(output, shared, tracker=Interrupting()).run()
+        assert left() == before
+    Done(output, shared).run()
+    assert left()["cells"][0]["units"] == before["cells"][0]["units"]
+
+
+# ---- what fails alone
+
+class Faulty(Recorder):
+    """Some units raise, and the losses of some trainings are not finite: by the beginnings of their names."""
+
+    raising: dict[str, Exception] = {}
+    diverging: tuple[str, ...] = ()
+
+    def _check(self, task):
+        for name, error in self.raising.items():
+            if task.unit.name.startswith(name):
+                self.done.append(task.unit.name)
+                raise error
+
+    def train(self, task, on_epoch):
+        self._check(task)
+        result = super().train(task, on_epoch)
+        if task.unit.name.startswith(self.diverging):
+            result |= {"weights": None, "best": None, "diverged": True}
+            self.place.artifacts.finish(task.unit, result)
+        return result
+
+    def explain(self, task, on_shards):
+        self._check(task)
+        return super().explain(task, on_shards)
+
+    def evaluate(self, task):
+        self._check(task)
+        return super().evaluate(task)
+
+    def judge(self, task):
+        self._check(task)
+        return super().judge(task)
+
+
+def faulty(output, shared, *overrides, raising=None, diverging=(), tracker=None) -> Done:
+    done = Done(output, shared, *overrides, tracker=tracker)
+    done.executor.__class__ = Faulty
+    done.executor.raising, done.executor.diverging = raising or {}, tuple(diverging)
+    return done
+
+
+def left_out(done: Done) -> str:
+    """What the report says of it."""
+    cell, = export_job(done.place.artifacts.storage, done.job.key)["cells"]
+    assert cell["error"] is None
+    return "\n".join(cell["missing"])
+
+
+def tested(done: Done) -> set[tuple[str, int]]:
+    return {(row.approach, row.repeat) for row in done.rows}
+
+
+FOUR = ("approach=[abn,impactx,lambda0,wae]", "approaches.impactx.lambdas=[0.8]", "repeats=2",
+        "approaches.abn.learning_rate_factors=[0.5,1]", "grid.learning_rate=[0.004]")
+
+
+def test_approaches_that_fail_do_not_take_the_others_results(shared, tmp_path, caplog):
+    """A search without a choice, one training, one store of maps and one test: each fails alone, and is named."""
+    tracker = StatusTracker()
+    done = faulty(tmp_path, shared, *FOUR, tracker=tracker, diverging=["abn"], raising={
+        "lambda0 lambda=0 repeat 1": WorkError("it failed 3 times"),
+        "class-weighted maps of test images": StorageError("full"), "test of A repeat 1": WorkError("not finite")})
+    with caplog.at_level(logging.INFO, "impactx"):
+        done.run()
+    assert tested(done) == {("baseline", 0), ("impactx", 0), ("impactx", 1), ("lambda0", 0)}
+    assert [c["sentence"] for c in done.job.evidence["cells"]][0].startswith("The explanations")
+    kept = json.loads((tmp_path / "jobs" / done.job.key / "results.json").read_text())
+    assert kept == [row.as_dict() for row in done.rows]
+    with pytest.raises(PartsFailed) as caught:
+        done.job.check()
+    said = left_out(done)
+    for what in ("abn failed: SelectionError: none of 2 trials",
+                 "lambda0 lambda=0 repeat 1 failed: WorkError: it failed 3 times",
+                 "class-weighted maps of test images repeat 0 failed: StorageError: full",
+                 "wae failed: WorkError: it has no maps, their making failed: class-weighted maps of test images rep",
+                 "test of A repeat 1 failed: WorkError: not finite"):
+        assert what in said and what.replace(" failed:", ":", 1) in str(caught.value), what
+        assert what.replace(" failed:", " failed, the cell goes on without it:", 1) in caplog.text
+    assert said.count("it failed 3 times") == 1 and "baseline: repeat 1 is not tested yet" in said
+    assert tracker.ended["digits x lenet5"][0] == tracker.ended["demo"][0] == "FAILED"
+    assert "none of 2 trials" in tracker.ended["digits x lenet5"][1]
+    again = Done(tmp_path, shared, *FOUR, "approaches.abn.learning_rate_factors=[1]")
+    assert again.job.key != done.job.key
+    again.run().job.check()  # nothing that failed was left behind
+    assert len(tested(again)) == 10
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), TakenOver("another process works on it")])
+@pytest.mark.parametrize("at", ["abn", "maps repeat 0", "lambda0 lambda=0 repeat 0", "test of A"])
+def test_an_interrupt_and_another_process_end_everything_at_once(shared, tmp_path, error, at):
+    done = faulty(tmp_path, shared, "approach=[impactx,abn,lambda0]", "approaches.impactx.lambdas=[0.8]",
+                  "grid.learning_rate=[0.004]", raising={at: error})
+    with pytest.raises(type(error)):
+        done.run()
+    # Trainings that were to be done beside the one that was taken over may still be done, as they may be under way.
+    assert done.work[-1].startswith(at) or at == "abn" and isinstance(error, TakenOver)
+    assert at == "test of A" or not any(name.startswith("test of") for name in done.work)
+    assert not any((tmp_path / "jobs" / done.job.key).glob("results.*"))
+
+
+def test_a_repeat_whose_a_diverged_is_left_out_for_every_approach(shared, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "impactx"):
+        done = faulty(tmp_path, shared, *FOUR[1:], "approach=[impactx,abn]", diverging=["A repeat 0"]).run()
+    assert tested(done) == {(name, 1) for name in ("baseline", "impactx", "abn")}
+    assert "A repeat 0 diverged in its first epoch: repeat 0 is left out, for every approach" in caplog.text
+    assert "A repeat 0: diverged" in left_out(done)
+    done.job.check()
+
+
+def test_without_a_repeat_of_a_nothing_can_go_on(shared, tmp_path):
+    done = faulty(tmp_path, shared, *FOUR, diverging=["A repeat 0"], raising={"A repeat 1": ValueError("broken")})
+    with pytest.raises(WorkError) as caught:
+        done.run()
+    assert "no classifier A is left in 2 repeats" in str(caught.value)
+    assert "A repeat 0: diverged" in str(caught.value) and "A repeat 1: ValueError: broken" in str(caught.value)
+    assert not any(name.startswith("maps") for name in done.work)
 
 
 # ---- what is tracked

@@ -223,6 +223,15 @@ def test_a_wrong_head_is_named(store, head, said):
         MapStore.open(store.storage, "maps/key")
 
 
+def test_a_store_of_other_maps_than_those_that_are_meant_is_refused(store):
+    assert MapStore.open(store.storage, "maps/key", SPEC.fingerprint).spec == SPEC
+    with pytest.raises(StoreError) as caught:
+        MapStore.open(store.storage, "maps/key", "e" * 32)
+    said = str(caught.value)
+    assert f"{store.storage.uri('maps/key')} holds maps under fingerprint {'f' * 32}, not {'e' * 32}" in said
+    assert "delete the folder and compute the maps again" in said
+
+
 def test_no_store_is_named(tmp_path):
     with pytest.raises(StoreError, match=f"{tmp_path}/maps/none is no store of maps"):
         MapStore.open(Storage(tmp_path), "maps/none")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from impactx.experiment.approaches import Approach, Basis
 from impactx.experiment.budget import Budget
 from impactx.experiment.claims import TakenOver
 from impactx.experiment.executor import STOPPED_TAG, Limits, Task, final_metrics, training_files
@@ -28,8 +30,12 @@ if TYPE_CHECKING:
 log = logging.getLogger("impactx")
 
 
+class PartsFailed(WorkError):
+    """Some parts of a cell failed: approaches, or repeats of them. The message says which and why."""
+
+
 class CellRun:
-    """One cell of a job under way."""
+    """One cell of a job under way. rows: of the final models that have read the test set, also where it fails."""
 
     def __init__(self, job: Job, cell: Cell, number: int) -> None:
         """number: of the cell in its job, from 1."""
@@ -37,8 +43,11 @@ class CellRun:
         self.key = f"{job.key}/{cell.dataset.name}/{cell.model.name}"
         self.journal = CellJournal(job.artifacts.storage, job.key, cell.dataset.name, cell.model.name, {
             "class_names": list(cell.facts.class_names), "image_size": list(cell.facts.image_size),
-            "train_images": cell.facts.train_images, "selection_metric": cell.selection_metric})
+            "train_images": cell.facts.train_images, "selection_metric": cell.selection_metric,
+            "common": cell.fingerprint})
         self.log = CellLog(log, {"cell": cell.name})
+        self.rows: list[Row] = []
+        self.failed: dict[str, str] = {}  # what failed alone, by name, and why
 
     def _task(self, unit: Unit) -> Task:
         self.journal.plan([unit])
@@ -49,10 +58,11 @@ class CellRun:
     def _reused(self, unit: Unit) -> dict[str, Any] | None:
         result = self.job.artifacts.result(unit)
         if result is not None and unit.role == "maps" and not maps_complete(unit, self.job.place):
-            self.log.warning("%s: shards were deleted since they were finished: they are made anew", unit.name)
+            self.log.warning("%s: it was finished, but its store is not whole any more: it is completed", unit.name)
             return None
         if result is not None:
             self._replay(unit, result, {"impactx.reused": "true"})
+            self.journal.done(unit)
         return result
 
     def _replay(self, unit: Unit, result: dict[str, Any], tags: dict[str, str]) -> None:
@@ -77,6 +87,7 @@ class CellRun:
         except Exception as error:
             self.journal.failed(unit, f"{type(error).__name__}: {error}")
             raise
+        self.journal.done(unit)
         if result.get("best"):
             self.log.info("%s: validation accuracy %.4f at epoch %d of %d, in %s", unit.name,
                      result["best"]["val_accuracy"], result["best_epoch"], result["epochs"],
@@ -118,6 +129,8 @@ class CellRun:
                     self.log.warning("%s diverged at epoch %d (loss not finite)", unit.name, result["epochs"])
                 score = result["best"][metric] if result.get("best") else float("nan")
                 said, best = f"{metric} {score:.4f}", score if not best >= score else best
+            if result is not None:
+                self.journal.done(unit)
             over = len(results) + len(stopped) + len(failed)
             self.job.summary.ended(self.cell.name, unit.name)
             self.job.summary.at(self.cell.name, f"{what}, {over} of {len(units)} trials")
@@ -160,23 +173,42 @@ class CellRun:
         finally:
             self.job.summary.ended(self.cell.name, unit.name)
 
-    def _train_all(self, units: list[Unit]) -> list[dict[str, Any]]:
-        """Train independent models."""
+    @contextlib.contextmanager
+    def _alone(self, what: str) -> Iterator[None]:
+        """What fails in this block is noted, and the cell goes on without it; interrupts and TakenOver end it."""
+        try:
+            yield
+        except TakenOver:
+            raise
+        except Exception as error:
+            self.failed[what] = reason = f"{type(error).__name__}: {error}"
+            self.journal.lost(what, reason)
+            self._log_failure(error, f"{what} failed, the cell goes on without it")
+
+    def _log_failure(self, error: Exception, what: str) -> None:
+        named = type(error).__module__.startswith("impactx.")
+        self.log.error("%s: %s: %s", what, type(error).__name__, error, exc_info=None if named else error)
+
+    def _train_all(self, units: list[Unit]) -> list[tuple[Unit, dict[str, Any]]]:
+        """Train independent models; those that are done, with their results."""
         return self._all(units, self._train, "training")
 
-    def _all(self, units: list[Unit], how: Callable[[Unit], dict[str, Any]], name: str) -> list[dict[str, Any]]:
-        """Do independent units, as many at once as the executor has room for trainings; their results."""
+    def _all(self, units: list[Unit], how: Callable[[Unit], dict[str, Any]], name: str
+             ) -> list[tuple[Unit, dict[str, Any]]]:
+        """Do independent units, as many at once as the executor has room for trainings; those that are done, with
+        their results. One that fails does so alone."""
         # Two approaches may come to one recipe: that unit must not be done by two at once.
         self.journal.plan(units)
         unique = {unit.key: unit for unit in units}
         outcomes = run_all([partial(how, unit) for unit in unique.values()],
                            self.job.executor.trainings_at_once(), name=name, on_interrupt=self.job.executor.stop)
-        results = {}
-        for key, outcome in zip(unique, outcomes, strict=True):
-            if isinstance(outcome, Exception):
-                raise outcome
-            results[key] = outcome
-        return [results[unit.key] for unit in units]
+        by_key, done = dict(zip(unique, outcomes, strict=True)), []
+        for unit in units:
+            with self._alone(unit.name):
+                if isinstance(outcome := by_key[unit.key], Exception):
+                    raise outcome
+                done.append((unit, outcome))
+        return done
 
     def _explain(self, unit: Unit) -> dict[str, Any]:
         progress = Progress(f"{self.cell.name}: {unit.name}", "maps", every=60)
@@ -189,21 +221,31 @@ class CellRun:
         self.job.map_folders.append(result["folder"])
         return result
 
-    def run(self) -> list[Row]:
-        """Stage 1, maps, stage 2, and the test of every final model. What makes it fail is logged and raised."""
+    def run(self) -> None:
+        """Stage 1, maps, stage 2, and the test of every final model.
+
+        What fails alone (an approach, or a repeat) does not end the rest, and is raised at the end as PartsFailed. What
+        ends the cell is logged and raised at once.
+        """
         self.log.info("cell %d of %d", self.number, len(self.job.cells))
         try:
-            return self._run()
+            self._run()
         except Exception as error:
             self.journal.stopped(f"{type(error).__name__}: {error}")
             if len(self.job.cells) > 1:  # the job goes on, and says it again at its end
-                named = type(error).__module__.startswith("impactx.")
-                self.log.error("failed: %s: %s", type(error).__name__, error, exc_info=not named)
+                self._log_failure(error, "failed")
             raise
         finally:
             self.job.summary.ended(self.cell.name)
+        if self.failed:
+            raise self._failure()
 
-    def _run(self) -> list[Row]:
+    def _failure(self) -> PartsFailed:
+        reasons = "\n".join(f"  - {what}: {reason}" for what, reason in self.failed.items())
+        return PartsFailed(f"{len(self.failed)} part{'s' * (len(self.failed) > 1)} of the cell failed, the rest is in "
+                           f"the table (the same command tries again):\n{reasons}")
+
+    def _run(self) -> None:
         cell, settings = self.cell, self.job.settings
         with self.job.tracker.run(self.key, name=cell.name, parent=self.job.key, tags=self.job.tags | {
                 "impactx.role": "cell"}, params={"dataset": cell.dataset, "model": cell.model}) as run:
@@ -212,64 +254,96 @@ class CellRun:
             configuration = Configuration(*(chosen.params[k] for k in (
                 "learning_rate", "batch_size", "validation_fraction")))
             self._log_selection(run, "A", chosen, found)
-            a_units = [cell.stage1_model(configuration, repeat) for repeat in range(settings.repeats)]
-            finals = list(zip(a_units, self._train_all(a_units), strict=True))
+            finals = self._classifiers(configuration)
             if settings.approaches:
                 finals += self._stage2(run, configuration, list(finals))
             for model, result in finals:
                 if not result["weights"]:
                     self.log.warning("%s diverged in its first epoch: it is not in the table", model.name)
-            rows = [self._test(model, result) for model, result in finals if result["weights"]]
+                    continue
+                with self._alone(f"test of {model.name}"):
+                    self._test(model, result)
             self._all([unit for model, result in finals if result["weights"]
                        and (unit := cell.explanations(model, result)) is not None], self._judge, "judgement")
-            self._register(finals, rows)
-            for s in summarise(rows):
+            self._register(finals)
+            for s in summarise(self.rows):
                 run.log_metrics({f"{s.approach}.val_accuracy": s.val_mean, f"{s.approach}.test_accuracy": s.test_mean})
                 if (published := paper_accuracy(s.dataset, s.model, s.approach)) is not None:
                     run.log_metrics({f"{s.approach}.paper_accuracy": published})
-            run.log_text(results_csv(rows), "results.csv")
-        return rows
+            run.log_text(results_csv(self.rows), "results.csv")
+            self.journal.finished()
+            if self.failed:
+                run.finish("FAILED", str(self._failure()))
 
-    def _register(self, finals: list[tuple[Unit, dict[str, Any]]], rows: list[Row]) -> None:
-        """Give the tracker the final models of repeat 0, one for each approach."""
+    def _classifiers(self, configuration: Configuration) -> list[tuple[Unit, dict[str, Any]]]:
+        """Each repeat's A, with its result. A repeat without one is left out. Raises WorkError where none is left."""
+        units = [self.cell.stage1_model(configuration, repeat) for repeat in range(self.job.settings.repeats)]
+        found, diverged = [], {}
+        for a, result in self._train_all(units):
+            if result["weights"]:
+                found.append((a, result))
+                continue
+            diverged[a.name] = "diverged in its first epoch"
+            self.log.warning("%s diverged in its first epoch: repeat %d is left out, for every approach", a.name,
+                             a.params["repeat"])
+        if not found:
+            reasons = "\n".join(f"  - {name}: {reason}" for name, reason in (self.failed | diverged).items())
+            raise WorkError(f"no classifier A is left in {len(units)} repeats, there is nothing to go on from:\n"
+                            f"{reasons}")
+        return found
+
+    def _register(self, finals: list[tuple[Unit, dict[str, Any]]]) -> None:
+        """Give the tracker one final model of each approach: of the first repeat that has one."""
         storage, cell = self.job.artifacts.storage, self.cell
-        tests = {row.checkpoint: row.test_accuracy for row in rows if row.repeat == 0}
+        first = {row.approach: row for row in reversed(self.rows)}
         for unit, result in finals:
-            if (accuracy := tests.get(storage.uri(unit.folder))) is not None:
+            row = first.get(unit.params["approach"])
+            if row is not None and row.repeat == unit.params["repeat"]:
                 self.job.tracker.register_model(
-                    self._task(unit).run_key, name=(cell.dataset.name, cell.model.name, unit.params["approach"]),
+                    self._task(unit).run_key, name=(cell.dataset.name, cell.model.name, row.approach),
                     checkpoint=partial(storage.read, f"{unit.folder}/{CHECKPOINT}"),
-                    about=unit.params | {"impactx.weights": result["weights"], "test_accuracy": accuracy})
+                    about=unit.params | {"impactx.weights": result["weights"], "test_accuracy": row.test_accuracy})
 
     def _stage2(self, run: Run, configuration: Configuration,
                 classifiers: list[tuple[Unit, dict[str, Any]]]) -> list[tuple[Unit, dict[str, Any]]]:
-        """The maps of each repeat's A, each approach's own search in repeat 0, and the final trainings."""
+        """The maps of each repeat's A, each approach's own search in the first repeat, and the final trainings."""
         cell = self.cell
-        for a, result in classifiers:
-            if not result["weights"]:
-                raise WorkError(f"{cell.name}: {a.name} diverged, there is no classifier to explain")
-        bases = [cell.basis(configuration, a, result, repeat) for repeat, (a, result) in enumerate(classifiers)]
+        bases = [cell.basis(configuration, a, result, a.params["repeat"]) for a, result in classifiers]
         approaches = cell.approaches()
         stores = {unit.key: unit for basis in bases for approach in approaches for unit in approach.stores(basis)}
+        made = set()
         for unit in stores.values():
-            self._explain(unit)
-        models = []
+            with self._alone(unit.name):
+                self._explain(unit)
+                made.add(unit.key)
+        models: list[Unit] = []
         for approach in approaches:
-            point = approach.points()[0]
-            if candidates := approach.trials(bases[0]):
-                best, found = self._search(f"stage 2 of {approach.name}", [unit for unit, _ in candidates],
-                                           "val_accuracy")
-                point = next(point for unit, point in candidates if unit.key == best.key)
-                self._log_selection(run, approach.name, best, found)
-            models += [approach.model(basis, point) for basis in bases]
-        return list(zip(models, self._train_all(models), strict=True))
+            with self._alone(approach.name):
+                models += self._models(run, approach, bases, made)
+        return self._train_all(models)
+
+    def _models(self, run: Run, approach: Approach, bases: list[Basis], made: set[str]) -> list[Unit]:
+        """An approach's final trainings, by what its own search chooses, in the repeats whose maps are made.
+
+        made: keys of stores. Raises SelectionError, and WorkError where there is no such repeat.
+        """
+        absent = [[unit.name for unit in approach.stores(basis) if unit.key not in made] for basis in bases]
+        bases = [basis for basis, names in zip(bases, absent, strict=True) if not names]
+        if not bases:
+            raise WorkError(f"it has no maps, their making failed: {', '.join(sum(absent, []))}")
+        point = approach.points()[0]
+        if candidates := approach.trials(bases[0]):
+            best, found = self._search(f"stage 2 of {approach.name}", [unit for unit, _ in candidates], "val_accuracy")
+            point = next(point for unit, point in candidates if unit.key == best.key)
+            self._log_selection(run, approach.name, best, found)
+        return [approach.model(basis, point) for basis in bases]
 
     def _log_selection(self, run: Run, what: str, chosen: Unit, result: dict[str, Any]) -> None:
         run.log_params({"selected": {what: {k: chosen.params[k] for k in (
             "learning_rate", "batch_size", "validation_fraction", "lambda") if k in chosen.params}}})
         run.log_metrics({f"selected.{what}.val_accuracy": result["best"]["val_accuracy"]})
 
-    def _test(self, model: Unit, result: dict[str, Any]) -> Row:
+    def _test(self, model: Unit, result: dict[str, Any]) -> None:
         cell, approach = self.cell, model.params["approach"]
         unit, judged = cell.test(model, result), cell.explanations(model, result)
         tested = self._do(unit, self.job.executor.evaluate)
@@ -284,8 +358,8 @@ class CellRun:
                   checkpoint=self.job.artifacts.storage.uri(model.folder), test=unit.folder,
                   map_seconds=tested.get("map_seconds"),
                   explanations=judged.folder if judged is not None else None)
+        self.rows.append(row)
         self.journal.tested(row)
-        return row
 
     def _judge(self, unit: Unit) -> dict[str, Any]:
         found = self._do(unit, self.job.executor.judge)

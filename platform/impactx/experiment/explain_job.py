@@ -63,8 +63,8 @@ class Explained:
         return self.place.artifacts.storage.uri(self.unit.folder)
 
     def store(self) -> MapStore:
-        """The store, for reading. Raises StoreError where there is none."""
-        return MapStore.open(self.place.artifacts.storage, self.unit.folder)
+        """The store, for reading. Raises StoreError where there is none, or it is another's."""
+        return MapStore.open(self.place.artifacts.storage, self.unit.folder, self.unit.key)
 
     def finished(self) -> bool:
         """True where every shard and the result are there."""

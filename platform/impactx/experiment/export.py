@@ -80,7 +80,7 @@ def _cell(storage: Storage, settings: dict[str, Any], journal: dict[str, Any]) -
     with ThreadPoolExecutor(READERS, thread_name_prefix="results") as pool:
         units = list(pool.map(lambda unit: _unit(storage, unit, journal["failed"].get(unit["folder"])),
                               journal["units"]))
-    return {k: v for k, v in journal.items() if k != "failed"} | {
+    return {k: v for k, v in journal.items() if k not in ("failed", "lost", "common")} | {
         "units": units, "missing": list(_missing(settings, journal, units))}
 
 
@@ -104,6 +104,9 @@ def _missing(settings: dict[str, Any], journal: dict[str, Any], units: list[dict
     """What a finished cell would have and this one has not, in words."""
     if journal["error"]:
         yield f"the cell stopped: {journal['error']}"
+    lost = journal.get("lost", {})  # earlier versions noted none
+    for what, error in lost.items():
+        yield f"{what} failed: {error}"
     for step in dict.fromkeys(unit["step"] for unit in units if unit["step"]):
         left = [u for u in units if u["step"] == step and u["state"] in ("missing", "under way")]
         if left:
@@ -113,12 +116,16 @@ def _missing(settings: dict[str, Any], journal: dict[str, Any], units: list[dict
             yield f"{step}: nothing is selected yet"
     tested = {(row["approach"], row["repeat"]) for row in journal["rows"]}
     for approach in ("baseline", *settings["approaches"]):
+        if approach in lost:
+            continue
         absent = [r for r in range(settings["repeats"]) if (approach, r) not in tested]
         if len(absent) == settings["repeats"]:
             yield f"{approach}: no final model is tested yet"
         elif absent:
             yield f"{approach}: repeat {', '.join(map(str, absent))} is not tested yet"
     for unit in units:
+        if unit["name"] in lost:
+            continue
         if unit["state"] == "failed" or (unit["role"], unit["state"]) == ("model", "diverged") or (
                 unit["role"] not in ("trial", "model", "test") and unit["state"] != "finished"):
             yield f"{unit['name']}: {unit['state']}" + (f" ({unit['error']})" if unit["error"] else "")

@@ -14,7 +14,7 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 from impactx.experiment.approaches import Approach, Basis, approaches_of
-from impactx.experiment.units import Unit, fingerprint
+from impactx.experiment.units import FORMAT, Unit, fingerprint
 from impactx.settings import AttributionSettings, DatasetSettings, ExperimentSettings, ModelSettings
 
 BASELINE = "baseline"
@@ -98,6 +98,12 @@ class Cell:
         self._inputs = {"dataset": dataset.model_dump(mode="json"), "model": model.model_dump(mode="json"),
                         "training": settings.training.model_dump(mode="json")}
         self._params = {"dataset": dataset.name, "model": model.name}
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what all its units depend on: settings, model and the contents of the data set. A job's key, which knows
+        the settings alone, stays the same where the files of a data set or of weights are replaced by others."""
+        return fingerprint({"format": FORMAT, "test": self.facts.test_fingerprint} | self._common)
 
     @property
     def selection_metric(self) -> str:

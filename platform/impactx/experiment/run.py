@@ -36,7 +36,7 @@ def job_key(settings: ExperimentSettings) -> str:
 
 
 class CellsFailed(WorkError):
-    """Some cells of a job failed; the message says which and why. The others are in the table."""
+    """Some cells of a job failed; the message says which and why. The rest is in the table."""
 
 
 class Job:
@@ -64,7 +64,8 @@ class Job:
 
         report: called at the end with the job's key and run, returns an address; if it fails, that is all that does.
 
-        Cells that failed are in `failed`; `check` raises for them. Where no cell is left, it is raised at once.
+        Cells that failed, whole or in part, are in `failed`; `check` raises for them. Where no row is left, it is
+        raised at once.
         """
         # The address of the tracker may hold a password, and the tracker is the last place that needs it.
         described = self.settings.model_dump(mode="json", exclude={"tracking": {"uri"}})
@@ -74,8 +75,8 @@ class Job:
             run.log_text(json.dumps(described, indent=1), "config.json")
             try:
                 self._claim = Claim(self.artifacts.storage, f"jobs/{self.key}/driver.json", f"the job {self.key}")
-                rows = [row for found in self._all_cells() for row in found]
-                if len(self.failed) == len(self.cells):
+                rows = self._all_cells()
+                if not rows:
                     self.check()
                 table = [row.as_dict() for row in rows]
                 self.artifacts.storage.write_json(f"jobs/{self.key}/results.json", table)
@@ -111,8 +112,8 @@ class Job:
             log.error("the report could not be made: %s: %s (jobs/report.py tries it again)", type(error).__name__,
                       error, exc_info=True)
 
-    def _all_cells(self) -> list[list[Row]]:
-        """The rows of each cell, none for one that failed."""
+    def _all_cells(self) -> list[Row]:
+        """The rows of the cells, in their order: of one that failed those that it came to."""
         at_once = min(self.executor.cells_at_once(), len(self.cells))
         if at_once > 1:
             log.info("%d cells, %d at once", len(self.cells), at_once)
@@ -120,7 +121,7 @@ class Job:
         outcomes = run_all([one.run for one in runs], at_once, name="cell", on_interrupt=self.executor.stop)
         self.failed = {cell.name: outcome for cell, outcome in zip(self.cells, outcomes, strict=True)
                        if isinstance(outcome, Exception)}
-        return [[] if isinstance(outcome, Exception) else outcome for outcome in outcomes]
+        return [row for one in runs for row in one.rows]
 
     def _failure(self) -> Exception:
         if len(self.cells) == 1:

@@ -90,11 +90,11 @@ class Learned:
 
     @classmethod
     def of(cls, unit: Unit, place: Workplace) -> Learned | None:
-        """Of the store that the unit names; None where the model learned from none."""
+        """Of the store that the unit names; None where the model learned from none. Raises StoreError."""
         if "maps" not in unit.inputs:
             return None
         data = place.dataset(unit.inputs["dataset"])
-        store = MapStore.open(place.artifacts.storage, unit.inputs["maps"])
+        store = MapStore.open(place.artifacts.storage, unit.inputs["maps"], unit.recipe["maps"])
         maps, split, how = place.map_array(store, data), split_of(unit, data), unit.recipe["scale"]
         scale = map_scale(maps, split.train, how)
         mean, by_class = mean_maps(maps, data.train.labels, split.train, data.num_classes, scale)

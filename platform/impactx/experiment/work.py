@@ -140,9 +140,10 @@ def _explained(unit: Unit, data: Dataset) -> ImageSet:
 
 
 def maps_complete(unit: Unit, place: Workplace) -> bool:
-    """True where no shard of a maps unit is missing (their contents are checked when they are unpacked)."""
+    """True where the store is the unit's and no shard is missing (their contents are checked when they are unpacked).
+    """
     try:
-        return not MapStore.open(place.artifacts.storage, unit.folder).missing()
+        return not MapStore.open(place.artifacts.storage, unit.folder, unit.key).missing()
     except StoreError:
         return False
 
@@ -216,7 +217,7 @@ def evaluate_unit(unit: Unit, place: Workplace, *, device: torch.device | str = 
     """Read the test set once with a final model. Keeps accuracy and, image by image, the probabilities.
 
     A model that needs maps of the test images takes them from the store that the inputs name; map_seconds is then
-    what such a map costs, measured here.
+    what such a map costs, measured here. Raises WorkError, and StoreError where the store is not the recipe's.
     """
     torch.set_num_threads(place.threads)
     if (done := place.artifacts.result(unit)) is not None:
@@ -226,7 +227,8 @@ def evaluate_unit(unit: Unit, place: Workplace, *, device: torch.device | str = 
     test = data.load_test()
     model = place.checkpoint(unit.inputs["checkpoint"], unit.recipe["weights"]).model.eval().to(device)
     training = TrainingSettings.model_validate(unit.inputs.get("training", {}))
-    store = MapStore.open(place.artifacts.storage, unit.inputs["maps"]) if "maps" in unit.inputs else None
+    store = MapStore.open(place.artifacts.storage, unit.inputs["maps"],
+                          unit.recipe["maps"]) if "maps" in unit.inputs else None
     held = DeviceData(test.images, test.labels, np.arange(len(test.labels)), device=device,
                       maps=None if store is None else place.map_array(store, data),
                       memory_bytes=training.memory_mb * 2**20)

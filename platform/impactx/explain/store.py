@@ -81,18 +81,16 @@ class MapStore:
         Raises StoreError where the folder holds maps under another fingerprint.
         """
         if storage.exists(f"{folder}/{HEAD}"):
-            store = cls.open(storage, folder)
-            if store.spec.fingerprint != spec.fingerprint:
-                raise StoreError(
-                    f"{storage.uri(folder)} holds maps under fingerprint {store.spec.fingerprint}, not "
-                    f"{spec.fingerprint}: other weights, data or settings made them; use another folder")
-            return store
+            return cls.open(storage, folder, spec.fingerprint)
         storage.write_json(f"{folder}/{HEAD}", {"format": FORMAT} | asdict(spec))
         return cls(storage, folder, spec)
 
     @classmethod
-    def open(cls, storage: Storage, folder: str) -> MapStore:
-        """Open an existing store. Raises StoreError where there is none or its head is damaged."""
+    def open(cls, storage: Storage, folder: str, fingerprint: str | None = None) -> MapStore:
+        """Open an existing store. fingerprint: that of the maps that are meant; None: whatever there is.
+
+        Raises StoreError where there is none, its head is damaged, or it holds maps under another fingerprint.
+        """
         try:
             head = storage.read_json(f"{folder}/{HEAD}")
         except FileNotFoundError:
@@ -101,10 +99,15 @@ class MapStore:
             raise StoreError(f"{storage.uri(folder)}/{HEAD} has another format than {FORMAT}: "
                              "made by another version of impactx; compute the maps anew in another folder")
         try:
-            return cls(storage, folder, StoreSpec(**head | {"shape": tuple(head["shape"])}))
+            spec = StoreSpec(**head | {"shape": tuple(head["shape"])})
         except (KeyError, TypeError) as error:
             raise StoreError(f"{storage.uri(folder)}/{HEAD} is damaged ({error}): delete it, it is made anew "
                              "when the maps are computed again") from error
+        if fingerprint not in (None, spec.fingerprint):
+            raise StoreError(f"{storage.uri(folder)} holds maps under fingerprint {spec.fingerprint}, not "
+                             f"{fingerprint}: other weights, data or settings made them; delete the folder and compute "
+                             "the maps again, or use another folder")
+        return cls(storage, folder, spec)
 
     def shard_name(self, shard: int) -> str:
         """The file name of a shard, 0 <= shard < spec.shards."""

@@ -54,10 +54,13 @@ class Bench:
     how: Mapping[str, Any]
 
     def maps(self) -> tuple[np.ndarray, float | np.ndarray]:
-        """The maps that the unit's inputs name, and the factor(s) by which they are to be multiplied."""
+        """The maps that the unit's inputs name, and the factor(s) by which they are to be multiplied.
+
+        Raises StoreError where they are not those of the unit's recipe.
+        """
         from impactx.explain.store import MapStore, map_scale
 
-        store = MapStore.open(self.place.artifacts.storage, self.unit.inputs["maps"])
+        store = MapStore.open(self.place.artifacts.storage, self.unit.inputs["maps"], self.unit.recipe["maps"])
         maps = self.place.map_array(store, self.data)
         return maps, map_scale(maps, self.split.train, self.unit.inputs["scale"])
 
