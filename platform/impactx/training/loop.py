@@ -1,8 +1,9 @@
 """The training loop: early stopping on validation accuracy, resumable at every epoch.
 
 One process of `world_size` runs `fit` on its share of each batch; gradients are averaged by
-torch's DistributedDataParallel where a process group exists.  All randomness of an epoch comes from
-(seed, epoch), so a resumed training takes the same steps as one that was never interrupted.
+torch's DistributedDataParallel where a process group exists, and batch norm is over all shares
+together (see batch_norm).  All randomness of an epoch comes from (seed, epoch), so a resumed training
+takes the same steps as one that was never interrupted.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from impactx.datasets.batches import DeviceData
 from impactx.settings import AugmentationSettings, TrainingSettings
+from impactx.training.batch_norm import counted, join_batch_norms
 from impactx.training.losses import Loss
 
 Metrics = dict[str, float]
@@ -189,10 +191,9 @@ def fit(model: nn.Module, loss: Loss, data: TrainingData, training: TrainingSett
                               f"({reason})") from error
         if between is not None and not _over(result, training):
             between.resume(len(result.history))
-    step_model = model
+    step_model, joined = model, []
     if world_size > 1:
-        if device.type == "cuda":
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        joined = join_batch_norms(model, device)
         step_model = nn.parallel.DistributedDataParallel(
             model, device_ids=[device.index] if device.type == "cuda" else None)
     if training.compile == "always":
@@ -208,7 +209,7 @@ def fit(model: nn.Module, loss: Loss, data: TrainingData, training: TrainingSett
             batches = data.train.training(seed=seed, epoch=epoch, batch_size=batch_size, augmentation=augmentation,
                                           rank=rank, world_size=world_size)
             row = {f"train_{k}": v for k, v in train_epoch(
-                step_model, batches, loss, optimizer, autocast, len(data.train), world_size).items()}
+                step_model, counted(joined, batches), loss, optimizer, autocast, len(data.train), world_size).items()}
         found = evaluate(model, data.validation, validation_loss or loss, common=data.common, training=training,
                          batch_size=training.eval_batch_size, rank=rank, world_size=world_size)
         row |= {k if k == TOP else f"val_{k}": v for k, v in found.items()}
