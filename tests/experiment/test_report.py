@@ -261,11 +261,52 @@ def test_the_part_on_maps_and_its_examples(finished):
         arrays[f"curve.{order}"] = rng.random((4, 3)).astype(np.float32)
         arrays[f"maps.{order}"] = rng.normal(size=(2, 3, 32, 32)).astype(np.float32)
     asked = []
-    sections = map_sections(export, lambda folder: asked.append(folder) or arrays)
+    sections = map_sections(export, lambda folder: asked.append(folder) or arrays, [])
     assert asked == ["explanations/impactx-0"] and len(sections) == 2
     names = [block.name for block in sections[1].blocks if isinstance(block, (Figure, Table))]
     tail = "digits-lenet5-impactx"
     assert names == [f"morf-{tail}.png", f"morf-{tail}", f"fidelity-{tail}", f"examples-{tail}.png"]
+
+
+@pytest.mark.parametrize("damage", ["torn", "a folder", "gone"])
+def test_scores_of_a_repeat_that_cannot_be_read_are_named_and_the_next_repeat_is_shown(finished, tmp_path, damage):
+    shutil.copytree(finished[0].root, tmp_path / "out")
+    storage = Storage(tmp_path / "out")
+    folders = {(row.approach, row.repeat): row.explanations for row in finished[2]}
+    file = tmp_path / "out" / folders["impactx", 0] / "map_scores.npz"
+    content = bytearray(file.read_bytes())
+    file.unlink()
+    if damage == "torn":
+        content[len(content) // 2:len(content) // 2 + 256] = bytes(256)
+        file.write_bytes(content)
+    elif damage == "a folder":
+        file.mkdir()
+    files = report(storage)
+    text = html_of_the_box(files["report.html"])
+    said = {"torn": "is damaged", "a folder": "could not read", "gone": "is missing"}[damage]
+    assert text.count("impactx repeat 0: ") == 1 and str(file) in text and said in text
+    page = text_of(files["report.html"])
+    assert "are those of repeat 1, in one process" in page and "are those of repeat 0, in one process" in page
+    assert {f"{part}-digits-lenet5-impactx.png" for part in ("morf", "examples")} <= files.keys()
+
+
+def html_of_the_box(page: bytes) -> str:
+    """The text of what is said to be missing."""
+    return text_of(page).partition("This job is not complete")[2][:2000]
+
+
+def test_without_scores_of_any_repeat_the_numbers_are_shown_without_examples(finished):
+    export = export_job(finished[0], finished[1].key)
+
+    def damaged(folder):
+        raise StorageError(f"{folder} is damaged")
+
+    missing = []
+    sections = map_sections(export, damaged, missing)
+    assert len(sections) == 4 and not any(isinstance(block, Figure) and block.name.startswith("examples")
+                                          for section in sections for block in section.blocks)
+    assert [line.partition(": ")[0] for line in missing] == [
+        f"{approach} repeat {repeat}" for approach in ("baseline", "impactx", "lambda0") for repeat in (0, 1)]
 
 
 def test_damaged_scores_are_named(tmp_path):

@@ -76,6 +76,23 @@ def test_a_gain_is_the_bootstraps_and_everything_is_plain_data(lab):
     assert ours["nll"]["spread"] > 0 and len(ours["per_class"]) == CLASSES and ours["repeats"] == [0, 1, 2, 3, 4]
 
 
+def test_predictions_damaged_anywhere_are_named_and_the_others_used(lab):
+    lab.add("baseline", 0.6, repeats=2, images=500)
+    path = f"{lab.rows[0].test}/predictions.npz"
+    whole, named = lab.storage.read(path), 0
+    for start in range(0, len(whole), 97):
+        damaged = bytearray(whole)
+        damaged[start:start + 64] = bytes(len(damaged[start:start + 64]))
+        lab.storage.write(path, bytes(damaged))
+        cell = lab.cell()
+        if cell["missing"]:
+            named += 1
+            (line,) = cell["missing"]
+            assert line.startswith(f"baseline repeat 0: {lab.storage.uri(path)} is damaged")
+            assert cell["approaches"][0]["repeats"] == [1]
+    assert named > 10
+
+
 def test_the_sentence_says_whether_the_explanations_help(lab):
     lab.add("baseline", 0.6).add("impactx", 0.7, weight=0.8).add("lambda0", 0.65, weight=0.0)
     lab.add("shuffled", 0.65, weight=0.8)

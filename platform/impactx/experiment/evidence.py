@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import statistics
-import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,8 +18,8 @@ from impactx.experiment.map_evidence import map_sentence, maps_over_repeats
 from impactx.experiment.plan import BASELINE
 from impactx.experiment.results import Row
 from impactx.experiment.roles import REFERENCES, Role, roles
-from impactx.experiment.units import MAP_SCORES, PREDICTIONS, RESULT
-from impactx.storage import Storage
+from impactx.experiment.units import MAP_SCORES, PREDICTIONS, RESULT, read_arrays
+from impactx.storage import Storage, StorageError
 
 # DESIGN section 8: fewer do not carry a sentence that claims a difference.
 REPEATS_FOR_A_CLAIM = 5
@@ -90,13 +88,11 @@ def _arrays(storage: Storage, path: str, row: Row, missing: list[str]) -> dict[s
     """The arrays of a unit's file; None, and a line in missing, where they cannot be read."""
     name = f"{row.approach} repeat {row.repeat}"
     try:
-        with np.load(io.BytesIO(storage.read(path))) as held:
-            return dict(held)
+        return read_arrays(storage, path)
     except FileNotFoundError:
         missing.append(f"{name}: {storage.uri(path)} is missing")
-    except (zipfile.BadZipFile, ValueError, EOFError) as error:
-        missing.append(f"{name}: {storage.uri(path)} is damaged ({error}): delete its folder and start the same "
-                       "command again")
+    except StorageError as error:
+        missing.append(f"{name}: {error}")
     return None
 
 

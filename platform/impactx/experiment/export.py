@@ -6,8 +6,6 @@ checkpoint is opened, so it can be done on another machine and while the job sti
 
 from __future__ import annotations
 
-import io
-import zipfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,8 +15,8 @@ import numpy as np
 from impactx.experiment.evidence import evidence
 from impactx.experiment.journal import CELLS, JOB, now
 from impactx.experiment.results import Row
-from impactx.experiment.units import MAP_SCORES, RESULT, RUNNING, STOPPED
-from impactx.storage import Storage, StorageError
+from impactx.experiment.units import MAP_SCORES, RESULT, RUNNING, STOPPED, read_arrays
+from impactx.storage import Storage
 
 READERS = 16  # files read at once: an S3 store answers each in tens of milliseconds
 DROPPED = {"recipe", "history", "name"}  # of a result; a final model keeps its history
@@ -132,12 +130,11 @@ def _missing(settings: dict[str, Any], journal: dict[str, Any], units: list[dict
 
 
 def map_scores(storage: Storage, folder: str) -> dict[str, np.ndarray] | None:
-    """What a unit that judged maps left, image by image (experiment.explanations); None where the file is gone."""
+    """What a unit that judged maps left, image by image (experiment.explanations); None where the file is gone.
+
+    Raises StorageError where it is damaged.
+    """
     try:
-        with np.load(io.BytesIO(storage.read(f"{folder}/{MAP_SCORES}"))) as held:
-            return {name: held[name] for name in held.files}
+        return read_arrays(storage, f"{folder}/{MAP_SCORES}")
     except FileNotFoundError:
         return None
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise StorageError(f"{storage.uri(folder)}/{MAP_SCORES} is damaged ({error}): delete the folder and start the "
-                           "job again, the maps are then judged anew") from error

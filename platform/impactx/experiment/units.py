@@ -8,12 +8,15 @@ what goes in: they may change without making another unit.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from impactx.storage import Storage
+import numpy as np
+
+from impactx.storage import Storage, StorageError
 
 FORMAT = 1  # raised when the same recipe would give other numbers than before
 Role = Literal["trial", "model", "maps", "test", "explanations"]
@@ -30,6 +33,17 @@ def fingerprint(value: Any) -> str:
     """32 hex digits of the sha256 of plain data as canonical JSON (numbers by their shortest form)."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def read_arrays(storage: Storage, path: str) -> dict[str, np.ndarray]:
+    """The arrays of a unit's .npz file. Raises FileNotFoundError, or StorageError where it is damaged or unreadable."""
+    content = storage.read(path)
+    try:
+        with np.load(io.BytesIO(content)) as held:
+            return dict(held)
+    except Exception as error:  # of zipfile, zlib, numpy or its parser of headers: wherever the damage lies
+        raise StorageError(f"{storage.uri(path)} is damaged ({error}): delete its folder and start the same command "
+                           "again") from error
 
 
 @dataclass(frozen=True)

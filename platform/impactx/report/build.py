@@ -37,9 +37,10 @@ def build_report(export: Mapping[str, Any], arrays: Callable[[str], Arrays | Non
         raise ReportError("a report needs matplotlib, which is not installed: pip install 'impactx[explain]'"
                           ) from error
     settings = export["settings"]
-    head = Section("", [*sentences(export), *_gaps(export)])
-    sections = [*table2(export), *controls(export), *map_sections(export, arrays), *search_sections(export),
+    unreadable: list[str] = []
+    sections = [*table2(export), *controls(export), *map_sections(export, arrays, unreadable), *search_sections(export),
                 *curve_sections(export), *class_sections(export), *cost_sections(export), *repeat_sections(export)]
+    head = Section("", [*sentences(export), *_gaps(export, unreadable)])
     under = [f"{', '.join(settings['datasets'])} × {', '.join(settings['models'])} · {settings['repeats']} "
              f"repeat{'s' if settings['repeats'] > 1 else ''} · job {export['job']}",
              f"Made {export['made'].replace('T', ' ').replace('+00:00', ' UTC')} by impactx"
@@ -59,14 +60,16 @@ def _code(export: Mapping[str, Any]) -> str:
     return f" {code}" if code else ""
 
 
-def _gaps(export: Mapping[str, Any]) -> list[Block]:
-    """What is not there (yet), in a box that cannot be missed."""
+def _gaps(export: Mapping[str, Any], unreadable: list[str]) -> list[Block]:
+    """What is not there (yet), in a box that cannot be missed. unreadable: lines on files that are damaged."""
     several = len(export["cells"]) > 1
     lines = [f"{cell['dataset']} × {cell['model']}: {line}" if several else line
              for cell in export["cells"] for line in cell["missing"]]
     lines += [line for cell in export["evidence"]["cells"] for line in cell["missing"]]
+    lines += unreadable
+    # The evidence was made from the same files, and says the same of a damaged one.
     return [Text("This job is not complete. What follows is what there is; missing:", "warning"),
-            Items(lines, "warning")] if lines else []
+            Items(list(dict.fromkeys(lines)), "warning")] if lines else []
 
 
 def write_report(storage: Storage, job: str, *, to: Storage | None = None, run: Run | None = None) -> str:

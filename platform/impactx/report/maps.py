@@ -12,6 +12,7 @@ from impactx.report.blocks import Block, Figure, Section, Table, Text
 from impactx.report.numbers import NONE, percent
 from impactx.report.results import named
 from impactx.report.style import INK, SOFT, figure, plain, png, shown
+from impactx.storage import StorageError
 
 Arrays = Mapping[str, np.ndarray]
 EXAMPLES = 8  # images of a figure
@@ -37,23 +38,22 @@ def order_name(order: str, approach: str) -> str:
     return names.get(order, order.replace("_", " "))
 
 
-def map_sections(export: Mapping[str, Any], arrays: Callable[[str], Arrays | None]) -> list[Section]:
+def map_sections(export: Mapping[str, Any], arrays: Callable[[str], Arrays | None], missing: list[str]
+                 ) -> list[Section]:
     """One part for each cell and approach whose maps were judged.
 
-    arrays: what a unit that judged maps left, image by image, by its folder; None where it is gone.
+    arrays: what a unit that judged maps left, image by image, by its folder; None where it is gone, StorageError where
+    it is damaged: then a line is added to missing.
     """
     folders = {(row["dataset"], row["model"], row["approach"], row["repeat"]): row.get("explanations")
                for cell in export["cells"] for row in cell["rows"]}
     made = []
     for cell in export["evidence"]["cells"]:
         for entry in cell["approaches"]:
-            # Curves, costs and examples are those of one model; areas and fidelity are over all repeats.
-            found = next(((r, e) for r, e in zip(entry["repeats"], entry["explanations"], strict=True) if e), None)
-            if entry["maps"] and found:
-                folder = folders.get((cell["dataset"], cell["model"], entry["approach"], found[0]))
+            if entry["maps"] and (found := _one_model(cell, entry, folders, arrays, missing)):
                 made.append(Section(f"{named(cell)}: {shown(entry['approach'])}", _judged(
-                    entry, *found, f"{cell['dataset']}-{cell['model']}-{entry['approach']}", cell_names(export, cell),
-                    arrays(folder) if folder else None), level=2))
+                    entry, f"{cell['dataset']}-{cell['model']}-{entry['approach']}", cell_names(export, cell), *found),
+                    level=2))
     if not made:
         return []
     return [Section("The maps as explanations", [Text(
@@ -63,13 +63,29 @@ def map_sections(export: Mapping[str, Any], arrays: Callable[[str], Arrays | Non
         "beside random order and the model's first map read backwards.")]), *made]
 
 
+def _one_model(cell: Mapping[str, Any], entry: Mapping[str, Any], folders: Mapping[tuple[Any, ...], str | None],
+               arrays: Callable[[str], Arrays | None], missing: list[str]
+               ) -> tuple[int, Mapping[str, Any], Arrays | None] | None:
+    """Curves, costs and examples are those of one model (areas and fidelity are over all repeats): the first repeat
+    whose result and arrays are there, else the first with a result; None where there is none."""
+    judged = [(r, e) for r, e in zip(entry["repeats"], entry["explanations"], strict=True) if e]
+    for repeat, result in judged:
+        folder = folders.get((cell["dataset"], cell["model"], entry["approach"], repeat))
+        try:
+            if folder and (found := arrays(folder)) is not None:
+                return repeat, result, found
+        except StorageError as error:
+            missing.append(f"{entry['approach']} repeat {repeat}: {error}")
+    return (*judged[0], None) if judged else None
+
+
 def cell_names(export: Mapping[str, Any], cell: Mapping[str, Any]) -> list[str]:
     """The class names of a cell of the evidence."""
     return next(c["class_names"] for c in export["cells"]
                 if (c["dataset"], c["model"]) == (cell["dataset"], cell["model"]))
 
 
-def _judged(entry: Mapping[str, Any], repeat: int, found: Mapping[str, Any], tail: str, names: list[str],
+def _judged(entry: Mapping[str, Any], tail: str, names: list[str], repeat: int, found: Mapping[str, Any],
             arrays: Arrays | None) -> list[Block]:
     approach, maps = entry["approach"], entry["maps"]
     blocks: list[Block] = [
