@@ -23,6 +23,7 @@ from impactx.experiment.model_source import timm_classifier
 from impactx.experiment.tracker import NoTracker
 from impactx.experiment.units import WorkError
 from impactx.experiment.work import ShardWorker
+from impactx.explain.sheet import SheetError
 from impactx.models import build_classifier, build_impactx, save_checkpoint
 from impactx.settings import DatasetSettings, ImpactxSettings, ModelSettings
 
@@ -150,11 +151,22 @@ def test_the_sheet(options, tmp_path):
     assert picture.shape[1] > 1000
     strongest = picture[..., 0] - picture[..., 2]
     assert strongest.max() > 0.3 and strongest.min() < -0.3  # red and blue: both signs are there
-    from impactx.explain.sheet import SheetError
-
     for path in (tmp_path / "none" / "sheet.png", tmp_path / "sheet.jpg"):
         with pytest.raises(SheetError, match="a .png file in a folder that exists"):
             explain_job.draw(job, path, 2)
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_a_sheet_that_cannot_be_drawn_is_told_before_anything_is_made(options, tmp_path, more, monkeypatch):
+    sheet = options("--model", checkpoint(tmp_path), "--sheet", f"{tmp_path}/none/x.jpg")
+    done = subprocess.run([sys.executable, JOB, "--model", str(tmp_path / "net.pt"), "--sheet",
+                           f"{tmp_path}/none/x.jpg", *more, *sheet.overrides], capture_output=True, text=True)
+    assert done.returncode == 2 and "none/x.jpg: give a .png file in a folder that exists" in done.stderr
+    assert not (tmp_path / "out").exists()
+    for module in {"matplotlib", *(m for m in sys.modules if m.startswith("matplotlib."))}:
+        monkeypatch.setitem(sys.modules, module, None)  # Python's own way to say that it is not there
+    with pytest.raises(SheetError, match="needs matplotlib"):
+        explain_job.prepare(sheet.settings(), sheet.choice(), tmp_path / "x.png")
 
 
 def test_impactx_is_explained_by_its_own_logits(options, tmp_path):
