@@ -252,7 +252,7 @@ def test_an_import_path(options, tmp_path, monkeypatch):
     (tmp_path / "code_of_mine.py").write_text(CODE)
     monkeypatch.chdir(tmp_path)
     job, said = explained(options("--import", "code_of_mine:good"))
-    assert "60 maps" in said and job.unit.recipe["model"] == {"import": "code_of_mine:good"}
+    assert "60 maps" in said and job.unit.recipe["model"]["import"] == "code_of_mine:good"
     worker = ShardWorker(prepared(options("--import", "code_of_mine:good")).unit, job.place)
     assert isinstance(worker.model, nn.Sequential) and not worker.model.training
     for path, said in [("code_of_mine:few", "4 scores, the images have 10 classes"),
@@ -262,6 +262,42 @@ def test_an_import_path(options, tmp_path, monkeypatch):
                        ("no_code_of_mine:good", "No module named"), ("code_of_mine", "package.module:function")]:
         with pytest.raises(WorkError, match=said):
             prepared(options("--import", path))
+
+
+NET = """
+from torch import nn
+from {package}.numbers import MEAN
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3072, 10)
+    def forward(self, x): return self.linear((x - MEAN).flatten(1))
+"""
+
+
+def test_other_code_around_the_same_weights_is_another_store(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def key(folder: str, mean: float, more: str = "") -> str:
+        for name in [m for m in sys.modules if m.partition(".")[0] in ("nets_of_mine", "start_of_mine")]:
+            del sys.modules[name]
+        package = tmp_path / folder / "nets_of_mine"
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text("")
+        (package / "numbers.py").write_text(f"MEAN = {mean}\n")
+        (package / "net.py").write_text(NET.format(package=""))  # from .numbers
+        (package.parent / "start_of_mine.py").write_text(
+            f"import json, numpy, impactx\nfrom nets_of_mine import net\ndef build(): return net.Net()\n{more}")
+        monkeypatch.chdir(package.parent)
+        job = prepared(options("--import", "start_of_mine:build"))
+        assert job.unit.key == prepared(options("--import", "start_of_mine:build")).unit.key
+        weights.add(job.unit.recipe["weights"])
+        return job.unit.key
+
+    weights: set[str] = set()
+    first = key("a", 0.5)
+    assert first == key("b", 0.5) and len({first, key("c", 0.4), key("d", 0.5, "SIZE = 3")}) == 3
+    assert len(weights) == 1
 
 
 def test_absent_and_foreign_checkpoints(options, tmp_path):
