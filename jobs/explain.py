@@ -35,7 +35,7 @@ def run(arguments: list[str] | None = None) -> None:
         print("\n".join(problems) or f"{options.verify}: every shard is there and as it was written, and no other")
         sys.exit(1 if problems else 0)
     settings = options.settings()
-    job = explain_job.prepare(settings, options.choice())
+    job = explain_job.prepare(settings, options.choice(), options.sheet)
     if options.dry_run:
         print(explain_job.plan(settings, job))
         return

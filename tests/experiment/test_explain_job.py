@@ -23,6 +23,7 @@ from impactx.experiment.model_source import timm_classifier
 from impactx.experiment.tracker import NoTracker
 from impactx.experiment.units import WorkError
 from impactx.experiment.work import ShardWorker
+from impactx.explain.sheet import SheetError
 from impactx.models import build_classifier, build_impactx, save_checkpoint
 from impactx.settings import DatasetSettings, ImpactxSettings, ModelSettings
 
@@ -150,11 +151,22 @@ def test_the_sheet(options, tmp_path):
     assert picture.shape[1] > 1000
     strongest = picture[..., 0] - picture[..., 2]
     assert strongest.max() > 0.3 and strongest.min() < -0.3  # red and blue: both signs are there
-    from impactx.explain.sheet import SheetError
-
     for path in (tmp_path / "none" / "sheet.png", tmp_path / "sheet.jpg"):
         with pytest.raises(SheetError, match="a .png file in a folder that exists"):
             explain_job.draw(job, path, 2)
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_a_sheet_that_cannot_be_drawn_is_told_before_anything_is_made(options, tmp_path, more, monkeypatch):
+    sheet = options("--model", checkpoint(tmp_path), "--sheet", f"{tmp_path}/none/x.jpg")
+    done = subprocess.run([sys.executable, JOB, "--model", str(tmp_path / "net.pt"), "--sheet",
+                           f"{tmp_path}/none/x.jpg", *more, *sheet.overrides], capture_output=True, text=True)
+    assert done.returncode == 2 and "none/x.jpg: give a .png file in a folder that exists" in done.stderr
+    assert not (tmp_path / "out").exists()
+    for module in {"matplotlib", *(m for m in sys.modules if m.startswith("matplotlib."))}:
+        monkeypatch.setitem(sys.modules, module, None)  # Python's own way to say that it is not there
+    with pytest.raises(SheetError, match="needs matplotlib"):
+        explain_job.prepare(sheet.settings(), sheet.choice(), tmp_path / "x.png")
 
 
 def test_impactx_is_explained_by_its_own_logits(options, tmp_path):
@@ -240,7 +252,7 @@ def test_an_import_path(options, tmp_path, monkeypatch):
     (tmp_path / "code_of_mine.py").write_text(CODE)
     monkeypatch.chdir(tmp_path)
     job, said = explained(options("--import", "code_of_mine:good"))
-    assert "60 maps" in said and job.unit.recipe["model"] == {"import": "code_of_mine:good"}
+    assert "60 maps" in said and job.unit.recipe["model"]["import"] == "code_of_mine:good"
     worker = ShardWorker(prepared(options("--import", "code_of_mine:good")).unit, job.place)
     assert isinstance(worker.model, nn.Sequential) and not worker.model.training
     for path, said in [("code_of_mine:few", "4 scores, the images have 10 classes"),
@@ -250,6 +262,42 @@ def test_an_import_path(options, tmp_path, monkeypatch):
                        ("no_code_of_mine:good", "No module named"), ("code_of_mine", "package.module:function")]:
         with pytest.raises(WorkError, match=said):
             prepared(options("--import", path))
+
+
+NET = """
+from torch import nn
+from {package}.numbers import MEAN
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3072, 10)
+    def forward(self, x): return self.linear((x - MEAN).flatten(1))
+"""
+
+
+def test_other_code_around_the_same_weights_is_another_store(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def key(folder: str, mean: float, more: str = "") -> str:
+        for name in [m for m in sys.modules if m.partition(".")[0] in ("nets_of_mine", "start_of_mine")]:
+            del sys.modules[name]
+        package = tmp_path / folder / "nets_of_mine"
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text("")
+        (package / "numbers.py").write_text(f"MEAN = {mean}\n")
+        (package / "net.py").write_text(NET.format(package=""))  # from .numbers
+        (package.parent / "start_of_mine.py").write_text(
+            f"import json, numpy, impactx\nfrom nets_of_mine import net\ndef build(): return net.Net()\n{more}")
+        monkeypatch.chdir(package.parent)
+        job = prepared(options("--import", "start_of_mine:build"))
+        assert job.unit.key == prepared(options("--import", "start_of_mine:build")).unit.key
+        weights.add(job.unit.recipe["weights"])
+        return job.unit.key
+
+    weights: set[str] = set()
+    first = key("a", 0.5)
+    assert first == key("b", 0.5) and len({first, key("c", 0.4), key("d", 0.5, "SIZE = 3")}) == 3
+    assert len(weights) == 1
 
 
 def test_absent_and_foreign_checkpoints(options, tmp_path):

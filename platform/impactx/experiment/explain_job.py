@@ -20,6 +20,7 @@ from impactx.experiment.work import maps_complete
 from impactx.experiment.workplace import Workplace
 from impactx.explain.attribution import build_attribution
 from impactx.explain.reading import store_at
+from impactx.explain.sheet import check_sheet, draw_sheet
 from impactx.explain.store import MapStore, StoreError
 from impactx.settings import DatasetSettings, ExplainSettings, ModelSettings
 from impactx.timing import Progress
@@ -71,11 +72,13 @@ class Explained:
         return self.place.artifacts.result(self.unit) is not None and maps_complete(self.unit, self.place)
 
 
-def prepare(settings: ExplainSettings, choice: ModelChoice) -> Explained:
-    """Find and check images, attribution, model and storage.
+def prepare(settings: ExplainSettings, choice: ModelChoice, sheet: str | Path | None = None) -> Explained:
+    """Find and check images, attribution, model, storage, and where the maps are drawn: `sheet`, None for nowhere.
 
-    Raises ConfigurationError, DataError, WorkError or StorageError before anything is computed.
+    Raises ConfigurationError, DataError, WorkError, StorageError or SheetError before anything is computed.
     """
+    if sheet is not None:
+        check_sheet(sheet)
     place, attribution = workplace(settings), settings.attribution
     place.artifacts.storage.check()
     check_attribution(attribution)
@@ -177,8 +180,6 @@ def examples(job: Explained, count: int, seed: int = 0) -> np.ndarray:
 
 def draw(job: Explained, path: str | Path, count: int) -> None:
     """Write a sheet of `count` examples of a finished store as PNG. Raises StoreError, SheetError."""
-    from impactx.explain.sheet import draw_sheet
-
     chosen = np.sort(examples(job, count))
     maps = job.place.map_array(job.store(), job.data)[chosen]
     train = job.data.train

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from impactx.experiment.source_code import code_fingerprint
 from impactx.experiment.units import WorkError
 from impactx.models import (
     CheckpointError,
@@ -63,7 +64,8 @@ def open_source(source: Mapping[str, Any], place: Workplace, weights: str | None
         model = timm_classifier(settings, source["num_classes"], (height, width))
         about = {"timm": settings.architecture, "input_size": settings.input_size}
     elif kind == "import":
-        model, about = imported(source["path"], source["folder"]), {"import": source["path"]}
+        model = imported(source["path"], source["folder"])
+        about = {"import": source["path"], "code": code_fingerprint(source["path"].partition(":")[0], model)}
     if model is None:
         raise ValueError(f"no such source of a model: {dict(source)!r}")
     found = weights_fingerprint(model)

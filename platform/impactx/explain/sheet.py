@@ -22,6 +22,18 @@ def colour_limit(maps: np.ndarray) -> float:
     return float(np.percentile(values, CLIPPED)) or float(values.max()) or 1.0
 
 
+def check_sheet(path: str | Path) -> None:
+    """Raise SheetError where no sheet can be drawn, or none can be written to `path`."""
+    try:
+        import matplotlib  # noqa: F401 - a second, for those who ask for a sheet
+    except ImportError as error:
+        raise SheetError("a sheet needs matplotlib, which is not installed: pip install 'impactx[explain]'"
+                                 ) from error
+    target = Path(path)
+    if target.suffix != ".png" or not target.absolute().parent.is_dir():
+        raise SheetError(f"the sheet {path}: give a .png file in a folder that exists")
+
+
 def draw_sheet(path: str | Path, images: np.ndarray, maps: np.ndarray, names: Sequence[str], *,
                title: str = "", limit: float | None = None) -> None:
     """Draw N examples, two a row.
@@ -31,19 +43,14 @@ def draw_sheet(path: str | Path, images: np.ndarray, maps: np.ndarray, names: Se
     `limit`, by default `colour_limit` of these maps. Raises SheetError where matplotlib is not installed or the
     file cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.cm import ScalarMappable
-        from matplotlib.colors import Normalize
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SheetError("a sheet needs matplotlib, which is not installed: pip install 'impactx[explain]'"
-                                 ) from error
+    check_sheet(path)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
     if not len(images) == len(maps) == len(names) or not len(images):
         raise ValueError(f"{len(images)} images, {len(maps)} maps and {len(names)} names: the same number is needed")
-    target = Path(path)
-    if target.suffix != ".png" or not target.absolute().parent.is_dir():
-        raise SheetError(f"the sheet {path}: give a .png file in a folder that exists")
     values = np.asarray(maps, np.float64).sum(1)
     limit = limit or colour_limit(maps)
     scale, across = Normalize(-limit, limit), min(2, len(images))
@@ -74,6 +81,6 @@ def draw_sheet(path: str | Path, images: np.ndarray, maps: np.ndarray, names: Se
     if title:
         figure.suptitle(title, fontsize=10)
     try:
-        figure.savefig(target, dpi=130)
+        figure.savefig(path, dpi=130)
     except OSError as error:
         raise SheetError(f"the sheet {path} cannot be written: {error}") from error
