@@ -1,11 +1,15 @@
 """The batched engine against shap itself and against the slow twin, on networks that were trained.
 
 An image whose map differs by more than 1e-5 of its largest value is computed again in float64 on both sides, where they
-must agree. Two things can be the reason, and both are counted. A near-tie: two queue entries whose priorities differ by
-less than float32 resolves; such images must be rare (1 in 100 over all cases) and correlate with shap's map all the
-same. Or float32 does not resolve 1e-5 of this map, which shows in shap's own: it misses shap's float64 map as well.
-With a fixed context a map is made of differences of four scores, which can be a thousand times smaller than the scores.
-Ours is then as near to the float64 map as shap's, or counts as a near-tie.
+must agree (to 1e-6). It then counts as a near-tie: two queue entries whose priorities differ by less than float32
+resolves. Near-ties must be rare (1 in 100) and correlate with shap's map all the same: by 0.999, or by 0.995 with a
+fixed context, where the interaction of a split stays on its box, so that another order moves more.
+
+With a fixed context there is a second reason. A map is then made of differences of four scores, which can be a thousand
+times smaller than the scores, and float32 resolves 1e-5 of it on neither side: shap's own float32 map misses its
+float64 map by 5e-6 to 1e-3 of its largest value, and ours misses that by no more than twice as much. Such a map is
+unresolved: the two float32 maps must correlate by 0.999, and UNRESOLVED bounds the number of such maps. Without a fixed
+context, which is shap's default and the experiments', none is called so: whatever deviates is a near-tie.
 
 Run alone: python -m pytest tests/reference/test_partition.py; the whole cross: add -m "full or not full".
 """
@@ -15,6 +19,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -37,7 +42,17 @@ shap = pytest.importorskip("shap")
 
 TOLERANCE = 1e-5
 ROUNDING = 1e-3  # more than float32 costs a map; where the order of a queue changes, it is more still
-SHOWN = {"maps": 0, "near_ties": 0, "unresolved": 0, "worst": 0.0, "correlation": 1.0}
+# How many maps of a group of cases (Case.group) may be unresolved; of others, none. Found were 65 % of small-1x28x28
+# (of 144 and of 96 maps), 11 % of small-3x20x33 (of 96), none of small-3x8x8 (300), of LeNet (100); 236 in a whole run.
+UNRESOLVED = {
+    "small-1x28x28-fixed": 216,  # of 288
+    "small-3x20x33-fixed": 72,  # of 288
+    "small-1x96x96-fixed": 8, "small-3x96x96-fixed": 8,  # of 8 each
+    "lenet-3x32x32-fixed": 15,  # of 296
+    "small-3x8x8-fixed": 3,  # of 300
+}
+COUNTS: dict[str, Counter[str]] = defaultdict(Counter)  # of each group
+SHOWN = {"worst": 0.0, "correlation": 1.0}
 
 
 # --- data and networks -------------------------------------------------------------------------------------------
@@ -146,10 +161,17 @@ class Case:
     images: int = 4
     fast: bool = False
 
+    @property
+    def group(self) -> str:
+        """Cases that float32 resolves about equally well: of one network, size and kind of context."""
+        return f"{self._subject()}-{'default' if self.fixed_context is None else 'fixed'}"
+
+    def _subject(self) -> str:
+        return f"{self.network}-{'x'.join(map(str, self.shape))}"
+
     def __str__(self) -> str:
-        shape = "x".join(map(str, self.shape))
         masker = str(self.masker).replace(" ", "")
-        return (f"{self.network}-{shape}-{self.outputs}-{self.max_evals}ev-batch{self.batch_size}-"
+        return (f"{self._subject()}-{self.outputs}-{self.max_evals}ev-batch{self.batch_size}-"
                 f"context{self.fixed_context}-{masker}-{self.images}img{'-fast' if self.fast else ''}")
 
 
@@ -225,9 +247,8 @@ def compare(case: Case) -> np.ndarray:
         elif float32_resolves(network, images[i], labels[i], outputs, case, ours[i], theirs):
             near_ties += 1
         else:
-            SHOWN["unresolved"] += 1
-    SHOWN["maps"] += case.images
-    SHOWN["near_ties"] += near_ties
+            COUNTS[case.group]["unresolved"] += 1
+    COUNTS[case.group].update(maps=case.images, near_ties=near_ties)
     assert near_ties <= max(1, case.images // 100), f"{near_ties} of {case.images} maps differ by more than {TOLERANCE}"
     return ours
 
@@ -237,11 +258,6 @@ def float32_resolves(network, image, label, outputs, case, ours, theirs) -> bool
 
     False where shap's own float32 map is too far from it to be compared by, and ours is as near: with a fixed context.
     """
-    correlation = np.corrcoef(ours.ravel(), theirs.ravel())[0, 1]
-    SHOWN["correlation"] = min(SHOWN["correlation"], correlation)
-    # With a fixed context the interaction of a split stays on its box, so another order moves more.
-    enough = 0.999 if case.fixed_context is None else 0.99
-    assert correlation >= enough, f"deviation {deviation(ours, theirs):.1e}, correlation {correlation:.6f}"
     network.double()
     try:
         exact = engine_maps(network, image[None].double(), label[None], case)[0]
@@ -250,8 +266,13 @@ def float32_resolves(network, image, label, outputs, case, ours, theirs) -> bool
         network.float()
     assert deviation(exact, reference) < 1e-6, "not rounding: the maps differ in float64 as well"
     mine, shaps = deviation(ours, reference), deviation(theirs, reference)
-    near = TOLERANCE / 2 < shaps < ROUNDING and mine <= 2 * shaps + TOLERANCE / 2
-    return case.fixed_context is None or not near
+    fixed = case.fixed_context is not None
+    resolved = not (fixed and TOLERANCE / 2 < shaps < ROUNDING and mine <= 2 * shaps + TOLERANCE / 2)
+    correlation = np.corrcoef(ours.ravel(), theirs.ravel())[0, 1]
+    SHOWN["correlation"] = min(SHOWN["correlation"], correlation)
+    enough = 0.995 if fixed and resolved else 0.999
+    assert correlation >= enough, f"deviation {deviation(ours, theirs):.1e}, correlation {correlation:.6f}"
+    return resolved
 
 
 # --- the sample, and the whole cross -----------------------------------------------------------------------------
@@ -419,11 +440,41 @@ def test_tree_equals_shaps(shape: tuple[int, int, int]) -> None:
     assert seen == tree.n_nodes == 2 * n_leaves - 1
 
 
+def too_many(counts: dict[str, Counter[str]]) -> list[str]:
+    """What is above the bounds, of the counts of each group."""
+    wrong = []
+    for kind in ("default", "fixed"):
+        total = sum((found for group, found in counts.items() if group.endswith(kind)), Counter())
+        if total["near_ties"] > max(1, total["maps"] / 100):
+            wrong.append(f"{kind}: {total['near_ties']} of {total['maps']} maps are near-ties")
+    for group, found in counts.items():
+        if found["unresolved"] > (allowed := UNRESOLVED.get(group, 0)):
+            wrong.append(f"{group}: {found['unresolved']} of {found['maps']} maps are unresolved, allowed: {allowed}")
+    return wrong
+
+
+@pytest.mark.parametrize("group, near_ties, unresolved, said", [
+    ("lenet-3x32x32-default", 12, 0, []), ("lenet-3x32x32-default", 13, 0, ["default: 13 of 1232 maps are near-ties"]),
+    ("lenet-3x32x32-default", 0, 1, ["lenet-3x32x32-default: 1 of 1232 maps are unresolved, allowed: 0"]),
+    ("lenet-3x32x32-fixed", 0, 16, ["lenet-3x32x32-fixed: 16 of 288 maps are unresolved, allowed: 15"]),
+    ("small-1x28x28-fixed", 0, 216, []),
+    ("small-1x28x28-fixed", 0, 217, ["small-1x28x28-fixed: 217 of 288 maps are unresolved, allowed: 216"])])
+def test_too_many_near_ties_or_unresolved_maps_are_noticed(
+    group: str, near_ties: int, unresolved: int, said: list[str]
+) -> None:
+    counts = {"lenet-3x32x32-default": Counter(maps=1232), group: Counter(maps=1232 if "default" in group else 288)}
+    counts[group].update(near_ties=near_ties, unresolved=unresolved)
+    assert too_many(counts) == said
+
+
 def test_near_ties_were_rare() -> None:
-    """Over all cases of this run (this test stands last)."""
-    if SHOWN["maps"] < 20:
+    """Over all cases of this run (this test stands last), and no more maps were unresolved than UNRESOLVED allows."""
+    total = sum(COUNTS.values(), Counter())
+    if total["maps"] < 20:
         pytest.skip("the comparisons were not run")
-    print(f"\n{SHOWN['maps']} maps against shap: {SHOWN['near_ties']} near-ties and {SHOWN['unresolved']} that float32 "
+    print(f"\n{total['maps']} maps against shap: {total['near_ties']} near-ties and {total['unresolved']} that float32 "
           f"does not resolve, all equal in float64 (lowest correlation in float32: {SHOWN['correlation']:.4f}); the "
           f"others are equal to {SHOWN['worst']:.1e} of their largest value")
-    assert SHOWN["near_ties"] <= max(1, SHOWN["maps"] / 100)
+    for group, found in COUNTS.items():
+        print(f"  {group}: {found['maps']} maps, {found['near_ties']} near-ties, {found['unresolved']} unresolved")
+    assert too_many(COUNTS) == []
