@@ -527,7 +527,7 @@ def left_out(done: Done) -> str:
     return "\n".join(cell["missing"])
 
 
-def tested(done: Done) -> set[tuple[str, int]]:
+def have_results(done: Done) -> set[tuple[str, int]]:
     return {(row.approach, row.repeat) for row in done.rows}
 
 
@@ -543,7 +543,7 @@ def test_approaches_that_fail_do_not_take_the_others_results(shared, tmp_path, c
         "class-weighted maps of test images": StorageError("full"), "test of A repeat 1": WorkError("not finite")})
     with caplog.at_level(logging.INFO, "impactx"):
         done.run()
-    assert tested(done) == {("baseline", 0), ("impactx", 0), ("impactx", 1), ("lambda0", 0)}
+    assert have_results(done) == {("baseline", 0), ("impactx", 0), ("impactx", 1), ("lambda0", 0)}
     assert [c["sentence"] for c in done.job.evidence["cells"]][0].startswith("The explanations")
     kept = json.loads((tmp_path / "jobs" / done.job.key / "results.json").read_text())
     assert kept == [row.as_dict() for row in done.rows]
@@ -563,7 +563,7 @@ def test_approaches_that_fail_do_not_take_the_others_results(shared, tmp_path, c
     again = Done(tmp_path, shared, *FOUR, "approaches.abn.learning_rate_factors=[1]")
     assert again.job.key != done.job.key
     again.run().job.check()  # nothing that failed was left behind
-    assert len(tested(again)) == 10
+    assert len(have_results(again)) == 10
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), TakenOver("another process works on it")])
@@ -582,7 +582,7 @@ def test_an_interrupt_and_another_process_end_everything_at_once(shared, tmp_pat
 def test_a_repeat_whose_a_diverged_is_left_out_for_every_approach(shared, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "impactx"):
         done = faulty(tmp_path, shared, *FOUR[1:], "approach=[impactx,abn]", diverging=["A repeat 0"]).run()
-    assert tested(done) == {(name, 1) for name in ("baseline", "impactx", "abn")}
+    assert have_results(done) == {(name, 1) for name in ("baseline", "impactx", "abn")}
     assert "A repeat 0 diverged in its first epoch: repeat 0 is left out, for every approach" in caplog.text
     assert "A repeat 0: diverged" in left_out(done)
     done.job.check()
