@@ -249,7 +249,7 @@ def test_a_wae_cannot_be_explained_and_an_abn_can(first):
     (("approach=[integrated_gradients]", "approaches.integrated_gradients.attribution={method: occlusion, window: 40}"),
      "approaches.integrated_gradients.attribution.window = 40 is larger than the images"),
     (("approach=[wae]", "approaches.wae.attribution={method: occlusion, masker: blurr(3)}"),
-     "approaches.wae.attribution:"),
+     "approaches.wae.attribution.masker"),
     (("approach=[abn]", "approaches.abn.lambdas=[1]"),
      r"approaches.abn.lambdas = \[1\]: no such setting with kind abn"),
     (("approaches.mine={kind: nothing}",), "approaches.mine.kind = 'nothing': no such choice; there are impactx, abn"),

@@ -177,6 +177,14 @@ def test_the_precision_is_the_blocks_alone():
     assert (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision) == before
 
 
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
+def test_in_any_precision_a_model_can_be_exported_and_onednn_stays_on(precision):
+    example = torch.zeros(2, 3, 12, 12)
+    with forward_precision(precision):
+        assert torch.equal(torch.export.export(net(), (example,)).module()(example), net()(example))
+    assert torch.backends.mkldnn.enabled
+
+
 def test_every_attribution_is_made_in_exact_float32(method):
     seen = []
 

@@ -7,7 +7,8 @@ Attributions are differences of scores, so what a training takes for exact enoug
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,17 +24,22 @@ def forward_precision(precision: Precision, device: torch.device | str = "cpu") 
     bfloat16: torch's autocast on the device.
     """
     wanted = "tf32" if precision == "tf32" else "ieee"
-    # All three: torch refuses its old flags where convolutions and recurrent layers differ.
     places = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
     before = [place.fp32_precision for place in places]
     try:
-        for place in places:
-            place.fp32_precision = wanted
+        _set(places, [wanted] * len(places))
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16"):
             yield
     finally:
-        for place, value in zip(places, before, strict=True):
-            place.fp32_precision = value
+        _set(places, before)
+
+
+def _set(places: Sequence[Any], values: Sequence[str]) -> None:
+    """The old flags as well as the new: where they disagree, torch.export fails, and leaves oneDNN switched off."""
+    torch.backends.cuda.matmul.allow_tf32 = values[0] == "tf32"
+    torch.backends.cudnn.allow_tf32 = all(value == "tf32" for value in values[1:])
+    for place, value in zip(places, values, strict=True):
+        place.fp32_precision = value
 
 
 def map_error(maps: np.ndarray, exact: np.ndarray) -> float:
