@@ -544,7 +544,8 @@ def test_approaches_that_fail_do_not_take_the_others_results(shared, tmp_path, c
     with caplog.at_level(logging.INFO, "impactx"):
         done.run()
     assert have_results(done) == {("baseline", 0), ("impactx", 0), ("impactx", 1), ("lambda0", 0)}
-    assert [c["sentence"] for c in done.job.evidence["cells"]][0].startswith("Whether the explanations help cannot be told from 1 repeat")
+    said = [c["sentence"] for c in done.job.evidence["cells"]]
+    assert said[0].startswith("Whether the explanations help cannot be told from 1 repeat")
     kept = json.loads((tmp_path / "jobs" / done.job.key / "results.json").read_text())
     assert kept == [row.as_dict() for row in done.rows]
     with pytest.raises(PartsFailed) as caught:
