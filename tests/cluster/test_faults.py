@@ -9,12 +9,16 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from lab import descendants, until
 from test_job import Job, check_runs
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "servers"))
+from services import MlflowServer  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 STAGES = {"stage 1": lambda job: job.running(1, "trials"), "maps": Job.explaining,
@@ -160,8 +164,9 @@ def fill(disk: Path) -> Path:
     return filler
 
 
-def test_the_disk_is_full_for_a_while(undisturbed, small_disk, tmp_path, cache):
-    job = Job(small_disk / "out", cache, "cluster.storage_patience=300", log=tmp_path / "log")
+def test_the_disk_is_full_for_a_while(nodes, undisturbed, small_disk, tmp_path, cache):
+    job = Job(small_disk / "out", cache, f"cluster.address={nodes.address}", "cluster.storage_patience=300",
+              log=tmp_path / "log")
     job.meet(lambda: job.running(1, "trials"), "stage 1")
     filler = fill(small_disk)
     before = job.finished()
@@ -170,7 +175,28 @@ def test_the_disk_is_full_for_a_while(undisturbed, small_disk, tmp_path, cache):
     assert job.finished() == before, "the disk was not full"
     filler.unlink()
     assert job.end() == 0, job.log
-    as_undisturbed(job, undisturbed)
+    as_undisturbed(job, undisturbed, nodes)
+
+
+def test_the_mlflow_server_is_away_for_a_minute(nodes, undisturbed, tmp_path, cache):
+    output = tmp_path / "out"
+    output.mkdir()
+    server = MlflowServer(tmp_path, backend=f"sqlite:///{output}/mlflow.db")
+    server.start()
+    try:
+        job = Job(output, cache, f"cluster.address={nodes.address}", f"tracking.uri={server.uri}")
+        job.meet(lambda: job.running(1, "trials"), "stage 1")
+        server.kill()
+        before = job.finished()
+        time.sleep(60)
+        assert job.process.poll() is None, job.log
+        assert len(job.finished()) > len(before), f"the job stood still:\n{job.log}"
+        server.start()
+        assert job.end() == 0, job.log
+        as_undisturbed(job, undisturbed, nodes)
+        assert "cannot be reached" in job.log
+    finally:
+        server.kill()
 
 
 def test_one_configuration_that_diverges(tmp_path, cache):
