@@ -89,7 +89,7 @@ class Approach:
     """One entry of the setting `approaches`.
 
     makes_maps: whether its model makes maps in its forward pass (`with_maps`); networks: how many networks of A's size
-    a forward pass for its scores runs through, at most.
+    a forward pass for its scores runs through, about.
     """
 
     makes_maps = False
