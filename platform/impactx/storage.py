@@ -204,6 +204,13 @@ class Storage:
         except ValueError as error:
             raise StorageError(f"{self.uri(path)} is damaged ({error}): delete it, it will be made anew") from error
 
+    def sweep(self, folder: str) -> None:
+        """Remove what killed writers left in a folder, once nobody writes there any more. S3 shows nothing half."""
+        if not self.remote:
+            for left in Path(self.root, folder).glob(f"{TEMPORARY}*"):
+                with contextlib.suppress(OSError):  # it is only untidy
+                    left.unlink()
+
     def check(self) -> None:
         """Prove before the work starts that files can be written here. Raises StorageError if not."""
         probe, now = f"{TEMPORARY}{uuid.uuid4().hex}", Storage(self.root)

@@ -98,6 +98,9 @@ def test_names_hide_what_a_killed_write_left(tmp_path):
     storage.write("f/a", b"1")
     (tmp_path / "f" / ".partial-123-a").write_bytes(b"half")
     assert storage.names("f") == ["a"]
+    storage.sweep("f")
+    storage.sweep("nowhere")
+    assert os.listdir(tmp_path / "f") == ["a"]
 
 
 def test_a_file_in_the_way_of_a_folder_is_named(tmp_path):

@@ -272,6 +272,8 @@ class CellRun:
                     run.log_metrics({f"{s.approach}.paper_accuracy": published})
             run.log_text(results_csv(self.rows), "results.csv")
             self.journal.finished()
+            for folder in self.journal.folders():
+                self.job.artifacts.storage.sweep(folder)
             if self.failed:
                 run.finish("FAILED", str(self._failure()))
 

@@ -154,6 +154,7 @@ def run(job: Explained, executor: Callable[[], Executor]) -> str:
         log.info("all maps are there already")
     else:
         result = make(job, executor())
+        job.place.artifacts.storage.sweep(job.unit.folder)
     gap = f", they miss f(image) - f(base) by {result['map_gap_mean']:.1e} of their size on average" \
         if result.get("map_gap_mean") is not None else ""
     return f"{result['images']} maps in {result['shards']} shards{gap}\nstore: {job.address}"

@@ -132,6 +132,11 @@ class CellJournal:
             self._now.rows[row.approach, row.repeat] = row.as_dict()
             self._write()
 
+    def folders(self) -> set[str]:
+        """Of the units of this start."""
+        with self._lock:
+            return {folder for folder, _ in self._now.units}
+
     def _write(self) -> None:
         now, before = self._now, self._before
         self._storage.write_json(self._path, self._about | {

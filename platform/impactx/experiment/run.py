@@ -14,7 +14,7 @@ from impactx.experiment.cell_run import CellRun
 from impactx.experiment.claims import Claim
 from impactx.experiment.evidence import evidence
 from impactx.experiment.executor import Executor
-from impactx.experiment.journal import note_start
+from impactx.experiment.journal import CELLS, note_start
 from impactx.experiment.plan import EXECUTION_ONLY, Cell
 from impactx.experiment.results import Row, results_csv, summarise
 from impactx.experiment.summary import Summary
@@ -76,6 +76,8 @@ class Job:
             try:
                 self._claim = Claim(self.artifacts.storage, f"jobs/{self.key}/driver.json", f"the job {self.key}")
                 rows = self._all_cells()
+                for folder in (f"jobs/{self.key}", f"jobs/{self.key}/{CELLS}"):
+                    self.artifacts.storage.sweep(folder)
                 if not rows:
                     self.check()
                 table = [row.as_dict() for row in rows]
