@@ -194,7 +194,6 @@ def test_the_mlflow_server_is_away_for_a_minute(nodes, undisturbed, tmp_path, ca
         server.start()
         assert job.end() == 0, job.log
         as_undisturbed(job, undisturbed, nodes)
-        assert "cannot be reached" in job.log
     finally:
         server.kill()
 
