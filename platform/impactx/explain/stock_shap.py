@@ -46,7 +46,7 @@ class ShapPartitionAttribution:
 
     def _maps(self, scores: ClassScores, rows: int) -> Explanations:
         s, x, y = self.settings, scores.images, scores.labels
-        found = scores.of_class(x, rows)
+        found = scores.of_class(x, rows)  # names what cannot be explained before the first of the long steps
         masker = parse_masker(s.masker)
         hidden = masker.background(x)
         maps, base = np.empty(tuple(x.shape), np.float32), np.empty(len(x))
