@@ -72,8 +72,8 @@ def load_settings(preset: str = DEFAULT_PRESET, overrides: Sequence[str] = (), f
         raise ConfigurationError(f"preset {preset!r} does not exist: {_similar(preset, presets(folder))}"
                                  f"there are {', '.join(presets(folder))} (in {folder})")
     known = groups(folder)
-    chosen, values = [], []
-    left_out: list[tuple[str, str]] = []
+    chosen: dict[str, list[str]] = {}  # by group; the last choice counts, as everywhere
+    values = []
     for override in overrides:
         key, equals, value = override.partition("=")
         key = key.strip().lstrip("+")
@@ -89,17 +89,19 @@ def load_settings(preset: str = DEFAULT_PRESET, overrides: Sequence[str] = (), f
                 errors.append(f"{key} = {value}: this job has no such setting; allowed here: "
                               f"{', '.join(root.model_fields)}")
             elif not bad:
-                single = key == "attribution"
-                chosen.append(f"{key}={wanted[0]}" if single and wanted else f"{key}=[{','.join(wanted)}]")
-                left_out += [(key, c) for c in known[key] if c not in wanted]
+                chosen[key] = wanted
         else:
             values.append((key, value))
-    composed = _compose(folder, preset, chosen)
-    if (method := next((c.partition("=")[2] for c in chosen if c.startswith("attribution=")), None)) is not None:
-        _forget_other_attribution(composed, method, folder, preset)
-    for key, choice in left_out:  # a preset may set values of a choice that the command line left out
+    composed = _compose(folder, preset, [
+        f"{key}={wanted[0]}" if key == "attribution" and wanted else f"{key}=[{','.join(wanted)}]"
+        for key, wanted in chosen.items()])
+    if chosen.get("attribution"):
+        _forget_other_attribution(composed, chosen["attribution"][0], folder, preset)
+    for key, wanted in chosen.items():  # a preset may set values of a choice that the command line left out
         entries = composed.get({"dataset": "datasets", "model": "models", "approach": "approaches"}.get(key, ""), {})
-        entries.pop(choice, None)
+        for choice in known[key]:
+            if choice not in wanted:
+                entries.pop(choice, None)
     composed = {name: value for name, value in composed.items()
                 if name in root.model_fields or name not in ExperimentSettings.model_fields}
     errors += _lay_over(composed, values)

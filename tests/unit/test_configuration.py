@@ -158,6 +158,13 @@ def test_groups_chosen_on_the_command_line_replace_the_presets():
     assert load_settings("demo", ["approach=[]"], CONFIGS).approaches == {}
 
 
+def test_the_last_choice_of_a_group_counts():
+    settings = load_settings("full_grid", ["approach=[impactx]", "attribution=occlusion", "model=[lenet5,mobilenet]",
+                                           "approach=[abn,wae]", "attribution=partition", "model=lenet5"], CONFIGS)
+    assert list(settings.approaches) == ["abn", "wae"] and list(settings.models) == ["lenet5"]
+    assert settings.attribution == load_settings("full_grid", [], CONFIGS).attribution
+
+
 @pytest.mark.parametrize("place", ["preset", "override"])
 def test_a_python_object_in_yaml_is_refused_and_not_made(tmp_path, place):
     trace = tmp_path / "trace"

@@ -14,6 +14,7 @@ from impactx.experiment.price_list import price_list
 from impactx.experiment.pricing import JUDGING, MAPS, Measured, Probe, Range, Slots, price_cell, probes_of
 from impactx.experiment.rates import STAGE1, TrainingRate
 from impactx.experiment.units import Artifacts
+from impactx.explain.store import MapStore, StoreSpec
 from impactx.models import build_abn, build_classifier, build_impactx, build_single_stage
 from impactx.models.ensemble import Ensemble
 from impactx.storage import Storage
@@ -158,6 +159,37 @@ def test_finished_work_of_stage_2_costs_nothing(artifacts):
     price, found = priced()
     assert price.epochs == Range() and price.evaluations == Range() and "judging" not in found
     assert all(item.seconds == Range() for item in price.items) and "4 judgements" in price.exists
+
+
+def test_shards_that_are_there_cost_nothing(artifacts):
+    (cell,) = cells("repeats=1", "maps.shard_size=300")
+    finish_maps(cell, artifacts, repeats=[])
+    a = cell.stage1_model(Configuration(0.002, 20, 0.2), 0)
+    artifacts.finish(a, result := {"weights": "w0" * 32})
+    unit = cell.maps(a, result, 0)
+    store = MapStore.create(artifacts.storage, unit.folder, StoreSpec(unit.key, 1000, (3, 32, 32), 300, {}))
+    assert price_cell(cell, measured([cell]), artifacts).evaluations == Range(100_000, 100_000)
+    for shard, left in ((1, 700), (3, 600)):
+        artifacts.storage.write(f"{unit.folder}/{store.shard_name(shard)}", b"")
+        price = price_cell(cell, measured([cell]), artifacts)
+        found = {item.name: item for item in price.items}
+        assert price.evaluations == Range(100 * left, 100 * left) and price.map_bytes == left * 3 * 32 * 32 * 4
+        assert found["maps on CPUs"].alone().low == pytest.approx(left / 30)
+
+
+def test_maps_that_a_training_makes_itself_are_priced(artifacts):
+    approach = "approach=[single_stage]", "approaches.single_stage.lambdas=[0.4,0.8]"
+    (cell,), (without,) = (cells(*approach, f"approaches.single_stage.explain_every={n}") for n in (2, 100))
+    rates = measured([cell])
+    (price, bare) = (price_cell(one, rates, artifacts) for one in (cell, without))
+    # Of 800 images after every second epoch but the last: 2 rounds of 6 epochs, 14 of 30; 2 trials and 2 trainings.
+    maps = Range(2 * 800, 14 * 800)
+    assert price.evaluations == maps * (4 * 100) + bare.evaluations
+    for name in ("single_stage's search", "final models"):
+        some, none = ({item.name: item.seconds for item in one.items}[name] for one in (price, bare))
+        # 7.5 maps of A a second, and its network is as large as two of A's.
+        expected = maps * (2 * 2 / 7.5)
+        assert (some.low - none.low, some.high - none.high) == pytest.approx((expected.low, expected.high))
 
 
 def test_a_budget_that_is_spent_leaves_no_trial(artifacts):

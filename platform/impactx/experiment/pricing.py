@@ -20,7 +20,7 @@ from impactx.experiment.survey import (
     Survey,
     configuration_of,
     evaluations_of_map,
-    images_of_store,
+    images_left,
     survey,
 )
 from impactx.experiment.units import Artifacts, Unit
@@ -96,8 +96,9 @@ def probes_of(cells: Sequence[Cell]) -> list[Probe]:
             found += [Probe(cell, approach.name, size) for size in ([own] if own else sizes)]
         steps = survey(cell)
         found += [Probe(cell, MAPS, 0, made) for made in dict.fromkeys(made_of(unit) for unit in steps.stores.units)]
-        found += [Probe(cell, JUDGING, 0, made) for made in dict.fromkeys(
-            made_by(attribution) for judgement in steps.judged.values() for attribution in judgement.attributions)]
+        makers = [one for judgement in steps.judged.values() for one in judgement.attributions]
+        makers += [own.attribution for one in cell.approaches() if (own := _own(cell, one.name, steps.points))]
+        found += [Probe(cell, JUDGING, 0, made) for made in dict.fromkeys(map(made_by, makers))]
     return found
 
 
@@ -210,8 +211,13 @@ def price_cell(cell: Cell, measured: Measured, artifacts: Artifacts) -> CellPric
     trainings = sum(len(step.left) for step in steps.models.values())
     stage1 = _item("stage 1", f"{len(left)} of {len(steps.stage1.units)} trials left", "trial", _stage1_seconds(
         cell, left, measured), len(left), measured)
-    maps, evaluations, images = _map_items(cell, steps.stores.left, measured)
+    maps, evaluations, images = _map_items(
+        cell, [(unit, images_left(cell, unit, artifacts)) for unit in steps.stores.left], measured)
     judging, passes = _judging(cell, steps, measured)
+    for name, step in steps.models.items():
+        if own := _own(cell, name, steps.points):
+            of_search = len(searches[name].left) if name in searches else 0
+            passes += Range(own.least, own.most) * (len(step.left) + of_search)
     return CellPrice(
         cell, [stage1, _models(cell, steps, trainings, measured), *maps,
                *(_search(cell, name, step, steps.points, measured) for name, step in searches.items()), *judging],
@@ -244,7 +250,22 @@ def _stage1_seconds(cell: Cell, left: Sequence[Unit], measured: Measured) -> Ran
 def _training(cell: Cell, what: str, slot: str, points: Sequence[Configuration], measured: Measured) -> Range:
     """Seconds of one training, by any of these points."""
     epochs = [_epoch(measured, slot, cell, what, point) for point in points]
-    return Range(_length(cell).low * min(epochs), _length(cell).high * max(epochs))
+    seconds = Range(_length(cell).low * min(epochs), _length(cell).high * max(epochs))
+    if own := _own(cell, what, points):
+        seconds += _passes_seconds(cell, own, measured) * (1 / measured.slots[slot].workers)  # they share them
+    return seconds
+
+
+def _own(cell: Cell, what: str, points: Sequence[Configuration]) -> Passes | None:
+    """The passes for the maps that one training makes itself, where it makes any."""
+    approach = next((one for one in cell.approaches() if one.name == what), None)
+    images = [cell.facts.train_images - _validation(cell, point) for point in points]
+    if approach is None or not (most := approach.maps_in_training(max(images), round(_length(cell).high))):
+        return None
+    attribution = approach.attribution or cell.settings.attribution
+    each = attribution.evaluations(cell.facts.image_size) or 0
+    least = approach.maps_in_training(min(images), round(_length(cell).low))
+    return Passes(attribution, approach.networks, least * each, most * each)
 
 
 def _search(cell: Cell, name: str, trials: Step, points: Sequence[Configuration], measured: Measured) -> Item:
@@ -263,12 +284,14 @@ def _models(cell: Cell, steps: Survey, trainings: int, measured: Measured) -> It
                  trainings, measured)
 
 
-def _map_items(cell: Cell, stores: Sequence[Unit], measured: Measured) -> tuple[list[Item], int, int]:
-    """Each kind of maps in each kind of slot, in proportion to its speed; evaluations and images of all."""
+def _map_items(cell: Cell, stores: Sequence[tuple[Unit, int]], measured: Measured) -> tuple[list[Item], int, int]:
+    """Each kind of maps in each kind of slot, in proportion to its speed; evaluations and images of all.
+
+    stores: with the number of maps that each lacks.
+    """
     items, evaluations, images = [], 0, 0
-    for made in dict.fromkeys(made_of(unit) for unit in stores):
-        maps = sum(images_of_store(cell, unit, cell.facts.train_images) or 0
-                   for unit in stores if made_of(unit) == made)
+    for made in dict.fromkeys(made_of(unit) for unit, _ in stores):
+        maps = sum(count for unit, count in stores if made_of(unit) == made)
         attribution, target = json.loads(made)
         a_map = evaluations_of_map(cell, attribution, target, cell.facts.image_size) or 0
         evaluations, images = evaluations + maps * a_map, images + maps
@@ -304,9 +327,13 @@ def _passes_seconds(cell: Cell, passes: Passes, measured: Measured) -> Range:
 
 
 def _epoch(measured: Measured, slot: str, cell: Cell, what: str, point: Configuration) -> float:
-    validation = round(cell.facts.train_images * point.validation_fraction)
+    validation = _validation(cell, point)
     own = getattr(cell.settings.approaches.get(what), "batch_size", None)
     return measured.epoch(slot, cell, what, own or point.batch_size, cell.facts.train_images - validation, validation)
+
+
+def _validation(cell: Cell, point: Configuration) -> int:
+    return round(cell.facts.train_images * point.validation_fraction)
 
 
 def _item(name: str, what: str, slot: str, seconds: Range, pieces: int, measured: Measured) -> Item:

@@ -45,7 +45,8 @@ class TrainingRate:
 def measure_training(cell: Cell, place: Workplace, what: str, batch_size: int, device: str) -> TrainingRate:
     """Train a cell's A (what: "stage 1") or one of its approaches for a few steps, each epoch saved as always.
 
-    Nothing is kept. Raises WorkError where the batch is larger than the training part.
+    Nothing is kept; maps that a training makes itself are left out. Raises WorkError where the batch is larger than the
+    training part.
     """
     torch.set_num_threads(place.threads)
     data = place.dataset(cell.dataset.model_dump(mode="json"))
@@ -69,7 +70,7 @@ def measure_training(cell: Cell, place: Workplace, what: str, batch_size: int, d
             if what == STAGE1:
                 train_stage1(data, part, cell.model, settings, **how)
             else:
-                approach = next(one for one in cell.approaches() if one.name == what)
+                approach = next(one for one in cell.approaches() if one.name == what).without_maps_in_training()
                 approach.train(_Rehearsal(_unit(cell, approach), replace(place, output=folder), data, part, cell.model,
                                           settings, how))
         return ends[1] - ends[0]

@@ -17,6 +17,7 @@ from impactx.experiment.explanations import images_judged
 from impactx.experiment.plan import BASELINE, Cell, Configuration, SelectionError, select
 from impactx.experiment.subject import orders_of
 from impactx.experiment.units import Artifacts, Unit
+from impactx.explain.store import MapStore, StoreError
 from impactx.settings import AttributionSettings, EvaluationSettings, parse_attribution
 
 
@@ -197,6 +198,16 @@ def configuration_of(unit: Unit) -> Configuration:
 def images_of_store(cell: Cell, unit: Unit, images: int | None) -> int | None:
     """How many maps a store has, of a data set with so many training images; None where that is not known."""
     return (cell.facts.test_images or None) if unit.inputs.get("part") == "test" else images
+
+
+def images_left(cell: Cell, unit: Unit, artifacts: Artifacts) -> int:
+    """How many maps of a store are still to be made: those of the shards that are not there."""
+    images = images_of_store(cell, unit, cell.facts.train_images) or 0
+    try:
+        store = MapStore.open(artifacts.storage, unit.folder, unit.key)
+    except StoreError:  # none is begun yet
+        return images
+    return sum(len(store.shard_indices(shard)) for shard in store.missing())
 
 
 def evaluations_of_map(cell: Cell, described: dict, target: str | None, size: tuple[int, int] | None) -> int | None:

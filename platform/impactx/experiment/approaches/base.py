@@ -127,6 +127,10 @@ class Approach:
         """How many maps one training of at most so many epochs makes itself; images: of its training part."""
         return 0
 
+    def without_maps_in_training(self) -> Approach:
+        """The same, but that its trainings of a few epochs make no maps: to measure the rest of their time."""
+        return self
+
     def check(self, model: ModelSettings, num_classes: int, image_size: tuple[int, int]) -> None:
         """Raise ValueError where the approach cannot be had for such a model and images, before anything starts."""
 

@@ -41,6 +41,10 @@ class SingleStageApproach(Approach):
         """A round after every explain_every epochs but the last."""
         return (epochs - 1) // self.settings.explain_every * max(1, round(self.settings.explain_share * images))
 
+    def without_maps_in_training(self) -> Approach:
+        """See Approach.without_maps_in_training."""
+        return SingleStageApproach(self.name, self.settings.model_copy(update={"explain_every": 10**6}))
+
     def _label(self, point: Point) -> str:
         return f" lambda={point['lambda']:g}"
 
