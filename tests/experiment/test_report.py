@@ -290,6 +290,29 @@ def test_scores_of_a_repeat_that_cannot_be_read_are_named_and_the_next_repeat_is
     assert {f"{part}-digits-lenet5-impactx.png" for part in ("morf", "examples")} <= files.keys()
 
 
+def test_damaged_results_and_journals_are_named_and_the_rest_is_shown(finished, tmp_path):
+    shutil.copytree(finished[0].root, tmp_path / "out")
+    storage = Storage(tmp_path / "out")
+    key = find_job(storage)
+    units = {unit["name"]: unit["folder"] for unit in export_job(storage, key)["cells"][0]["units"]}
+    trial = next(name for name, folder in units.items() if folder.startswith("trials/"))
+    judged = next(row.explanations for row in finished[2] if (row.approach, row.repeat) == ("impactx", 0))
+    damaged = [units[trial], units["A repeat 1"], judged]
+    for folder in damaged:
+        storage.write(f"{folder}/result.json", b'{"half')
+    export, files = export_job(storage, key), report(storage)
+    assert {u["folder"] for u in export["cells"][0]["units"] if u["state"] == "damaged"} == set(damaged)
+    text = text_of(files["report.html"])
+    for folder in damaged:
+        assert f"{tmp_path}/out/{folder}/result.json is damaged" in text
+    assert [r["approach"] for r in table(files, "table2")] == ["A (baseline)", "IMPACTX", "control λ = 0"]
+    assert f"{trial}: {tmp_path}" in text.partition("Stage 1: ")[2]
+    storage.write(f"jobs/{key}/cells/digits.lenet5.json", b"{")
+    (cell,) = export_job(storage, key)["cells"]
+    assert cell["units"] == [] and "digits.lenet5.json is damaged" in cell["missing"][0]
+    assert "digits.lenet5.json is damaged" in text_of(report(storage)["report.html"])
+
+
 def html_of_the_box(page: bytes) -> str:
     """The text of what is said to be missing."""
     return text_of(page).partition("This job is not complete")[2][:2000]

@@ -22,12 +22,14 @@ def said(caplog, summary):
 def test_one_line_a_minute_for_all_cells(caplog):
     summary = Summary(3, every=60)
     assert said(caplog, summary) == []
-    summary = Summary(3, every=0)
+    told = []
+    summary = Summary(3, every=0, told=told.append)
     summary.at("a", "stage 1, 2 of 4 trials")
     summary.epoch("a", "t3", row(4, 0.5))
     (line,) = said(caplog, summary)
     assert line.startswith("after ") and line.endswith(
         "0 of 3 cells done: a: stage 1, 2 of 4 trials, t3 at epoch 4, accuracy 0.5000; b: maps repeat 0, 5 of 9 maps")
+    assert told[-1] == line
     summary.epoch("a", "t4", row(2, 0.75))
     assert "2 under way at epochs 2 to 4, accuracies to 0.7500" in said(caplog, summary)[0]
     summary.ended("a", "t3")

@@ -155,7 +155,9 @@ def _explanations(storage: Storage, row: Row, missing: list[str]) -> dict[str, A
         return storage.read_json(f"{row.explanations}/{RESULT}")
     except FileNotFoundError:
         missing.append(f"{row.approach} repeat {row.repeat}: {storage.uri(row.explanations)} is missing")
-        return None
+    except StorageError as error:
+        missing.append(f"{row.approach} repeat {row.repeat}: {error}")
+    return None
 
 
 def _correct(cells: list[dict[str, Any]]) -> None:

@@ -16,7 +16,7 @@ from impactx.experiment.evidence import evidence
 from impactx.experiment.journal import CELLS, JOB, now
 from impactx.experiment.results import Row
 from impactx.experiment.units import MAP_SCORES, RESULT, RUNNING, STOPPED, read_arrays
-from impactx.storage import Storage
+from impactx.storage import Storage, StorageError
 
 READERS = 16  # files read at once: an S3 store answers each in tens of milliseconds
 DROPPED = {"recipe", "history", "name"}  # of a result; a final model keeps its history
@@ -47,31 +47,36 @@ def export_job(storage: Storage, job: str) -> dict[str, Any]:
     job, made (time), settings, starts (time, command, code, versions, machine), cells: a list of
       dataset, model, class_names, image_size, train_images, selection_metric, selected ({search: folder}),
       units: role, name, folder, step, params, state (finished, diverged, stopped early, failed,
-        under way or missing), error,
+        under way, missing or damaged), error,
         result (of a finished one; a final model's with its history)
       error: what stopped the cell, or None
       rows: of the final models that were tested (experiment.results.Row as plain data)
       missing: sentences on what is not there yet,
     evidence: what the rows show (experiment.evidence).
-    Raises StorageError where a file is damaged.
+    Raises StorageError where the job's own file is damaged.
     """
     about = storage.read_json(f"jobs/{job}/{JOB}")
-    known = {name: storage.read_json(f"jobs/{job}/{CELLS}/{name}") for name in storage.names(f"jobs/{job}/{CELLS}")}
+    there = set(storage.names(f"jobs/{job}/{CELLS}"))
     cells = []
     for dataset in about["settings"]["datasets"]:
         for model in about["settings"]["models"]:
-            journal = known.get(f"{dataset}.{model}.json")
-            cells.append(_cell(storage, about["settings"], journal) if journal else _unbegun(dataset, model))
+            if (name := f"{dataset}.{model}.json") not in there:
+                cells.append(_nothing(dataset, model, "everything: it has not begun"))
+                continue
+            try:
+                cells.append(_cell(storage, about["settings"], storage.read_json(f"jobs/{job}/{CELLS}/{name}")))
+            except StorageError as damage:
+                cells.append(_nothing(dataset, model, f"everything: {damage}"))
     rows, e = [Row(**row) for cell in cells for row in cell["rows"]], about["settings"]["evaluation"]
     return {"job": job, "made": now(), "output": storage.root, **about, "cells": cells,
             "evidence": evidence(storage, rows, about["settings"], resamples=e["resamples"], seed=e["seed"],
                                  confidence=e["confidence"])}
 
 
-def _unbegun(dataset: str, model: str) -> dict[str, Any]:
+def _nothing(dataset: str, model: str, why: str) -> dict[str, Any]:
     return {"dataset": dataset, "model": model, "class_names": [], "image_size": None, "train_images": None,
             "selection_metric": "val_accuracy", "selected": {}, "units": [], "error": None, "rows": [],
-            "missing": ["everything: it has not begun"]}
+            "missing": [why]}
 
 
 def _cell(storage: Storage, settings: dict[str, Any], journal: dict[str, Any]) -> dict[str, Any]:
@@ -85,6 +90,8 @@ def _cell(storage: Storage, settings: dict[str, Any], journal: dict[str, Any]) -
 def _unit(storage: Storage, unit: dict[str, Any], error: str | None) -> dict[str, Any]:
     try:
         result = storage.read_json(f"{unit['folder']}/{RESULT}")
+    except StorageError as damage:
+        return unit | {"state": "damaged", "error": str(damage), "result": None}
     except FileNotFoundError:
         return unit | {"state": "failed" if error else _unfinished(storage, unit), "error": error, "result": None}
     kept = {k: v for k, v in result.items() if k not in DROPPED or (k == "history" and unit["role"] == "model")}
@@ -124,7 +131,7 @@ def _missing(settings: dict[str, Any], journal: dict[str, Any], units: list[dict
     for unit in units:
         if unit["name"] in lost:
             continue
-        if unit["state"] == "failed" or (unit["role"], unit["state"]) == ("model", "diverged") or (
+        if unit["state"] in ("failed", "damaged") or (unit["role"], unit["state"]) == ("model", "diverged") or (
                 unit["role"] not in ("trial", "model", "test") and unit["state"] != "finished"):
             yield f"{unit['name']}: {unit['state']}" + (f" ({unit['error']})" if unit["error"] else "")
 

@@ -26,6 +26,8 @@ from impactx.settings import ExperimentSettings
 
 log = logging.getLogger("impactx")
 
+PROGRESS = "impactx.progress"  # the tag of a job's run that says how far it is
+
 
 def job_key(settings: ExperimentSettings) -> str:
     """The same for the same experiment, wherever and by whatever it is executed: a job started again goes on."""
@@ -73,6 +75,8 @@ class Job:
         with self.tracker.run(self.key, name=self.settings.name, params=described,
                               tags=self.tags | {"impactx.role": "job"}) as run:
             run.log_text(json.dumps(described, indent=1), "config.json")
+            # It also tells people soon that a server is away: trials log in processes whose warnings they do not see.
+            self.summary.told = lambda line: run.set_tags({PROGRESS: line})
             try:
                 self._claim = Claim(self.artifacts.storage, f"jobs/{self.key}/driver.json", f"the job {self.key}")
                 rows = self._all_cells()
@@ -91,6 +95,7 @@ class Job:
                 run.log_text(json.dumps(self.evidence, indent=1), "evidence.json")
                 run.log_metrics({f"{s.approach}.{s.dataset}.{s.model}.test_accuracy": s.test_mean
                                  for s in summarise(rows)})
+                run.set_tags({PROGRESS: "done"})
                 if report is not None:
                     self._report(report, run)
                 if self.failed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from impactx.timing import duration
@@ -24,8 +24,9 @@ class CellLog(logging.LoggerAdapter):
 class Summary:
     """Says once a minute how far every cell is; nothing is said while nothing happens. Used by many threads."""
 
-    def __init__(self, cells: int, every: float = 60) -> None:
-        self._cells, self._every = cells, every
+    def __init__(self, cells: int, every: float = 60, told: Callable[[str], object] = str) -> None:
+        """told: called with each line; it must not wait."""
+        self._cells, self._every, self.told = cells, every, told
         self._started = self._last = time.perf_counter()
         self._at: dict[str, str] = {}
         self._epochs: dict[str, dict[str, tuple[float, float]]] = {}
@@ -58,8 +59,10 @@ class Summary:
             return
         self._last = now
         done = f", {len(self._done)} of {self._cells} cells done" if self._cells > 1 else ""
-        log.info("after %s%s: %s", duration(now - self._started), done,
-                 "; ".join(f"{cell}: {what}{self._trainings(cell)}" for cell, what in self._at.items()))
+        line = f"after {duration(now - self._started)}{done}: " + "; ".join(
+            f"{cell}: {what}{self._trainings(cell)}" for cell, what in self._at.items())
+        log.info("%s", line)
+        self.told(line)
 
     def _trainings(self, cell: str) -> str:
         """The latest epochs of what is under way: one training by its name, more of them in sum."""

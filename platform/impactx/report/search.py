@@ -13,6 +13,7 @@ from impactx.report.style import INK, SURFACE, figure, looks, plain, png
 STAGE1 = "stage 1"
 AXES = ("learning_rate", "batch_size", "validation_fraction")
 SEARCHED = {"lambda": "λ", "learning_rate": "learning rate"}  # by an approach, with A's other settings
+FAILED = ("failed", "damaged", "diverged")  # states
 MOST_ROWS = 10  # trials in a table, failures in a list; the CSV has all
 
 
@@ -41,7 +42,7 @@ def _step(cell: dict[str, Any], step: str) -> list[Block]:
     if chosen is not None:
         said += f"; selected {_point(chosen, trials)} with {percent(_score(chosen, metric))} % ({_words(metric)})"
     blocks: list[Block] = [Text(said + ".")]
-    if failed := [f"{u['name']}: {_why(u)}" for u in trials if u["state"] in ("failed", "diverged")]:
+    if failed := [f"{u['name']}: {_why(u)}" for u in trials if u["state"] in FAILED]:
         more = [f"and {len(failed) - MOST_ROWS} more, all in {name}.csv"] if len(failed) > MOST_ROWS else []
         blocks.append(Items([*failed[:MOST_ROWS], *more], "warning"))
     if any(_score(u, metric) is not None for u in trials):
@@ -88,7 +89,7 @@ def _heat_maps(trials: list[dict[str, Any]], chosen: dict[str, Any] | None, metr
             (fractions, rates, sizes), ("validation_fraction", "learning_rate", "batch_size"), strict=True))
         score = _score(unit, metric)
         scores[at] = np.nan if score is None else 100 * score
-        failed[at] = unit["state"] in ("failed", "diverged")
+        failed[at] = unit["state"] in FAILED
     low, high = float(np.nanmin(scores)), float(np.nanmax(scores))
     made = figure(min(10.0, 1.6 + len(fractions) * (0.95 + 0.62 * len(sizes))), max(2.3, 1.2 + 0.3 * len(rates)))
     panels = made.subplots(1, len(fractions), squeeze=False, sharey=True)[0]
@@ -170,7 +171,7 @@ def _table(trials: list[dict[str, Any]], chosen: dict[str, Any] | None, metric: 
         rows.append([*point, percent(_score(unit, metric)), number(result.get("best_epoch")),
                      number(result.get("epochs")), f"{result['seconds']:.0f}" if "seconds" in result else NONE,
                      "selected" if unit is chosen else
-                     f"failed: {_why(unit)}" if unit["state"] == "failed" else unit["state"]])
+                     f"{unit['state']}: {_why(unit)}" if unit["error"] else unit["state"]])
     return Table(name, head, rows, frozenset(range(len(head) - 1)),
                  frozenset(i for i, u in enumerate(ordered) if u is chosen),
                  f"The trials, best first{f' (the first {MOST_ROWS} of {len(rows)})' if len(rows) > MOST_ROWS else ''}",
