@@ -70,6 +70,6 @@ def test_the_command_prints_prices_and_trains_nothing(tmp_path):
                            f"cache={tmp_path / 'cache'}", "datasets.digits.subset=200", "cluster.num_cpus=2"],
                           cwd=tmp_path, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
-    assert "digits x lenet5   (exists: 0 trials)" in done.stdout and "in all: 6 trials" in done.stdout
+    assert "digits x lenet5   (exists: 0 trials)" in done.stdout and "in all: 8 trials" in done.stdout
     assert "ms a step" in done.stdout and "maps/s each" in done.stdout and "CPU-hours" in done.stdout
     assert not list((tmp_path / "out").rglob("*.pt")) and not list((tmp_path / "out").rglob("result.json"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import queue
+import time
 
 from impactx.experiment.summary import CellLog, Summary
 
@@ -11,31 +13,34 @@ def row(epoch, accuracy):
     return {"epoch": epoch, "val_accuracy": accuracy}
 
 
-def said(caplog, summary):
-    """The line that the next event brings."""
-    caplog.clear()
-    with caplog.at_level(logging.INFO, "impactx"):
-        summary.at("b", "maps repeat 0, 5 of 9 maps")
-    return caplog.messages
-
-
-def test_one_line_a_minute_for_all_cells(caplog):
-    summary = Summary(3, every=60)
-    assert said(caplog, summary) == []
-    told = []
-    summary = Summary(3, every=0, told=told.append)
+def test_one_line_for_all_cells():
+    summary = Summary(3)
+    assert summary.line() == ""
     summary.at("a", "stage 1, 2 of 4 trials")
     summary.epoch("a", "t3", row(4, 0.5))
-    (line,) = said(caplog, summary)
-    assert line.startswith("after ") and line.endswith(
+    summary.at("b", "maps repeat 0, 5 of 9 maps")
+    assert summary.line().startswith("after ") and summary.line().endswith(
         "0 of 3 cells done: a: stage 1, 2 of 4 trials, t3 at epoch 4, accuracy 0.5000; b: maps repeat 0, 5 of 9 maps")
-    assert told[-1] == line
     summary.epoch("a", "t4", row(2, 0.75))
-    assert "2 under way at epochs 2 to 4, accuracies to 0.7500" in said(caplog, summary)[0]
+    assert "2 under way at epochs 2 to 4, accuracies to 0.7500" in summary.line()
     summary.ended("a", "t3")
-    assert "t4 at epoch 2" in said(caplog, summary)[0]
+    assert "t4 at epoch 2" in summary.line()
     summary.ended("a")
-    assert said(caplog, summary)[0].endswith("1 of 3 cells done: b: maps repeat 0, 5 of 9 maps")
+    assert summary.line().endswith("1 of 3 cells done: b: maps repeat 0, 5 of 9 maps")
+
+
+def test_the_line_is_said_again_and_again_until_the_end(caplog):
+    summary, told = Summary(1), queue.Queue()
+    with caplog.at_level(logging.INFO, "impactx"):
+        with summary.said(every=0.01, told=told.put):
+            time.sleep(0.1)
+            assert told.empty(), "nothing is under way yet"
+            summary.at("a", "stage 1")
+            lines = [told.get(timeout=30) for _ in range(3)]
+        count = len(caplog.messages)
+        time.sleep(0.1)
+    assert all(line.endswith(": a: stage 1") for line in lines) and lines == caplog.messages[:3]
+    assert len(caplog.messages) == count
 
 
 def test_lines_begin_with_the_cell(caplog):

@@ -75,11 +75,11 @@ class Job:
         with self.tracker.run(self.key, name=self.settings.name, params=described,
                               tags=self.tags | {"impactx.role": "job"}) as run:
             run.log_text(json.dumps(described, indent=1), "config.json")
-            # It also tells people soon that a server is away: trials log in processes whose warnings they do not see.
-            self.summary.told = lambda line: run.set_tags({PROGRESS: line})
             try:
                 self._claim = Claim(self.artifacts.storage, f"jobs/{self.key}/driver.json", f"the job {self.key}")
-                rows = self._all_cells()
+                # That also shows that a server is away: what trials' processes warn of is in Ray's logs alone.
+                with self.summary.said(told=lambda line: run.set_tags({PROGRESS: line})):
+                    rows = self._all_cells()
                 for folder in (f"jobs/{self.key}", f"jobs/{self.key}/{CELLS}"):
                     self.artifacts.storage.sweep(folder)
                 if not rows:

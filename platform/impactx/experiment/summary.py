@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from impactx.timing import duration
@@ -22,12 +23,10 @@ class CellLog(logging.LoggerAdapter):
 
 
 class Summary:
-    """Says once a minute how far every cell is; nothing is said while nothing happens. Used by many threads."""
+    """Knows how far every cell is, and says so. Used by many threads."""
 
-    def __init__(self, cells: int, every: float = 60, told: Callable[[str], object] = str) -> None:
-        """told: called with each line; it must not wait."""
-        self._cells, self._every, self.told = cells, every, told
-        self._started = self._last = time.perf_counter()
+    def __init__(self, cells: int) -> None:
+        self._cells, self._started = cells, time.perf_counter()
         self._at: dict[str, str] = {}
         self._epochs: dict[str, dict[str, tuple[float, float]]] = {}
         self._done: set[str] = set()
@@ -37,13 +36,11 @@ class Summary:
         """What a cell is doing now."""
         with self._lock:
             self._at[cell] = what
-            self._say_if_due()
 
     def epoch(self, cell: str, unit: str, row: Mapping[str, float]) -> None:
         """An epoch of a cell's training is done."""
         with self._lock:
             self._epochs.setdefault(cell, {})[unit] = (row["epoch"], row["val_accuracy"])
-            self._say_if_due()
 
     def ended(self, cell: str, unit: str | None = None) -> None:
         """A training of a cell is over, or the cell itself."""
@@ -53,16 +50,34 @@ class Summary:
                 self._at.pop(cell, None)
             self._epochs.get(cell, {}).pop(unit or "", None)
 
-    def _say_if_due(self) -> None:
-        now = time.perf_counter()
-        if now - self._last < self._every:
-            return
-        self._last = now
-        done = f", {len(self._done)} of {self._cells} cells done" if self._cells > 1 else ""
-        line = f"after {duration(now - self._started)}{done}: " + "; ".join(
-            f"{cell}: {what}{self._trainings(cell)}" for cell, what in self._at.items())
-        log.info("%s", line)
-        self.told(line)
+    def line(self) -> str:
+        """How far every cell is; empty while none is under way."""
+        with self._lock:
+            done = f", {len(self._done)} of {self._cells} cells done" if self._cells > 1 else ""
+            return f"after {duration(time.perf_counter() - self._started)}{done}: " + "; ".join(
+                f"{cell}: {what}{self._trainings(cell)}" for cell, what in self._at.items()) if self._at else ""
+
+    @contextlib.contextmanager
+    def said(self, every: float = 60, told: Callable[[str], object] = str) -> Iterator[None]:
+        """Log the line every so many seconds within the block, also while nothing happens.
+
+        told: called with each line; it must not wait.
+        """
+        over = threading.Event()
+
+        def say() -> None:
+            while not over.wait(every):
+                if line := self.line():
+                    log.info("%s", line)
+                    told(line)
+
+        thread = threading.Thread(target=say, name="summary", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def _trainings(self, cell: str) -> str:
         """The latest epochs of what is under way: one training by its name, more of them in sum."""
