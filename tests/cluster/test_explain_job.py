@@ -58,12 +58,12 @@ def test_a_killed_driver_loses_nothing_and_repeats_nothing(tmp_path):
                  "attribution.batch_size=10")
     with open(tmp_path / "log", "w") as log:  # a pipe would be held open by Ray's processes, which live on a little
         job = start(tmp_path, *arguments, stdout=log, stderr=log)
-    written = until(lambda: list(tmp_path.glob("out/maps/*/*.parquet")), "the first shard")
+    written = until(lambda: list(tmp_path.glob("out/maps/*/shard-*.parquet")), "the first shard")
     below = descendants(job.pid)
     job.kill()
     job.wait()
     until(lambda: gone(below), "the end of every process of the killed job")
-    there = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/maps/*/*.parquet")}
+    there = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/maps/*/shard-*.parquet")}
     assert set(written) <= set(there) and len(there) < 40, "nothing was left to do"
     job = start(tmp_path, *arguments)
     _, said = job.communicate()
