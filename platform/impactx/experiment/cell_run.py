@@ -137,6 +137,8 @@ class CellRun:
             progress.step(f"{unit.name}: {said}, best so far {best:.4f}")
 
         if pending:
+            self.job.summary.at(self.cell.name, f"{what}, {len(units) - len(pending)} of {len(units)} trials")
+
             def may_begin(unit: Unit) -> bool:
                 self.job.may_go_on()
                 return unit.key in begun or not budget.spent
