@@ -49,7 +49,6 @@ def nothing_is_left_running():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_killed_driver_loses_nothing_and_repeats_nothing(tmp_path):
     """kill -9 of the job in the middle; started again, it makes the rest, and the same maps as one process."""
     model = build_classifier(LENET, 10, (32, 32), seed=0)
