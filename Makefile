@@ -27,9 +27,9 @@ reference: $(VENV)/.installed
 cluster-tests: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/cluster -m "slow or not slow" --timeout 3600
 
-# Nodes, processes, drivers and disks fail under real jobs.
+# Nodes, processes, drivers and disks fail under real jobs, and what else takes long on a cluster.
 chaos: $(VENV)/.installed
-	$(BIN)/python -m pytest tests/cluster/test_faults.py tests/cluster/test_submit.py -m "slow or not slow" --timeout 3600
+	$(BIN)/python -m pytest tests/cluster -m slow --timeout 3600
 
 # Against real servers on loopback: MLflow, S3, PostgreSQL, and Ray nodes with token authentication.
 test-servers: $(VENV)/.installed

@@ -59,6 +59,7 @@ def test_cells_at_once_equal_cells_one_by_one_and_overlap(tmp_path, cache, caplo
     assert few < many_ends and many < few_ends, "both at once"
 
 
+@pytest.mark.slow
 def test_one_trial_at_a_time_over_all_cells(tmp_path, cache):
     under_way, most = set(), [0]
     executor = []

@@ -182,6 +182,7 @@ def interrupted(output: Path, cache: Path, number: int, what: str, condition) ->
     return job
 
 
+@pytest.mark.slow
 def test_interrupted_in_the_search_and_in_a_training(tmp_path, cache):
     output = tmp_path / "out"
     first = interrupted(output, cache, signal.SIGTERM, "the search", lambda job: job.running(1, "trials"))
