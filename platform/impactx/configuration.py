@@ -84,6 +84,10 @@ def load_settings(preset: str = DEFAULT_PRESET, overrides: Sequence[str] = (), f
             bad = [c for c in wanted if c not in known[key]]
             errors += [f"{key} = {c!r}: no such choice; {_similar(c, known[key])}"
                        f"there are {', '.join(known[key])} (files in {folder / key})" for c in bad]
+            if key == "attribution" and len(wanted) != 1:
+                bad = wanted or [""]
+                errors.append(f"attribution = {value.strip()!r}: give one of {', '.join(known[key])} (others, that "
+                              "judge maps, are evaluation.attributions)")
             field = {"dataset": "datasets", "model": "models", "approach": "approaches"}.get(key, key)
             if field not in root.model_fields:
                 errors.append(f"{key} = {value}: this job has no such setting; allowed here: "
@@ -93,9 +97,9 @@ def load_settings(preset: str = DEFAULT_PRESET, overrides: Sequence[str] = (), f
         else:
             values.append((key, value))
     composed = _compose(folder, preset, [
-        f"{key}={wanted[0]}" if key == "attribution" and wanted else f"{key}=[{','.join(wanted)}]"
+        f"{key}={wanted[0]}" if key == "attribution" else f"{key}=[{','.join(wanted)}]"
         for key, wanted in chosen.items()])
-    if chosen.get("attribution"):
+    if "attribution" in chosen:
         _forget_other_attribution(composed, chosen["attribution"][0], folder, preset)
     for key, wanted in chosen.items():  # a preset may set values of a choice that the command line left out
         entries = composed.get({"dataset": "datasets", "model": "models", "approach": "approaches"}.get(key, ""), {})

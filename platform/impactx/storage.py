@@ -28,6 +28,10 @@ class StorageError(RuntimeError):
     """A file could not be written or read; the message names it and says what to do."""
 
 
+class DamagedError(StorageError):
+    """A file was read, and is not what it should be."""
+
+
 class Storage:
     """Files by their relative path under `root` (a folder, or s3://bucket/prefix). Can be pickled."""
 
@@ -197,12 +201,12 @@ class Storage:
         self.write(path, (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
 
     def read_json(self, path: str) -> Any:
-        """Plain data from JSON. Raises FileNotFoundError, or StorageError where it is not JSON."""
+        """Plain data from JSON. Raises FileNotFoundError, DamagedError where it is not JSON, StorageError otherwise."""
         data = self.read(path)
         try:
             return json.loads(data)
         except ValueError as error:
-            raise StorageError(f"{self.uri(path)} is damaged ({error}): delete it, it will be made anew") from error
+            raise DamagedError(f"{self.uri(path)} is damaged ({error}): delete it, it will be made anew") from error
 
     def sweep(self, folder: str) -> None:
         """Remove what killed writers left in a folder, once nobody writes there any more. S3 shows nothing half."""

@@ -313,6 +313,18 @@ def test_damaged_results_and_journals_are_named_and_the_rest_is_shown(finished, 
     assert "digits.lenet5.json is damaged" in text_of(report(storage)["report.html"])
 
 
+def test_what_cannot_be_read_is_not_taken_for_damaged(finished, tmp_path):
+    """A storage that does not answer ends the report: the next try may find everything."""
+    shutil.copytree(finished[0].root, tmp_path / "out")
+    storage = Storage(tmp_path / "out")
+    key = find_job(storage)
+    result = tmp_path / "out" / export_job(storage, key)["cells"][0]["units"][0]["folder"] / "result.json"
+    result.unlink()
+    result.mkdir()
+    with pytest.raises(StorageError, match="could not read .*result.json"):
+        export_job(storage, key)
+
+
 def html_of_the_box(page: bytes) -> str:
     """The text of what is said to be missing."""
     return text_of(page).partition("This job is not complete")[2][:2000]

@@ -292,6 +292,8 @@ def wrong(*overrides: str) -> str:
 
 def test_configuration_errors_stay_good_with_several_methods():
     assert "did you mean 'occlusion'?" in wrong("attribution=oclusion")
+    for choice in ("", "[]", "[occlusion,partition]"):
+        assert f"attribution = {choice!r}: give one of" in wrong(f"attribution={choice}")
     assert "did you mean 'occlusion'?" in wrong("attribution.method=oclusion")
     text = wrong("attribution=occlusion", "attribution.max_evals=7", "attribution.stride=0")
     assert "2 errors" in text and "attribution.max_evals = 7: no such setting with method occlusion" in text

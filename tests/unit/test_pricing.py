@@ -14,7 +14,7 @@ from impactx.experiment.price_list import price_list
 from impactx.experiment.pricing import JUDGING, MAPS, Measured, Probe, Range, Slots, price_cell, probes_of
 from impactx.experiment.rates import STAGE1, TrainingRate
 from impactx.experiment.units import Artifacts
-from impactx.explain.store import MapStore, StoreSpec
+from impactx.explain.store import MapStore, StoreError, StoreSpec
 from impactx.models import build_abn, build_classifier, build_impactx, build_single_stage
 from impactx.models.ensemble import Ensemble
 from impactx.storage import Storage
@@ -36,6 +36,7 @@ def cells(*overrides: str, names=("digits",)) -> list[Cell]:
 def measured(of: list[Cell], gpus: float = 0.0, workers: int = 1) -> Measured:
     """One second a step whatever the batch, a millisecond a validation image; two nodes, one of them twice as fast.
 
+    Maps that trainings make of themselves: five times as slowly as others in a trial, ten times in a final training.
     workers: of a trial and of a training; four of either are done at once.
     """
     training = Slots(4, workers, gpus, workers)
@@ -44,7 +45,8 @@ def measured(of: list[Cell], gpus: float = 0.0, workers: int = 1) -> Measured:
     for probe in probes_of(of):
         for slot in {MAPS: ["maps on CPUs"], JUDGING: [JUDGING]}.get(probe.what, ["trial", "model"]):
             for speed in (1, 2):
-                rate = 5.0 * speed if probe.made else TrainingRate(1 / speed, 0.001 / speed, 0)
+                maps = 5.0 / {"trial": 5, "model": 10}.get(slot, 1)
+                rate = maps * speed if probe.made else TrainingRate(1 / speed, 0.001 / speed, 0)
                 rates.add(slot, probe, 2, [rate, rate])
     return rates
 
@@ -57,7 +59,12 @@ def finish_maps(cell: Cell, artifacts: Artifacts, repeats=(0, 1)) -> list[Basis]
     for repeat in repeats:
         a = cell.stage1_model(point, repeat)
         artifacts.finish(a, result := {"weights": f"w{repeat}" * 32})
-        artifacts.finish(cell.maps(a, result, repeat), {})
+        maps = cell.maps(a, result, repeat)
+        spec = StoreSpec(maps.key, 1000, (3, 32, 32), cell.settings.maps.shard_size, {})
+        store = MapStore.create(artifacts.storage, maps.folder, spec)
+        for shard in store.missing():
+            artifacts.storage.write(f"{maps.folder}/{store.shard_name(shard)}", b"")
+        artifacts.finish(maps, {})
         bases.append(cell.basis(point, a, result, repeat))
     return bases
 
@@ -103,7 +110,7 @@ def test_what_is_left_is_counted_and_priced(artifacts):
     assert found["final models"].seconds.low == pytest.approx(6 * 4 * min(small, large))
     assert found["final models"].seconds.high == pytest.approx(30 * 4 * max(small, large))
     assert found["impactx's search"].slots == 2, "two trials cannot use four slots"
-    assert found["maps on CPUs"].alone().low == pytest.approx(2000 / 30)
+    assert found["maps on CPUs"].alone().low == pytest.approx(2000 / 15), "a store of two shards keeps two actors busy"
     text = price_list([price], measured([cell]))
     assert "4 of 4 trials left" in text and "60 to 300 epochs" in text and "200,000 evaluations" in text
     assert "24.6 MB" in text
@@ -168,13 +175,31 @@ def test_shards_that_are_there_cost_nothing(artifacts):
     artifacts.finish(a, result := {"weights": "w0" * 32})
     unit = cell.maps(a, result, 0)
     store = MapStore.create(artifacts.storage, unit.folder, StoreSpec(unit.key, 1000, (3, 32, 32), 300, {}))
-    assert price_cell(cell, measured([cell]), artifacts).evaluations == Range(100_000, 100_000)
+    rates = measured([cell])
+    assert price_cell(cell, rates, artifacts).evaluations == Range(100_000, 100_000)
     for shard, left in ((1, 700), (3, 600)):
         artifacts.storage.write(f"{unit.folder}/{store.shard_name(shard)}", b"")
-        price = price_cell(cell, measured([cell]), artifacts)
+        price = price_cell(cell, rates, artifacts)
         found = {item.name: item for item in price.items}
         assert price.evaluations == Range(100 * left, 100 * left) and price.map_bytes == left * 3 * 32 * 32 * 4
-        assert found["maps on CPUs"].alone().low == pytest.approx(left / 30)
+        # 30 maps a second of four actors; the last two shards keep two of them busy.
+        assert found["maps on CPUs"].alone().low == pytest.approx(left / (15 if left == 600 else 22.5))
+        assert found["maps on CPUs"].cpu_hours(rates).low == pytest.approx(left / 7.5 / 3600)
+
+
+def test_a_finished_store_that_lost_a_shard_is_completed(artifacts):
+    (cell,) = cells("repeats=1", "maps.shard_size=300")
+    finish_maps(cell, artifacts, repeats=[0])
+    assert price_cell(cell, measured([cell]), artifacts).evaluations == Range()
+    point = Configuration(0.002, 20, 0.2)
+    unit = cell.maps(cell.stage1_model(point, 0), {"weights": "w0" * 32}, 0)
+    store = MapStore.open(artifacts.storage, unit.folder, unit.key)
+    artifacts.storage.delete(f"{unit.folder}/{store.shard_name(3)}")
+    price = price_cell(cell, measured([cell]), artifacts)
+    assert price.evaluations == Range(10_000, 10_000) and "maps" not in price.exists
+    artifacts.storage.write_json(f"{unit.folder}/store.json", {"format": 0})
+    with pytest.raises(StoreError, match="store.json"):
+        price_cell(cell, measured([cell]), artifacts)
 
 
 def test_maps_that_a_training_makes_itself_are_priced(artifacts):
@@ -187,8 +212,7 @@ def test_maps_that_a_training_makes_itself_are_priced(artifacts):
     assert price.evaluations == maps * (4 * 100) + bare.evaluations
     for name in ("single_stage's search", "final models"):
         some, none = ({item.name: item.seconds for item in one.items}[name] for one in (price, bare))
-        # 7.5 maps of A a second, and its network is as large as two of A's.
-        expected = maps * (2 * 2 / 7.5)
+        expected = maps * (2 / (1.5 if name == "single_stage's search" else 0.75))
         assert (some.low - none.low, some.high - none.high) == pytest.approx((expected.low, expected.high))
 
 

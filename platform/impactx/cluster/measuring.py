@@ -47,8 +47,9 @@ class Prober:
     def run(self, probe: Probe, place: Workplace, where: Place) -> Any:
         """A rate, or the error that there is none."""
         try:
-            if probe.what == MAPS:
-                return measure_maps(probe.cell, place, *json.loads(probe.made), where.device)
+            if probe.made:
+                approach = None if probe.what == MAPS else probe.what
+                return measure_maps(probe.cell, place, *json.loads(probe.made), where.device, approach)
             # A worker's share of a batch, two images at least (datasets.batches).
             share = min(probe.batch_size, max(2, math.ceil(probe.batch_size / where.workers)))
             return measure_training(probe.cell, place, probe.what, share, where.device)

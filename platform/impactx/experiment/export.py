@@ -16,7 +16,7 @@ from impactx.experiment.evidence import evidence
 from impactx.experiment.journal import CELLS, JOB, now
 from impactx.experiment.results import Row
 from impactx.experiment.units import MAP_SCORES, RESULT, RUNNING, STOPPED, read_arrays
-from impactx.storage import Storage, StorageError
+from impactx.storage import DamagedError, Storage
 
 READERS = 16  # files read at once: an S3 store answers each in tens of milliseconds
 DROPPED = {"recipe", "history", "name"}  # of a result; a final model keeps its history
@@ -53,7 +53,7 @@ def export_job(storage: Storage, job: str) -> dict[str, Any]:
       rows: of the final models that were tested (experiment.results.Row as plain data)
       missing: sentences on what is not there yet,
     evidence: what the rows show (experiment.evidence).
-    Raises StorageError where the job's own file is damaged.
+    Raises StorageError where the job's own file is damaged, or the storage does not answer.
     """
     about = storage.read_json(f"jobs/{job}/{JOB}")
     there = set(storage.names(f"jobs/{job}/{CELLS}"))
@@ -64,9 +64,11 @@ def export_job(storage: Storage, job: str) -> dict[str, Any]:
                 cells.append(_nothing(dataset, model, "everything: it has not begun"))
                 continue
             try:
-                cells.append(_cell(storage, about["settings"], storage.read_json(f"jobs/{job}/{CELLS}/{name}")))
-            except StorageError as damage:
+                journal = storage.read_json(f"jobs/{job}/{CELLS}/{name}")
+            except DamagedError as damage:
                 cells.append(_nothing(dataset, model, f"everything: {damage}"))
+            else:
+                cells.append(_cell(storage, about["settings"], journal))
     rows, e = [Row(**row) for cell in cells for row in cell["rows"]], about["settings"]["evaluation"]
     return {"job": job, "made": now(), "output": storage.root, **about, "cells": cells,
             "evidence": evidence(storage, rows, about["settings"], resamples=e["resamples"], seed=e["seed"],
@@ -90,7 +92,7 @@ def _cell(storage: Storage, settings: dict[str, Any], journal: dict[str, Any]) -
 def _unit(storage: Storage, unit: dict[str, Any], error: str | None) -> dict[str, Any]:
     try:
         result = storage.read_json(f"{unit['folder']}/{RESULT}")
-    except StorageError as damage:
+    except DamagedError as damage:
         return unit | {"state": "damaged", "error": str(damage), "result": None}
     except FileNotFoundError:
         return unit | {"state": "failed" if error else _unfinished(storage, unit), "error": error, "result": None}

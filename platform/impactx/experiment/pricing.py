@@ -20,7 +20,7 @@ from impactx.experiment.survey import (
     Survey,
     configuration_of,
     evaluations_of_map,
-    images_left,
+    shards_left,
     survey,
 )
 from impactx.experiment.units import Artifacts, Unit
@@ -71,7 +71,8 @@ class Slots:
 class Probe:
     """Something to measure: of a cell, "stage 1", an approach's name, "maps", or "judging" (maps where that is done).
 
-    batch_size: of a training; made: of maps, by what and of what they are made (`made_of`).
+    batch_size: of a training; made: of maps, by what and of what they are made (`made_of`). An approach's name with
+    `made` stands for the maps that its trainings make themselves.
     """
 
     cell: Cell
@@ -97,8 +98,9 @@ def probes_of(cells: Sequence[Cell]) -> list[Probe]:
         steps = survey(cell)
         found += [Probe(cell, MAPS, 0, made) for made in dict.fromkeys(made_of(unit) for unit in steps.stores.units)]
         makers = [one for judgement in steps.judged.values() for one in judgement.attributions]
-        makers += [own.attribution for one in cell.approaches() if (own := _own(cell, one.name, steps.points))]
         found += [Probe(cell, JUDGING, 0, made) for made in dict.fromkeys(map(made_by, makers))]
+        found += [Probe(cell, one.name, 0, made_by(own.attribution)) for one in cell.approaches()
+                  if (own := _own(cell, one.name, steps.points))]
     return found
 
 
@@ -140,9 +142,9 @@ class Measured:
         return {slot: sum(count * _mean(rates) for count, rates in self._rates[key])
                 for slot, key in keys.items() if key in self._rates}
 
-    def judged_maps(self, cell: Cell, attribution: AttributionSettings) -> float:
-        """Maps of A a second of one process that judges models."""
-        found = self._rates[JUDGING, *like(cell), JUDGING, 0, made_by(attribution)]
+    def maps_of(self, slot: str, cell: Cell, what: str, attribution: AttributionSettings) -> float:
+        """Maps a second of one process: of A where models are judged, or of what a training makes them of itself."""
+        found = self._rates[slot, *like(cell), what, 0, made_by(attribution)]
         return sum(count * _mean(rates) for count, rates in found) / sum(count for count, _ in found)
 
     def lines(self) -> list[str]:
@@ -150,8 +152,8 @@ class Measured:
         found = []
         for (slot, model, size, what, batch, made), kinds in self._rates.items():
             for count, rates in kinds:
-                where = (f"  {slot} ({count} processes at once): {model} on {size[0]}x{size[1]}, "
-                         f"{MAPS if made else what}")
+                thing = what if not made else MAPS if what in (MAPS, JUDGING) else f"{what}'s own maps"
+                where = f"  {slot} ({count} processes at once): {model} on {size[0]}x{size[1]}, {thing}"
                 if made:
                     attribution, target = json.loads(made)
                     found.append(f"{where} by {attribution['method']} of {target}: {_mean(rates):.3g} maps/s each")
@@ -175,7 +177,7 @@ class Item:
     what: str
     slot: str
     seconds: Range  # of all slots together
-    slots: int
+    slots: float  # that are busy at once, on average
 
     def cpu_hours(self, measured: Measured) -> Range:
         """CPUs held, times hours."""
@@ -212,12 +214,12 @@ def price_cell(cell: Cell, measured: Measured, artifacts: Artifacts) -> CellPric
     stage1 = _item("stage 1", f"{len(left)} of {len(steps.stage1.units)} trials left", "trial", _stage1_seconds(
         cell, left, measured), len(left), measured)
     maps, evaluations, images = _map_items(
-        cell, [(unit, images_left(cell, unit, artifacts)) for unit in steps.stores.left], measured)
+        cell, [(unit, shards_left(cell, unit, artifacts)) for unit in steps.stores.left], measured)
     judging, passes = _judging(cell, steps, measured)
     for name, step in steps.models.items():
         if own := _own(cell, name, steps.points):
             of_search = len(searches[name].left) if name in searches else 0
-            passes += Range(own.least, own.most) * (len(step.left) + of_search)
+            passes += own.maps * (own.evaluations * (len(step.left) + of_search))
     return CellPrice(
         cell, [stage1, _models(cell, steps, trainings, measured), *maps,
                *(_search(cell, name, step, steps.points, measured) for name, step in searches.items()), *judging],
@@ -251,21 +253,30 @@ def _training(cell: Cell, what: str, slot: str, points: Sequence[Configuration],
     """Seconds of one training, by any of these points."""
     epochs = [_epoch(measured, slot, cell, what, point) for point in points]
     seconds = Range(_length(cell).low * min(epochs), _length(cell).high * max(epochs))
-    if own := _own(cell, what, points):
-        seconds += _passes_seconds(cell, own, measured) * (1 / measured.slots[slot].workers)  # they share them
+    if own := _own(cell, what, points):  # its workers share them
+        rate = measured.maps_of(slot, cell, what, own.attribution) * measured.slots[slot].workers
+        seconds += own.maps * (1 / rate)
     return seconds
 
 
-def _own(cell: Cell, what: str, points: Sequence[Configuration]) -> Passes | None:
-    """The passes for the maps that one training makes itself, where it makes any."""
+@dataclass(frozen=True)
+class OwnMaps:
+    """The maps that one training makes itself; evaluations: of each."""
+
+    attribution: AttributionSettings
+    maps: Range
+    evaluations: int
+
+
+def _own(cell: Cell, what: str, points: Sequence[Configuration]) -> OwnMaps | None:
+    """None where a training makes none."""
     approach = next((one for one in cell.approaches() if one.name == what), None)
     images = [cell.facts.train_images - _validation(cell, point) for point in points]
     if approach is None or not (most := approach.maps_in_training(max(images), round(_length(cell).high))):
         return None
     attribution = approach.attribution or cell.settings.attribution
-    each = attribution.evaluations(cell.facts.image_size) or 0
     least = approach.maps_in_training(min(images), round(_length(cell).low))
-    return Passes(attribution, approach.networks, least * each, most * each)
+    return OwnMaps(attribution, Range(least, most), attribution.evaluations(cell.facts.image_size) or 0)
 
 
 def _search(cell: Cell, name: str, trials: Step, points: Sequence[Configuration], measured: Measured) -> Item:
@@ -284,14 +295,16 @@ def _models(cell: Cell, steps: Survey, trainings: int, measured: Measured) -> It
                  trainings, measured)
 
 
-def _map_items(cell: Cell, stores: Sequence[tuple[Unit, int]], measured: Measured) -> tuple[list[Item], int, int]:
+def _map_items(cell: Cell, stores: Sequence[tuple[Unit, list[int]]], measured: Measured
+               ) -> tuple[list[Item], int, int]:
     """Each kind of maps in each kind of slot, in proportion to its speed; evaluations and images of all.
 
-    stores: with the number of maps that each lacks.
+    stores: with the number of maps in each shard that they lack.
     """
     items, evaluations, images = [], 0, 0
     for made in dict.fromkeys(made_of(unit) for unit, _ in stores):
-        maps = sum(count for unit, count in stores if made_of(unit) == made)
+        lacking = [shards for unit, shards in stores if made_of(unit) == made and shards]
+        maps = sum(map(sum, lacking))
         attribution, target = json.loads(made)
         a_map = evaluations_of_map(cell, attribution, target, cell.facts.image_size) or 0
         evaluations, images = evaluations + maps * a_map, images + maps
@@ -299,8 +312,11 @@ def _map_items(cell: Cell, stores: Sequence[tuple[Unit, int]], measured: Measure
         for slot, rate in speed.items():
             share, count = rate / sum(speed.values()), measured.slots[slot].count
             seconds = maps * share / rate * count
+            # A store after the other, and no more of these workers at a store than it lacks shards.
+            at_once = maps / sum(sum(shards) / min(count, len(shards)) for shards in lacking) if maps else count
             items.append(_item(slot, f"{maps * share:,.0f} by {attribution['method']}, {maps * share * a_map:,.0f} "
-                               f"evaluations at {a_map * rate:,.0f}/s", slot, Range(seconds, seconds), count, measured))
+                               f"evaluations at {a_map * rate:,.0f}/s", slot, Range(seconds, seconds), at_once,
+                               measured))
     return items, evaluations, images
 
 
@@ -322,7 +338,7 @@ def _judging(cell: Cell, steps: Survey, measured: Measured) -> tuple[list[Item],
 
 def _passes_seconds(cell: Cell, passes: Passes, measured: Measured) -> Range:
     a_map = passes.attribution.evaluations(cell.facts.image_size) or 1
-    each = passes.networks / (measured.judged_maps(cell, passes.attribution) * a_map)
+    each = passes.networks / (measured.maps_of(JUDGING, cell, JUDGING, passes.attribution) * a_map)
     return Range(passes.least, passes.most) * each
 
 
@@ -336,5 +352,5 @@ def _validation(cell: Cell, point: Configuration) -> int:
     return round(cell.facts.train_images * point.validation_fraction)
 
 
-def _item(name: str, what: str, slot: str, seconds: Range, pieces: int, measured: Measured) -> Item:
+def _item(name: str, what: str, slot: str, seconds: Range, pieces: float, measured: Measured) -> Item:
     return Item(name, what, slot, seconds, max(1, min(pieces, measured.slots[slot].count)))

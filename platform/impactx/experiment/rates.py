@@ -70,7 +70,7 @@ def measure_training(cell: Cell, place: Workplace, what: str, batch_size: int, d
             if what == STAGE1:
                 train_stage1(data, part, cell.model, settings, **how)
             else:
-                approach = next(one for one in cell.approaches() if one.name == what).without_maps_in_training()
+                approach = _named(cell, what).without_maps_in_training()
                 approach.train(_Rehearsal(_unit(cell, approach), replace(place, output=folder), data, part, cell.model,
                                           settings, how))
         return ends[1] - ends[0]
@@ -101,6 +101,10 @@ def _mark(ends: list[float]) -> None:
         raise _Enough
 
 
+def _named(cell: Cell, approach: str) -> Approach:
+    return next(one for one in cell.approaches() if one.name == approach)
+
+
 def _unit(cell: Cell, approach: Approach) -> Unit:
     """A training of an approach, as it is planned for a model that is not there."""
     point = cell.configurations()[0]
@@ -121,11 +125,18 @@ class _Rehearsal(Bench):
         return build_classifier(self.model, self.data.num_classes, self.data.image_size, seed=self.how["seed"])
 
 
-def measure_maps(cell: Cell, place: Workplace, attribution: Mapping[str, Any], target: str, device: str) -> float:
-    """Maps a second of one process, by an attribution of a model such as the cell's A; target: as in `Cell.maps`."""
+def measure_maps(cell: Cell, place: Workplace, attribution: Mapping[str, Any], target: str, device: str,
+                 approach: str | None = None) -> float:
+    """Maps a second of one process, by an attribution; target: as in `Cell.maps`.
+
+    approach: whose trainings make maps of their own network; None: of a model such as the cell's A.
+    """
     torch.set_num_threads(place.threads)
     data = place.dataset(cell.dataset.model_dump(mode="json"))
-    model = build_classifier(cell.model, data.num_classes, data.image_size, seed=cell.settings.seed)
+    if approach is None:
+        model = build_classifier(cell.model, data.num_classes, data.image_size, seed=cell.settings.seed)
+    else:
+        model = _named(cell, approach).explains(cell.model, data, cell.settings.seed)
     model = model.eval().requires_grad_(False).to(device)
     maker = build_attribution(parse_attribution(attribution))
 

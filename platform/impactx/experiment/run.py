@@ -14,7 +14,7 @@ from impactx.experiment.cell_run import CellRun
 from impactx.experiment.claims import Claim
 from impactx.experiment.evidence import evidence
 from impactx.experiment.executor import Executor
-from impactx.experiment.journal import CELLS, note_start
+from impactx.experiment.journal import CELLS, note_start, now
 from impactx.experiment.plan import EXECUTION_ONLY, Cell
 from impactx.experiment.results import Row, results_csv, summarise
 from impactx.experiment.summary import Summary
@@ -73,12 +73,12 @@ class Job:
         described = self.settings.model_dump(mode="json", exclude={"tracking": {"uri"}})
         note_start(self.artifacts.storage, self.key, described, self.about)
         with self.tracker.run(self.key, name=self.settings.name, params=described,
-                              tags=self.tags | {"impactx.role": "job"}) as run:
+                              tags=self.tags | {"impactx.role": "job", PROGRESS: f"{now()}: started"}) as run:
             run.log_text(json.dumps(described, indent=1), "config.json")
             try:
                 self._claim = Claim(self.artifacts.storage, f"jobs/{self.key}/driver.json", f"the job {self.key}")
                 # That also shows that a server is away: what trials' processes warn of is in Ray's logs alone.
-                with self.summary.said(told=lambda line: run.set_tags({PROGRESS: line})):
+                with self.summary.said(told=lambda line: run.set_tags({PROGRESS: f"{now()}: {line}"})):
                     rows = self._all_cells()
                 for folder in (f"jobs/{self.key}", f"jobs/{self.key}/{CELLS}"):
                     self.artifacts.storage.sweep(folder)
@@ -95,7 +95,7 @@ class Job:
                 run.log_text(json.dumps(self.evidence, indent=1), "evidence.json")
                 run.log_metrics({f"{s.approach}.{s.dataset}.{s.model}.test_accuracy": s.test_mean
                                  for s in summarise(rows)})
-                run.set_tags({PROGRESS: "done"})
+                run.set_tags({PROGRESS: f"failed: {', '.join(self.failed)}" if self.failed else "done"})
                 if report is not None:
                     self._report(report, run)
                 if self.failed:

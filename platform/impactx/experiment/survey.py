@@ -17,7 +17,7 @@ from impactx.experiment.explanations import images_judged
 from impactx.experiment.plan import BASELINE, Cell, Configuration, SelectionError, select
 from impactx.experiment.subject import orders_of
 from impactx.experiment.units import Artifacts, Unit
-from impactx.explain.store import MapStore, StoreError
+from impactx.explain.store import HEAD, MapStore
 from impactx.settings import AttributionSettings, EvaluationSettings, parse_attribution
 
 
@@ -121,14 +121,15 @@ class Survey:
 def survey(cell: Cell, artifacts: Artifacts | None = None) -> Survey:
     """A cell's units, and what of them is finished. artifacts: None for nothing.
 
-    Raises StorageError where a result is damaged.
+    Raises StorageError where a result is damaged, StoreError where the folder of a unit's maps has others.
     """
     results: dict[str, dict[str, Any]] = {}  # by folder: a trial and a final training may have the same recipe
 
     def step(units: Sequence[Unit], known: bool = True) -> Step:
         """known: whether these are the units that will be made, and not some that stand for them."""
         for unit in units if known and artifacts is not None else []:
-            if (found := artifacts.result(unit)) is not None:
+            found = artifacts.result(unit)
+            if found is not None and (unit.role != "maps" or not shards_left(cell, unit, artifacts)):
                 results[unit.folder] = found
         return Step(list(units), [unit for unit in units if known and unit.folder in results],
                     [unit for unit in units if not known or unit.folder not in results])
@@ -200,14 +201,14 @@ def images_of_store(cell: Cell, unit: Unit, images: int | None) -> int | None:
     return (cell.facts.test_images or None) if unit.inputs.get("part") == "test" else images
 
 
-def images_left(cell: Cell, unit: Unit, artifacts: Artifacts) -> int:
-    """How many maps of a store are still to be made: those of the shards that are not there."""
-    images = images_of_store(cell, unit, cell.facts.train_images) or 0
-    try:
-        store = MapStore.open(artifacts.storage, unit.folder, unit.key)
-    except StoreError:  # none is begun yet
-        return images
-    return sum(len(store.shard_indices(shard)) for shard in store.missing())
+def shards_left(cell: Cell, unit: Unit, artifacts: Artifacts | None) -> list[int]:
+    """How many maps each shard of a store has that is not there yet. Raises StoreError where the store is not its own.
+    """
+    images, size = images_of_store(cell, unit, cell.facts.train_images) or 0, cell.settings.maps.shard_size
+    if artifacts is None or not artifacts.storage.exists(f"{unit.folder}/{HEAD}"):
+        return [min(size, images - start) for start in range(0, images, size)]
+    store = MapStore.open(artifacts.storage, unit.folder, unit.key)
+    return [len(store.shard_indices(shard)) for shard in store.missing()]
 
 
 def evaluations_of_map(cell: Cell, described: dict, target: str | None, size: tuple[int, int] | None) -> int | None:

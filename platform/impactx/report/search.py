@@ -148,9 +148,9 @@ def _candidates(trials: list[dict[str, Any]], chosen: dict[str, Any] | None, met
                       label=None if line is None else f"{SEARCHED[other[0]]} {line:g}")
     if other:
         axes.legend(fontsize=8, frameon=False)
-    if chosen is not None:
-        axes.plot([chosen["params"][over]], [100 * (_score(chosen, metric) or 0)], marker="o", markersize=12,
-                  markerfacecolor="none", markeredgecolor=INK, markeredgewidth=1.6, linestyle="none")
+    if chosen is not None and (score := _score(chosen, metric)) is not None:
+        axes.plot([chosen["params"][over]], [100 * score], marker="o", markersize=12, markerfacecolor="none",
+                  markeredgecolor=INK, markeredgewidth=1.6, linestyle="none")
     axes.set_xlabel(what)
     axes.set_ylabel("validation accuracy (%)")
     axes.set_xticks(sorted({u["params"][over] for u in trials if _score(u, metric) is not None}))

@@ -127,6 +127,10 @@ class Approach:
         """How many maps one training of at most so many epochs makes itself; images: of its training part."""
         return 0
 
+    def explains(self, model: ModelSettings, data: Dataset, seed: int) -> nn.Module:
+        """What these maps explain, freshly built: images to scores. Only where trainings make any."""
+        raise NotImplementedError
+
     def without_maps_in_training(self) -> Approach:
         """The same, but that its trainings of a few epochs make no maps: to measure the rest of their time."""
         return self

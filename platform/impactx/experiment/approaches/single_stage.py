@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from impactx.experiment.approaches.base import Approach, Basis, Bench, Point, Trained
 from impactx.experiment.units import Unit
+from impactx.settings import ModelSettings
 from impactx.storage import Storage
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from impactx.datasets import Dataset
 
 
 class UnitFiles:
@@ -40,6 +46,14 @@ class SingleStageApproach(Approach):
     def maps_in_training(self, images: int, epochs: int) -> int:
         """A round after every explain_every epochs but the last."""
         return (epochs - 1) // self.settings.explain_every * max(1, round(self.settings.explain_share * images))
+
+    def explains(self, model: ModelSettings, data: Dataset, seed: int) -> nn.Module:
+        """See Approach.explains: its own logits."""
+        from impactx.models import build_single_stage
+        from impactx.models.logits import Logits
+
+        return Logits(build_single_stage(self.settings, model, data.num_classes, data.image_size, seed=seed,
+                                         channels=data.channels))
 
     def without_maps_in_training(self) -> Approach:
         """See Approach.without_maps_in_training."""
