@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from impactx.datasets import load_dataset
 from impactx.experiment.executor import LocalExecutor, Task
@@ -105,6 +108,31 @@ def descendants(pid: int) -> dict[int, str]:
         new = {child for child, parent in parents.items() if parent in new} - found
         found |= new
     return {child: names[child] for child in found}
+
+
+@contextlib.contextmanager
+def small_disk(place: Path, megabytes: int) -> Iterator[Path]:
+    """A file system of its own, which can be filled."""
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "none", str(place)],
+                             capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """Take all the space that is left; the file that does."""
+    filler = disk / "filler"
+    with open(filler, "wb", buffering=0) as stream, contextlib.suppress(OSError):
+        for size in (2**20, 2**12, 1):
+            with contextlib.suppress(OSError):
+                while True:
+                    stream.write(b"\0" * size)
+    return filler
 
 
 def gone(pids: dict[int, str]) -> bool:

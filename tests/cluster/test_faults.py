@@ -8,13 +8,12 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from lab import descendants, until
+from lab import descendants, fill, small_disk, until
 from test_job import Job, check_runs
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "servers"))
@@ -22,7 +21,7 @@ from services import MlflowServer  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 STAGES = {"stage 1": lambda job: job.running(1, "trials"), "maps": Job.explaining,
-          "stage 2": lambda job: job.running(2)}
+          "stage 2": lambda job: job.running(2), "A's final training": lambda job: job.running(1, "models")}
 
 
 class Nodes:
@@ -111,6 +110,22 @@ def test_a_trials_process_is_killed(nodes, undisturbed, tmp_path, cache):
     as_undisturbed(job, undisturbed, nodes)
 
 
+def test_a_trial_whose_process_always_dies_fails_alone(nodes, tmp_path, cache):
+    job = Job(tmp_path / "out", cache, f"cluster.address={nodes.address}", "cluster.max_failures=0", "approach=[]")
+    job.meet(lambda: job.running(1, "trials"), "stage 1")
+    for pid, line in nodes.work().items():
+        if line.startswith("ray::TrialActor"):
+            os.kill(pid, signal.SIGKILL)
+            break
+    assert job.end() == 0, job.log
+    runs = job.tracked("select runs.name, runs.status, error.value from runs join tags role on role.run_uuid = "
+                       "runs.run_uuid and role.key = 'impactx.role' and role.value = 'trial' left join tags error "
+                       "on error.run_uuid = runs.run_uuid and error.key = 'impactx.error'")
+    assert sorted(status for _, status, _ in runs) == ["FAILED", "FINISHED"], runs
+    assert [bool(error) for _, status, error in runs if status == "FAILED"] == [True], runs
+    assert ("RUNNING",) not in job.tracked("select distinct status from runs")
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_same_command_while_orphans_of_a_killed_driver_still_work(nodes, undisturbed, tmp_path, cache, stage):
     first = Job(tmp_path / "out", cache, f"cluster.address={nodes.address}")
@@ -138,43 +153,28 @@ def test_the_same_job_twice_at_once_ends_the_older_one(undisturbed, tmp_path, ca
     assert newer.end() == 0, newer.log
     assert older.end() == 2, older.log
     assert "running twice?" in older.log and "Traceback" not in older.log
-    assert newer.results() == undisturbed.results()
+    as_undisturbed(newer, undisturbed)
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A file system of its own for the output, which can be filled."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(place)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a small disk needs root")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
+def disk(tmp_path):
+    """Twice what a job leaves: two trials of stage 2 keep their states (21 MB each), and write the next beside them."""
+    with small_disk(tmp_path / "disk", 192) as place:
+        yield place
 
 
-def fill(disk: Path) -> Path:
-    """Take all the space that is left."""
-    filler = disk / "filler"
-    with open(filler, "wb", buffering=0) as stream, contextlib.suppress(OSError):
-        for size in (2**20, 2**12, 1):
-            with contextlib.suppress(OSError):
-                while True:
-                    stream.write(b"\0" * size)
-    return filler
-
-
-def test_the_disk_is_full_for_a_while(nodes, undisturbed, small_disk, tmp_path, cache):
-    job = Job(small_disk / "out", cache, f"cluster.address={nodes.address}", "cluster.storage_patience=300",
+def test_the_disk_is_full_for_a_while(nodes, undisturbed, disk, tmp_path, cache):
+    job = Job(disk / "out", cache, f"cluster.address={nodes.address}", "cluster.storage_patience=300",
               log=tmp_path / "log")
     job.meet(lambda: job.running(1, "trials"), "stage 1")
-    filler = fill(small_disk)
+    filler = fill(disk)
     before = job.finished()
-    time.sleep(20)
+    until(lambda: "no space is left" in job.log, "a word about it", 90)
     assert job.process.poll() is None, job.log
     assert job.finished() == before, "the disk was not full"
     filler.unlink()
     assert job.end() == 0, job.log
+    assert "what is under way waits, up to 300 s" in job.log
     as_undisturbed(job, undisturbed, nodes)
 
 
@@ -195,6 +195,27 @@ def test_the_mlflow_server_is_away_for_a_minute(nodes, undisturbed, tmp_path, ca
         assert "MLflow: the server can be reached again" in job.log
         as_undisturbed(job, undisturbed, nodes)
         assert job.tracked("select distinct value from tags where key = 'impactx.progress'") == [("done",)]
+    finally:
+        server.kill()
+
+
+def test_the_mlflow_server_is_away_to_the_end(undisturbed, tmp_path, cache):
+    """The results do not need it, and the same command makes up for what it missed."""
+    output = tmp_path / "out"
+    output.mkdir()
+    server = MlflowServer(tmp_path, backend=f"sqlite:///{output}/mlflow.db")
+    server.start()
+    try:
+        job = Job(output, cache, f"tracking.uri={server.uri}")
+        job.meet(lambda: job.running(1, "trials"), "stage 1")
+        server.kill()
+        assert job.end() == 0, job.log
+        assert job.results() == undisturbed.results()
+        assert ("RUNNING",) in job.tracked("select distinct status from runs"), "nothing was missed"
+        server.start()
+        again = Job(output, cache, f"tracking.uri={server.uri}")
+        assert again.end() == 0, again.log
+        as_undisturbed(again, undisturbed)
     finally:
         server.kill()
 

@@ -7,7 +7,7 @@ import signal
 import threading
 
 import pytest
-from lab import Lab, descendants, ignore, kill, task, until
+from lab import Lab, descendants, fill, ignore, kill, small_disk, task, until
 
 from impactx.cluster.explainers import Pool
 from impactx.cluster.pool import explain_on_pools
@@ -15,6 +15,7 @@ from impactx.cluster.shares import Shares
 from impactx.experiment.units import CHECKPOINT, WorkError
 from impactx.experiment.work import finish_maps, open_store
 from impactx.explain.store import StoreError
+from impactx.storage import StorageError
 
 pytestmark = pytest.mark.usefixtures("cluster")
 ACTORS = "MapWorker"
@@ -180,6 +181,27 @@ def test_an_error_in_an_actor_arrives_as_itself(fresh):
     with pytest.raises(WorkError, match="checkpoint.*cannot be used"):
         explain_on_pools(maps, two.place, TWO, 3, ignore, whole(), "cell")
     assert len(store.missing()) == store.spec.shards
+
+
+def test_a_disk_that_is_full_in_the_middle_of_the_shards(explained, lab, tmp_path):
+    one, a, maps = explained
+    with small_disk(tmp_path / "disk", 64) as disk:
+        two = lab("disk/output", attribution=one.settings.attribution.model_dump(),
+                  maps=one.settings.maps.model_dump())
+        copy(one, two, a.folder, one.place.artifacts.storage.names(a.folder))
+        store = open_store(maps, two.place)
+        filler = fill(disk)
+        with open(filler, "r+b") as stream:  # four shards of eleven have room, and some of a fifth
+            stream.truncate(filler.stat().st_size - int(4.5 * len(files(one, maps.folder)[store.shard_name(0)])))
+        with pytest.raises(StorageError, match="could not write .*shard-.*no space is left"):
+            explain_on_pools(maps, two.place, TWO, 3, ignore, whole(), "cell")
+        there = files(two, maps.folder)
+        assert 1 <= len(there) <= 5
+        assert there.items() <= files(one, maps.folder).items(), "a shard that is there is whole"
+        assert not [path for path in disk.rglob("*") if path.name.startswith(".partial-")]
+        filler.unlink()
+        explain_on_pools(maps, two.place, TWO, 3, ignore, whole(), "cell")
+        same_maps(one, two, maps)
 
 
 def test_a_corrupt_shard_is_named_before_stage_2_reads_it(explained, fresh):

@@ -12,12 +12,11 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
 import urllib.request
 from pathlib import Path
 
 import pytest
-from lab import descendants, until
+from lab import descendants, gone, until
 from test_job import TINY, Job, check_runs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -43,7 +42,7 @@ class Head:
         self.environment = keep | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0",
                                    "PATH": f"{python.parent}:{os.environ['PATH']}"}
         with open(folder / "head.log", "wb") as log:
-            self._process = subprocess.Popen(
+            self.process = subprocess.Popen(
                 [python, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={free_port()}",
                  "--num-cpus=2", "--dashboard-host=127.0.0.1",
                  f"--dashboard-port={self.address.rpartition(':')[2]}", "--object-store-memory=200000000",
@@ -70,10 +69,10 @@ class Head:
 
     def end(self) -> None:
         """Stop it, and what it started."""
-        left = descendants(self._process.pid)
-        self._process.send_signal(signal.SIGTERM)
+        left = descendants(self.process.pid)
+        self.process.send_signal(signal.SIGTERM)
         try:
-            self._process.wait(60)
+            self.process.wait(60)
         finally:
             for pid in left:
                 try:
@@ -154,11 +153,14 @@ def test_a_stopped_job_ends_and_goes_on_when_submitted_again(tmp_path):
         assert begun.returncode == 0, begun.stdout + begun.stderr
         job = finished(output)
         until(lambda: job.running(1, "trials"), "the search", 300)
+        work = {pid: line for pid, line in descendants(cluster.process.pid).items() if "full_grid" in line
+                or line.startswith(("ray::TrialActor", "ray::MapWorker", "ray::RayTrainWorker", "ray::work"))}
+        assert len(work) > 1
         stopped = subprocess.run([RAY, "job", "stop", f"--address={cluster.address}", "first"],
                                  env=cluster.environment, capture_output=True, text=True, timeout=120)
         assert stopped.returncode == 0, stopped.stdout + stopped.stderr
         until(lambda: cluster.jobs()[-1]["status"] in ("STOPPED", "FAILED"), "the end of the job", 60)
-        time.sleep(2)
+        until(lambda: gone(work), "the end of its processes", 60)
         states = dict(job.tracked("select status, count(*) from runs group by status"))
         assert "RUNNING" not in states and states["KILLED"] >= 2, states
         again = cluster.submit(*command, cwd=tmp_path)

@@ -139,8 +139,11 @@ def test_artifacts_and_results_lie_in_buckets_that_do_not_see_each_other(stack, 
         own.list_objects_v2(Bucket="mlflow")
 
 
-@pytest.mark.parametrize("changes", [
+WITHOUT_TOKEN = pytest.mark.parametrize("changes", [
     {"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN_PATH": "/dev/null"}, {"RAY_AUTH_TOKEN": "f" * 64}])
+
+
+@WITHOUT_TOKEN
 def test_a_submit_without_the_token_is_refused(stack, changes):
     done = submit(stack, "python", "-c", "print('it ' + 'ran')", **changes)
     assert done.returncode != 0 and "it ran" not in done.stdout
@@ -148,11 +151,12 @@ def test_a_submit_without_the_token_is_refused(stack, changes):
     assert stack.secrets["ray_token"] not in done.stdout + done.stderr
 
 
-def test_a_driver_without_the_token_is_refused(stack, tmp_path):
+@WITHOUT_TOKEN
+def test_a_driver_without_the_token_is_refused(stack, tmp_path, changes):
     done = subprocess.run(
         [sys.executable, ROOT / "jobs" / "full_grid.py", "--preset", "demo", *TINY, f"output={tmp_path / 'out'}",
          f"cluster.address={stack.address}"], capture_output=True, text=True, timeout=300, cwd=tmp_path,
-        env=stack.environment | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 64})
+        env=stack.environment | changes)
     assert done.returncode == 2 and "no Ray cluster at" in done.stderr, done.stderr
     assert stack.secrets["ray_token"] not in done.stdout + done.stderr
 

@@ -245,6 +245,19 @@ def test_close_unfinished_ends_what_was_left_and_nothing_else(tracker, store):
     other.finish()
 
 
+def test_a_run_whose_process_died_has_failed_and_one_that_ended_stays(tracker, store, tmp_path):
+    with tracker.run("j", name="job"):
+        tracker.run("j/died", name="died", parent="j")
+        tracker.run("j/ended", name="ended", parent="j").finish()
+        for key in ("j/died", "j/ended", "j/unknown"):
+            tracker.died(key, "Traceback\nWorkError: its process died")
+        assert tracker.close_unfinished("j") == 0
+    assert store.statuses("j") == {"j": "FINISHED", "j/died": "FAILED", "j/ended": "FINISHED"}
+    failed = store.runs("j")["j/died"]
+    assert failed.data.tags["impactx.error"] == "WorkError: its process died"
+    assert store.text(failed, "error.txt", tmp_path).startswith("Traceback")
+
+
 def test_params_beyond_mlflows_limits_arrive_whole(tracker, store, tmp_path):
     params = {f"p{i}": i for i in range(250)} | {"long": "x" * 10_000, "odd+name": 1}
     params["nested"] = {"a": [1, {"b": 2}]}

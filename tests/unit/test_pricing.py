@@ -338,3 +338,7 @@ def test_cells_that_share_a_cluster_take_no_longer_than_one_by_one(artifacts):
     one = price_list([price_cell(two[0], rates, artifacts)], rates)
     both = price_list([price_cell(cell, rates, artifacts) for cell in two], rates)
     assert one != both and both.count("alone on this cluster") == 2
+    sums = "{} trials, {} to {} epochs, {} evaluations, maps of at most {} MB"
+    assert both.count("  together: " + sums.format(6, 60, 300, "200,000", 24.6)) == 2
+    assert "in all: " + sums.format(12, 120, 600, "400,000", 49.2) in both
+    assert both.count(" CPU-hours, 0.00 GPU-hours") == 3

@@ -85,6 +85,10 @@ def test_torch_dataset(store, data, tmp_path):
     images, labels, stacked = next(iter(torch.utils.data.DataLoader(maps, batch_size=8)))
     assert images.shape == stacked.shape == (8, 3, 32, 32)
     assert labels.tolist() == data.train.labels[:8].tolist()
+    assert len(list(maps)) == 50 and torch.equal(maps[-43][2], values)
+    for index in (50, -51):
+        with pytest.raises(IndexError, match=f"training image {index}: there are 0 to 49"):
+            maps[index]
 
 
 def test_other_images_are_refused(store, tmp_path):

@@ -134,6 +134,13 @@ def test_missing_shards_are_listed_and_named(store, tmp_path):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+@pytest.mark.parametrize("shard", [-1, 10**6])
+def test_a_shard_that_the_store_cannot_have_is_refused(store, shard):
+    for ask in (store.shard_indices, store.read_shard):
+        with pytest.raises(StoreError, match=f"shard {shard} of .*: there are 0 to {store.spec.shards - 1}"):
+            ask(shard)
+
+
 def test_a_torn_shard_is_named_wherever_it_is_cut(store):
     whole = file_of(store, 1).read_bytes()
     for size in [*range(0, len(whole), 37), len(whole) - 1]:

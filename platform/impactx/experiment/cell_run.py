@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from impactx.experiment.run import Job
 
 log = logging.getLogger("impactx")
+DOING = {"model": "final trainings", "maps": "maps", "test": "tests", "explanations": "judging maps"}  # by role
 
 
 class PartsFailed(WorkError):
@@ -81,11 +82,11 @@ class CellRun:
         self.job.may_go_on()
         started = time.perf_counter()
         self.log.info("%s: starts", unit.name)
-        self.job.summary.at(self.cell.name, unit.role)
+        self.job.summary.at(self.cell.name, DOING[unit.role])
         try:
             result = how(self._task(unit))
         except Exception as error:
-            self.journal.failed(unit, f"{type(error).__name__}: {error}")
+            self._failed(unit, f"{type(error).__name__}: {error}")
             raise
         self.journal.done(unit)
         if result.get("best"):
@@ -93,6 +94,12 @@ class CellRun:
                      result["best"]["val_accuracy"], result["best_epoch"], result["epochs"],
                      duration(time.perf_counter() - started))
         return result
+
+    def _failed(self, unit: Unit, error: str) -> None:
+        """Note it; a unit's own process may not have come to saying so."""
+        self.journal.failed(unit, error)
+        if not error.startswith(TakenOver.__name__):  # else it goes on, elsewhere
+            self.job.tracker.died(self._task(unit).run_key, error)
 
     def _search(self, what: str, units: list[Unit], metric: str, hours: float | None = None
                 ) -> tuple[Unit, dict[str, Any]]:
@@ -117,7 +124,7 @@ class CellRun:
             best = max((r["best"][metric] for r in results.values() if r.get("best")), default=float("nan"))
             if result is None:
                 failed[unit.name] = said = error or "it left no result"
-                self.journal.failed(unit, said)
+                self._failed(unit, said)
                 self.log.warning("%s failed: %s", unit.name, error)
             elif result.get("stopped"):
                 stopped[unit.key] = result

@@ -94,14 +94,16 @@ STOPPED_TAG = {"impactx.stopped": "asha"}
 def final_metrics(unit: Unit, result: dict[str, Any]) -> dict[str, float]:
     """What MLflow's table shows of a finished unit: its result's numbers by the names of its role.
 
-    Of a training: the best epoch's values and the costs; of a test: beside them the paper's accuracy, if it has one.
+    Of a training: the best epoch's values and the costs; of a test: beside its own numbers the model's validation
+    accuracy and the paper's accuracy, if it has one, so that one row says it all.
     """
     if unit.role == "maps":
         return {f"maps_{k}" if not k.startswith("map") else k: v for k, v in _numbers(result).items()}
     if unit.role == "test":
         published = paper_accuracy(*(unit.params[k] for k in ("dataset", "model", "approach")))
         return {f"test_{k}": v for k, v in _numbers(result).items()} | (
-            {} if published is None else {"paper_accuracy": published})
+            {} if published is None else {"paper_accuracy": published}) | {
+            f"best_{k}": v for k, v in unit.inputs["best"].items() if k == "val_accuracy"}
     if unit.role == "explanations":
         from impactx.experiment.explanations import map_metrics
 

@@ -190,8 +190,8 @@ class Cell:
                     {"weights": model_result["weights"], "data": self.facts.fingerprint,
                      "test": self.facts.test_fingerprint} | ({"maps": maps["key"]} if maps else {}),
                     {"dataset": self._inputs["dataset"], "checkpoint": model.folder,
-                     "training": self._inputs["training"]} | ({"maps": maps["folder"]} if maps else {}),
-                    self._params | {k: model.params[k] for k in ("stage", "approach", "repeat", "seed")})
+                     "training": self._inputs["training"], "best": model_result.get("best") or {}} | (
+                        {"maps": maps["folder"]} if maps else {}), model.params)
 
     def explanations(self, model: Unit, model_result: Mapping[str, Any]) -> Unit | None:
         """The judgement of a final model's maps on test images; None where none is asked for, or none is possible.
@@ -212,4 +212,4 @@ class Cell:
         inputs = {"dataset": self._inputs["dataset"], "checkpoint": model.folder} | (
             {"maps": model.inputs["maps"]} if learned else {}) | ({"a": model.inputs["checkpoint"]} if of_a else {})
         return Unit("explanations", f"explanations of {model.name}", recipe, inputs,
-                    self._params | {k: model.params[k] for k in ("stage", "approach", "repeat", "seed")})
+                    model.params)

@@ -23,6 +23,7 @@ from impactx.experiment.tracker import Run, Tracker
 from impactx.experiment.units import Artifacts, WorkError, fingerprint
 from impactx.experiment.workplace import Workplace
 from impactx.settings import ExperimentSettings
+from impactx.storage import StorageError
 
 log = logging.getLogger("impactx")
 
@@ -77,8 +78,7 @@ class Job:
             run.log_text(json.dumps(described, indent=1), "config.json")
             try:
                 self._claim = Claim(self.artifacts.storage, f"jobs/{self.key}/driver.json", f"the job {self.key}")
-                # That also shows that a server is away: what trials' processes warn of is in Ray's logs alone.
-                with self.summary.said(told=lambda line: run.set_tags({PROGRESS: f"{now()}: {line}"})):
+                with self.summary.said(told=lambda line: self._tell(run, line)):
                     rows = self._all_cells()
                 for folder in (f"jobs/{self.key}", f"jobs/{self.key}/{CELLS}"):
                     self.artifacts.storage.sweep(folder)
@@ -111,6 +111,18 @@ class Job:
     def may_go_on(self) -> None:
         """Raises TakenOver where the same job was started again meanwhile: that one goes on, and this one ends."""
         self._claim.check()
+
+    def _tell(self, run: Run, line: str) -> None:
+        """Tell the tracker how far it is, and look whether results can be written.
+
+        What the processes of trials and maps warn of while they wait for either is in Ray's logs alone.
+        """
+        run.set_tags({PROGRESS: f"{now()}: {line}"})
+        try:
+            self.artifacts.storage.check()
+        except StorageError as error:
+            log.warning("%s (until then what is under way waits, up to %.0f s)", error,
+                        self.artifacts.storage.patience)
 
     def _report(self, report: Callable[[str, Run], str], run: Run) -> None:
         try:

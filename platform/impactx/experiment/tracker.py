@@ -102,6 +102,12 @@ class Tracker(Protocol):
         name only once.  It returns at once and is done in the background, at the latest by `close_unfinished`.
         """
 
+    def died(self, key: str, error: str) -> None:
+        """The process of the run with this key died, so that it could not say so: if it is RUNNING, it becomes FAILED.
+
+        It returns at once and is done in the background, at the latest by `close_unfinished`.
+        """
+
     def close_unfinished(self, root_key: str) -> int:
         """At the job's end: its runs that are still RUNNING become KILLED; how many there were.
 
@@ -202,6 +208,10 @@ class NoTracker:
 
     def register_model(self, key: str, *, name: tuple[str, ...], checkpoint: Callable[[], bytes],
                        about: Mapping[str, Any]) -> None:
+        """Check the key."""
+        check_key(key)
+
+    def died(self, key: str, error: str) -> None:
         """Check the key."""
         check_key(key)
 

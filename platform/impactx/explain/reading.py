@@ -50,6 +50,7 @@ class MapDataset(TorchDataset):
     """Every training image with its label and map, aligned by index; neither is loaded before it is asked for.
 
     Item i: image float32 (3, H, W) in [0, 1], label int, map float32 (C, H, W) in the attribution's own units.
+    Raises IndexError where there is no image i.
     """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, maps: np.ndarray) -> None:
@@ -75,5 +76,7 @@ class MapDataset(TorchDataset):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, Tensor]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"training image {index}: there are 0 to {len(self) - 1}")
         image = torch.from_numpy(np.array(self.images[index])).permute(2, 0, 1).float() / 255
         return image, int(self.labels[index]), torch.from_numpy(np.array(self.maps[index]))

@@ -114,7 +114,9 @@ class MapStore:
         return f"shard-{shard:05d}-of-{self.spec.shards:05d}.parquet"
 
     def shard_indices(self, shard: int) -> np.ndarray:
-        """The images of a shard: their indices in the split, int64."""
+        """The images of a shard: their indices in the split, int64. Raises StoreError where there is no such shard."""
+        if not 0 <= shard < self.spec.shards:
+            raise StoreError(f"shard {shard} of {self.storage.uri(self.folder)}: there are 0 to {self.spec.shards - 1}")
         start = shard * self.spec.shard_size
         return np.arange(start, min(start + self.spec.shard_size, self.spec.images))
 
@@ -157,7 +159,7 @@ class MapStore:
 
         Raises StoreError, naming the file, where it is absent, torn, foreign or altered.
         """
-        path = f"{self.folder}/{self.shard_name(shard)}"
+        rows, path = self.shard_indices(shard), f"{self.folder}/{self.shard_name(shard)}"
         where, remedy = self.storage.uri(path), "delete it and compute the maps again: only this shard is made anew"
         try:
             # In this thread alone: pyarrow's pools drop their last hold on a Python object after read_table returned
@@ -178,7 +180,7 @@ class MapStore:
                 or table.schema.field("map").type != pa.list_(pa.float32(), size):
             raise StoreError(f"{where} has other columns or maps of another shape ({layout}) than "
                              f"{json.dumps(self.spec.shape)}: {remedy}")
-        if table["index"].to_pylist() != self.shard_indices(shard).tolist():
+        if table["index"].to_pylist() != rows.tolist():
             raise StoreError(f"{where} holds other images than its name says: {remedy}")
         if meta.get("impactx.checksum") != _checksum(table):
             raise StoreError(f"{where} was altered: its checksum does not fit its rows: {remedy}")

@@ -48,8 +48,9 @@ class ClusterSettings(Settings):
     address: str | None = Field(None, description=(
         "of a running Ray cluster; None: RAY_ADDRESS, or a local one that lives as long as the job"))
     num_cpus: int | None = Field(None, ge=1, description="of a local cluster; None: all")
-    trial_cpus: float = Field(1, gt=0)
-    trial_gpus: float = Field(0, ge=0)
+    trial_cpus: float = Field(1, gt=0, description="of one worker of a trial")
+    trial_gpus: float = Field(0, ge=0, le=1, description=(
+        "of one worker of a trial: several share a GPU at a fraction; for several GPUs raise trial_workers"))
     trial_workers: int = Field(1, ge=1, description=(
         "data-parallel workers of one trial, each with trial_cpus and trial_gpus; more than 1: by Ray Train"))
     max_concurrent_trials: int | None = Field(None, ge=1, description="of all cells together; None: what fits")

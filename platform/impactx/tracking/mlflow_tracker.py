@@ -27,7 +27,18 @@ from impactx.experiment.tracker import (
 from impactx.settings import ExperimentSettings, TrackingSettings
 from impactx.tracking.addresses import addresses, redact, sqlite_path
 from impactx.tracking.client import connect, search
-from impactx.tracking.record import ERROR, KEY, ROOT, WHOLE_RUN, Point, Record, history_points, points_of
+from impactx.tracking.record import (
+    ERROR,
+    ERROR_FILE,
+    KEY,
+    ROOT,
+    WHOLE_RUN,
+    Point,
+    Record,
+    history_points,
+    last_line,
+    points_of,
+)
 from impactx.tracking.views import save_view, view_key
 from impactx.tracking.writer import FLUSH_SECONDS, KILLED_SECONDS, PATIENCE_SECONDS, Op, Writer, writer_for
 
@@ -127,6 +138,20 @@ class MlflowTracker:
             self._models[model] = version
 
         self._writer.submit(Op(record, do, f"the registered model {model}", "artifacts", warns=True), later=True)
+
+    def died(self, key: str, error: str) -> None:
+        """See `Tracker.died`."""
+        record, text = Record(key, key, None, {}, {}), redact(error, self._uri)
+
+        def end(client: Any) -> None:
+            where = f"tags.`{KEY}` = '{key}' and attributes.status = 'RUNNING'"
+            for run in search(client, self._writer.experiment_id(client), where):
+                record.run_id = run.info.run_id
+                record.set_tags(client, {ERROR: last_line(text)})
+                record.log_bytes(client, text.encode(), ERROR_FILE)
+                client.set_terminated(record.run_id, "FAILED")
+
+        self._writer.submit(Op(record, end, "the status of a run whose process died", warns=True), later=True)
 
     def close_unfinished(self, root_key: str) -> int:
         """Wait for what is in the background, then end the job's runs that are still RUNNING as KILLED."""
@@ -237,8 +262,8 @@ class MlflowRun(ContextRun):
         record = self._record
         if error:
             text = redact(error, self._writer.uri)
-            self.set_tags({ERROR: text.strip().rpartition("\n")[2][:500]})
-            self.log_text(text, "error.txt")
+            self.set_tags({ERROR: last_line(text)})
+            self.log_text(text, ERROR_FILE)
         op = self._do("the status", lambda client: record.end(client, status))
         self._ended = True
         self._writer.wait(op, KILLED_SECONDS if status == "KILLED" else math.inf)

@@ -29,7 +29,7 @@ log = logging.getLogger("impactx.tracking")
 KEY, ROOT, OWNER, PARENT = "impactx.key", "impactx.root", "impactx.owner", "mlflow.parentRunId"
 ERROR, NON_FINITE, CHANGED = "impactx.error", "impactx.nonfinite", "impactx.changed"
 MAX_PARAM, MAX_TAG, PER_BATCH, METRICS_PER_BATCH = 6000, 8000, 100, 1000
-WHOLE_RUN = "the whole run"
+WHOLE_RUN, ERROR_FILE = "the whole run", "error.txt"
 
 Point = tuple[str, float, int, int | None]  # metric, value, milliseconds since 1970, step
 
@@ -189,6 +189,11 @@ class Record:
             reasons = sorted(set(self.lost.values()))
             log.warning("MLflow: not logged of the run %r: %s (%s)", self.name, ", ".join(self.lost),
                         "; ".join(reasons))
+
+
+def last_line(error: str) -> str:
+    """What a run's tag says of its error."""
+    return error.strip().rpartition("\n")[2][:500]
 
 
 def points_of(metrics: Mapping[str, float], step: int | None) -> list[Point]:
