@@ -249,13 +249,16 @@ def test_a_run_whose_process_died_has_failed_and_one_that_ended_stays(tracker, s
     with tracker.run("j", name="job"):
         tracker.run("j/died", name="died", parent="j")
         tracker.run("j/ended", name="ended", parent="j").finish()
-        for key in ("j/died", "j/ended", "j/unknown"):
-            tracker.died(key, "Traceback\nWorkError: its process died")
+        for name in ("died", "ended", "not begun"):
+            tracker.died(f"j/{name}", "Traceback\nWorkError: its process died", name=name, parent="j",
+                         params={"learning_rate": 0.1})
         assert tracker.close_unfinished("j") == 0
-    assert store.statuses("j") == {"j": "FINISHED", "j/died": "FAILED", "j/ended": "FINISHED"}
-    failed = store.runs("j")["j/died"]
-    assert failed.data.tags["impactx.error"] == "WorkError: its process died"
-    assert store.text(failed, "error.txt", tmp_path).startswith("Traceback")
+    assert store.statuses("j") == {"j": "FINISHED", "j/died": "FAILED", "j/ended": "FINISHED", "j/not begun": "FAILED"}
+    for key in ("j/died", "j/not begun"):
+        failed = store.runs("j")[key]
+        assert failed.data.tags["impactx.error"] == "WorkError: its process died"
+        assert failed.data.params == {"learning_rate": "0.1"}
+        assert store.text(failed, "error.txt", tmp_path).startswith("Traceback")
 
 
 def test_params_beyond_mlflows_limits_arrive_whole(tracker, store, tmp_path):

@@ -99,7 +99,9 @@ class CellRun:
         """Note it; a unit's own process may not have come to saying so."""
         self.journal.failed(unit, error)
         if not error.startswith(TakenOver.__name__):  # else it goes on, elsewhere
-            self.job.tracker.died(self._task(unit).run_key, error)
+            task = self._task(unit)
+            self.job.tracker.died(task.run_key, error, name=unit.name, parent=self.key, params=unit.params,
+                                  tags=task.tags)
 
     def _search(self, what: str, units: list[Unit], metric: str, hours: float | None = None
                 ) -> tuple[Unit, dict[str, Any]]:

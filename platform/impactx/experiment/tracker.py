@@ -102,10 +102,12 @@ class Tracker(Protocol):
         name only once.  It returns at once and is done in the background, at the latest by `close_unfinished`.
         """
 
-    def died(self, key: str, error: str) -> None:
-        """The process of the run with this key died, so that it could not say so: if it is RUNNING, it becomes FAILED.
+    def died(self, key: str, error: str, *, name: str, parent: str | None = None,
+             params: Mapping[str, Any] | None = None, tags: Mapping[str, Any] | None = None) -> None:
+        """The process of the run with this key may have died before it could say so: FAILED, unless it has ended.
 
-        It returns at once and is done in the background, at the latest by `close_unfinished`.
+        A run that had not begun is made. It returns at once and is done in the background, at the latest by
+        `close_unfinished`.
         """
 
     def close_unfinished(self, root_key: str) -> int:
@@ -211,9 +213,11 @@ class NoTracker:
         """Check the key."""
         check_key(key)
 
-    def died(self, key: str, error: str) -> None:
-        """Check the key."""
-        check_key(key)
+    def died(self, key: str, error: str, *, name: str, parent: str | None = None,
+             params: Mapping[str, Any] | None = None, tags: Mapping[str, Any] | None = None) -> None:
+        """Check the arguments."""
+        check_key(key, parent)
+        flatten(params or {})
 
     def close_unfinished(self, root_key: str) -> int:
         """Nothing is ever unfinished."""

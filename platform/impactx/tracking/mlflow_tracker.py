@@ -139,17 +139,21 @@ class MlflowTracker:
 
         self._writer.submit(Op(record, do, f"the registered model {model}", "artifacts", warns=True), later=True)
 
-    def died(self, key: str, error: str) -> None:
+    def died(self, key: str, error: str, *, name: str, parent: str | None = None,
+             params: Mapping[str, Any] | None = None, tags: Mapping[str, Any] | None = None) -> None:
         """See `Tracker.died`."""
-        record, text = Record(key, key, None, {}, {}), redact(error, self._uri)
+        record, text, flat = Record(key, name, parent, tags or {}, self._known), redact(error, self._uri), flatten(
+            params or {})
 
         def end(client: Any) -> None:
-            where = f"tags.`{KEY}` = '{key}' and attributes.status = 'RUNNING'"
-            for run in search(client, self._writer.experiment_id(client), where):
-                record.run_id = run.info.run_id
-                record.set_tags(client, {ERROR: last_line(text)})
-                record.log_bytes(client, text.encode(), ERROR_FILE)
-                client.set_terminated(record.run_id, "FAILED")
+            found = search(client, self._writer.experiment_id(client), f"tags.`{KEY}` = '{key}'")
+            if found and not record.run_id and found[-1].info.status != "RUNNING":
+                return  # it could say so itself
+            record.begin(client, self._writer.experiment_id)
+            record.log_params(client, flat)
+            record.set_tags(client, {ERROR: last_line(text)})
+            record.log_bytes(client, text.encode(), ERROR_FILE)
+            record.end(client, "FAILED")
 
         self._writer.submit(Op(record, end, "the status of a run whose process died", warns=True), later=True)
 
