@@ -199,27 +199,6 @@ def test_the_mlflow_server_is_away_for_a_minute(nodes, undisturbed, tmp_path, ca
         server.kill()
 
 
-def test_the_mlflow_server_is_away_to_the_end(undisturbed, tmp_path, cache):
-    """The results do not need it, and the same command makes up for what it missed."""
-    output = tmp_path / "out"
-    output.mkdir()
-    server = MlflowServer(tmp_path, backend=f"sqlite:///{output}/mlflow.db")
-    server.start()
-    try:
-        job = Job(output, cache, f"tracking.uri={server.uri}")
-        job.meet(lambda: job.running(1, "trials"), "stage 1")
-        server.kill()
-        assert job.end() == 0, job.log
-        assert job.results() == undisturbed.results()
-        assert ("RUNNING",) in job.tracked("select distinct status from runs"), "nothing was missed"
-        server.start()
-        again = Job(output, cache, f"tracking.uri={server.uri}")
-        assert again.end() == 0, again.log
-        as_undisturbed(again, undisturbed)
-    finally:
-        server.kill()
-
-
 def test_one_configuration_that_diverges(tmp_path, cache):
     job = Job(tmp_path / "out", cache, "approach=[]", "training.optimizer=sgd", "training.weight_decay=1e4",
               "grid.learning_rate=[10,1e-5]")
