@@ -59,6 +59,13 @@ def test_cells_at_once_equal_cells_one_by_one_and_overlap(tmp_path, cache, caplo
     assert few < many_ends and many < few_ends, "both at once"
 
 
+@pytest.mark.parametrize("settings, cells", [
+    ({}, 3), ({"trial_cpus": 0.25}, 8), ({"trial_cpus": 0.25, "trial_workers": 2}, 4), ({"cells_at_once": 1}, 1),
+    ({"grows_to_cpus": 40}, 40)])
+def test_as_many_cells_at_once_as_trials_fit(lab, settings, cells):
+    assert lab().ray(**settings).cells_at_once() == cells
+
+
 @pytest.mark.slow
 def test_one_trial_at_a_time_over_all_cells(tmp_path, cache):
     under_way, most = set(), [0]

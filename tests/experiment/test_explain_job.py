@@ -264,6 +264,31 @@ def test_an_import_path(options, tmp_path, monkeypatch):
             prepared(options("--import", path))
 
 
+ONE_IMAGE = """
+import torch
+from torch import nn
+class One(nn.Module):
+    def forward(self, x):
+        this = (x.double().sum((1, 2, 3)) - {total}).abs() < 1e-6
+        return torch.where(this[:, None], torch.nan, x[:, 0, :10, 16])
+def net(): return One()
+"""
+
+
+def test_nan_for_one_image_names_it_and_loses_no_finished_map(options, tmp_path, monkeypatch):
+    job = prepared(options("--model", checkpoint(tmp_path)))
+    image = torch.from_numpy(job.place.dataset(job.unit.inputs["dataset"]).train.images[40]).float() / 255
+    (tmp_path / "one_of_mine.py").write_text(ONE_IMAGE.format(total=float(image.double().sum())))
+    monkeypatch.chdir(tmp_path)
+    job = prepared(options("--import", "one_of_mine:net"))
+    with pytest.raises(Exception, match="NaN or infinite values for image 40: "):
+        explain_job.run(job, lambda: LocalExecutor(job.place, NoTracker()))
+    store = job.store()
+    assert store.missing() == [1, 2], "image 40 is in the second shard; the first is whole"
+    assert len(store.read_shard(0)) == 25
+    assert not [path for path in Path(job.address).rglob("*") if path.name.startswith(".partial-")]
+
+
 NET = """
 from torch import nn
 from {package}.numbers import MEAN

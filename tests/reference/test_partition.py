@@ -40,6 +40,7 @@ from partition_twin import blurred, partition_values  # noqa: E402
 shap = pytest.importorskip("shap")
 
 TOLERANCE = 1e-5
+UNRESOLVED: list[tuple[float, float]] = []  # deviation and correlation in float32, of maps compared in float64
 COUNTS: dict[str, Counter[str]] = defaultdict(Counter)  # maps and near-ties, by kind of context
 SHOWN = {"worst": 0.0, "correlation": 1.0}
 
@@ -352,9 +353,15 @@ def test_maps_equal_shaps_in_the_whole_cross(case: Case) -> None:
     "case", IN_FLOAT64 + [pytest.param(case, marks=pytest.mark.full) for case in CROSS_IN_FLOAT64], ids=str
 )
 def test_what_float32_does_not_resolve_equals_shaps_in_float64(case: Case) -> None:
+    network = trained(case.network, case.shape)
     images, labels = picked(case)
-    for image, label in zip(images, labels, strict=True):
-        compare_exactly(trained(case.network, case.shape), image, label, chosen_outputs(case, label), case)
+    in_float32 = engine_maps(network, images, labels, case)
+    for image, label, ours in zip(images, labels, in_float32, strict=True):
+        outputs = chosen_outputs(case, label)
+        compare_exactly(network, image, label, outputs, case)
+        theirs = shap_map(network, image, outputs, case)
+        apart, correlation = deviation(ours, theirs), np.corrcoef(ours.ravel(), theirs.ravel())[0, 1]
+        UNRESOLVED.append((apart, float(correlation)))
 
 
 def test_single_pixels_and_channels_are_reached() -> None:
@@ -477,4 +484,9 @@ def test_near_ties_were_rare() -> None:
           f"in float32: {SHOWN['correlation']:.4f}); the others equal to {SHOWN['worst']:.1e} of their largest value")
     for kind, found in COUNTS.items():
         print(f"  with {kind} fixed context: {found['maps']} maps, {found['near_ties']} near-ties")
+    if UNRESOLVED:
+        apart, correlation = zip(*UNRESOLVED, strict=True)
+        print(f"  and {len(apart)} compared in float64 throughout (within 1e-6): in float32 "
+              f"{sum(a > TOLERANCE for a in apart)} differ by more than {TOLERANCE:.0e}, up to {max(apart):.1e}; "
+              f"lowest correlation {min(correlation):.4f}")
     assert too_many(COUNTS) == []

@@ -328,7 +328,8 @@ TINY = ("datasets.digits.subset=60", "grid.learning_rate=[0.002]", "grid.batch_s
 
 
 @pytest.mark.parametrize("name, more", [("occlusion", ["attribution.window=16", "attribution.stride=16"]),
-                                        ("gradient_shap", ["attribution.samples=2"]), ("grad_cam", [])])
+                                        ("gradient_shap", ["attribution.samples=2"]), ("grad_cam", []),
+                                        ("shap_partition", ["attribution.max_evals=20"])])
 def test_stage_2_runs_on_any_of_them(name, more, tmp_path):
     pytest.importorskip("captum")
     settings = load_settings("demo", [*TINY, f"output={tmp_path}/out", f"data_root={tmp_path}/data",
@@ -342,7 +343,7 @@ def test_stage_2_runs_on_any_of_them(name, more, tmp_path):
     trained = executor.train(Task(a, "job/a", "job", {}), lambda *_: None)
     maps = cell.maps(a, trained, 0)
     made = executor.explain(Task(maps, "job/maps", "job", {}), lambda *_: None)
-    assert made["images"] == 60 and ("map_gap_mean" in made) == (name == "gradient_shap")
+    assert made["images"] == 60 and ("map_gap_mean" in made) == (name in ("gradient_shap", "shap_partition"))
     store = MapStore.open(prepared.place.artifacts.storage, maps.folder)
     assert store.spec.recipe["attribution"]["method"] == name and store.verify() == []
     stage2 = cell.approaches()[0].model(cell.basis(point, a, trained, 0), {"lambda": 0.8})

@@ -8,7 +8,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -37,9 +37,8 @@ from impactx.experiment.workplace import Workplace
 from impactx.settings import ClusterSettings
 
 
-def _room(workers: Workers) -> int:
-    """How many trainings with such workers the cluster can hold at once, at least 1."""
-    have = ray.cluster_resources()
+def _room(workers: Workers, have: Mapping[str, float]) -> int:
+    """How many trainings with such workers a cluster that has these CPUs and GPUs holds at once, at least 1."""
     fits = int(have.get("CPU", 0) // (workers.count * workers.cpus))
     if workers.gpus:
         fits = min(fits, int(have.get("GPU", 0) // (workers.count * workers.gpus)))
@@ -90,13 +89,17 @@ class RayExecutor:
                         limits=limits)
 
     def cells_at_once(self) -> int:
-        """A setting."""
-        return self.settings.cells_at_once
+        """A setting, or one for each trial that fits: with more cells than that, each trial would be a process of its
+        own, since what one cell lets go of another takes. At least 3, or a cell's maps would wait for no good reason.
+        """
+        s = self.settings
+        workers = self._workers(s.trial_workers, s.trial_cpus, s.trial_gpus)
+        return s.cells_at_once or max(3, _room(workers, self._capacity()))
 
     def trainings_at_once(self) -> int:
         """As many as the cluster has room for."""
         s = self.settings
-        return _room(self._workers(s.train_workers, s.train_cpus, float(s.use_gpu)))
+        return _room(self._workers(s.train_workers, s.train_cpus, float(s.use_gpu)), self._capacity())
 
     def train(self, task: Task, on_epoch: OnEpoch) -> dict[str, Any]:
         """A model by Ray Train on train_workers workers."""

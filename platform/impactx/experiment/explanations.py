@@ -28,6 +28,7 @@ from impactx.experiment.subject import (
 )
 from impactx.experiment.units import MAP_SCORES, Unit, WorkError
 from impactx.experiment.workplace import Workplace
+from impactx.explain.allocation import keep_freed_memory
 from impactx.explain.fast import fast_score
 from impactx.explain.precision import forward_precision
 from impactx.settings import EvaluationSettings
@@ -65,6 +66,7 @@ def judge_maps(unit: Unit, place: Workplace, *, device: torch.device | str = "cp
     Raises WorkError.
     """
     torch.set_num_threads(place.threads)
+    keep_freed_memory()
     if (done := place.artifacts.result(unit)) is not None:
         return done
     started, where = time.perf_counter(), torch.device(device)

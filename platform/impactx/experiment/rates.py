@@ -19,6 +19,7 @@ from impactx.experiment.approaches import Approach, Bench
 from impactx.experiment.plan import Cell
 from impactx.experiment.units import Unit, WorkError
 from impactx.experiment.workplace import Workplace
+from impactx.explain.allocation import keep_freed_memory
 from impactx.explain.attribution import build_attribution
 from impactx.explain.weighted import explain_by_own_probabilities
 from impactx.models import Classifier, build_classifier
@@ -132,6 +133,7 @@ def measure_maps(cell: Cell, place: Workplace, attribution: Mapping[str, Any], t
     approach: whose trainings make maps of their own network; None: of a model such as the cell's A.
     """
     torch.set_num_threads(place.threads)
+    keep_freed_memory()
     data = place.dataset(cell.dataset.model_dump(mode="json"))
     if approach is None:
         model = build_classifier(cell.model, data.num_classes, data.image_size, seed=cell.settings.seed)

@@ -20,6 +20,7 @@ from impactx.experiment.claims import Claim
 from impactx.experiment.model_source import open_model
 from impactx.experiment.units import CHECKPOINT, CLAIM, PREDICTIONS, RUNNING, Unit, WorkError
 from impactx.experiment.workplace import Workplace
+from impactx.explain.allocation import keep_freed_memory
 from impactx.explain.attribution import build_attribution
 from impactx.explain.scores import completeness_gaps
 from impactx.explain.store import PRECISION_ERROR, MapStore, StoreError, StoreSpec
@@ -153,6 +154,7 @@ class ShardWorker:
 
     def __init__(self, unit: Unit, place: Workplace, device: torch.device | str = "cpu") -> None:
         torch.set_num_threads(place.threads)
+        keep_freed_memory()
         self.place, self.device = place, torch.device(device)
         self.store = open_store(unit, place)
         self.images = _explained(unit, place.dataset(unit.inputs["dataset"]))

@@ -47,7 +47,7 @@ class Room:
         children = 4 if fixed_context is None else 2
         pixel_bytes = math.prod(tree.tree.shape) * dtype.itemsize
         if forward_batch is None:
-            wanted = 4096 if device.type != "cpu" else max(8, min(200, (3 << 20) // pixel_bytes))
+            wanted = 4096 if device.type != "cpu" else max(8, min(400, (5 << 20) // pixel_bytes))
             forward_batch = max(1, min(wanted, memory // 4 // (pixel_bytes * (1 if device.type == "cpu" else 6))))
         elif forward_batch < 1:
             raise PartitionError(f"forward_batch = {forward_batch}; allowed: 1 or more")

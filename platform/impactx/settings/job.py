@@ -54,8 +54,9 @@ class ClusterSettings(Settings):
     trial_workers: int = Field(1, ge=1, description=(
         "data-parallel workers of one trial, each with trial_cpus and trial_gpus; more than 1: by Ray Train"))
     max_concurrent_trials: int | None = Field(None, ge=1, description="of all cells together; None: what fits")
-    cells_at_once: int = Field(3, ge=1, description=(
-        "cells under way at once, which share the cluster; 1: one cell after the other"))
+    cells_at_once: int | None = Field(None, ge=1, description=(
+        "cells under way at once, which share the cluster; 1: one cell after the other; None: as many as trials that "
+        "fit at once when the job begins, at least 3"))
     grows_to_cpus: int | None = Field(None, ge=1, description=(
         "of a cluster that starts nodes on demand: how many CPUs it may come to, so that as much work is asked for; "
         "None: it stays as it is"))
