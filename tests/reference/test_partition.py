@@ -5,8 +5,9 @@ must agree (to 1e-6). It then counts as a near-tie: two queue entries whose prio
 resolves. Near-ties must be rare (1 in 100), and their float32 maps must correlate with shap's all the same (0.999).
 
 With a fixed context a map is made of differences of four scores, and float32 does not resolve these everywhere, in
-shap's own maps either, so that there is nothing for ours to equal. Two kinds of case are therefore compared in float64
-throughout, every map within 1e-6: a network that ends in a wide average pooling, where a pixel moves the scores by a
+shap's own maps either, so that there is nothing for ours to equal. How well it does depends on the network and on the
+CPU. A map with a fixed context that is off by no more than twice what shap's own float32 map is off its float64 map is
+therefore counted by itself (unresolved), and no near-tie. Two kinds of case are compared in float64 throughout, every map within 1e-6: a network that ends in a wide average pooling, where a pixel moves the scores by a
 thousandth; and 3x20x33 with a budget that ends among the smallest regions, where rounding chooses which of them are
 still split (in float32 that size has the budgets before and the one that splits all).
 
@@ -41,8 +42,8 @@ shap = pytest.importorskip("shap")
 
 TOLERANCE = 1e-5
 UNRESOLVED: list[tuple[float, float]] = []  # deviation and correlation in float32, of maps compared in float64
-COUNTS: dict[str, Counter[str]] = defaultdict(Counter)  # maps and near-ties, by kind of context
-SHOWN = {"worst": 0.0, "correlation": 1.0}
+COUNTS: dict[str, Counter[str]] = defaultdict(Counter)  # maps, near-ties and unresolved ones, by kind of context
+SHOWN = {"worst": 0.0, "unresolved": 0.0, "correlation": 1.0}
 
 
 # --- data and networks -------------------------------------------------------------------------------------------
@@ -233,7 +234,7 @@ def compare(case: Case) -> np.ndarray:
     network = trained(case.network, case.shape)
     images, labels = picked(case)
     ours = engine_maps(fast(network, case) if case.fast else network, images, labels, case)
-    near_ties = 0
+    near_ties = unresolved = 0
     for i in range(case.images):
         outputs = chosen_outputs(case, labels[i])
         theirs = shap_map(network, images[i], outputs, case)
@@ -242,20 +243,25 @@ def compare(case: Case) -> np.ndarray:
         if apart <= TOLERANCE:
             SHOWN["worst"] = max(SHOWN["worst"], apart)
             continue
+        exact = compare_exactly(network, images[i], labels[i], outputs, case)
+        if case.fixed_context is not None and apart <= 2 * deviation(theirs, exact):
+            unresolved += 1
+            SHOWN["unresolved"] = max(SHOWN["unresolved"], apart)
+            continue
         near_ties += 1
-        compare_exactly(network, images[i], labels[i], outputs, case)
         correlation = np.corrcoef(ours[i].ravel(), theirs.ravel())[0, 1]
         SHOWN["correlation"] = min(SHOWN["correlation"], correlation)
         assert correlation >= 0.999, f"deviation {apart:.1e}, correlation {correlation:.6f}"
-    COUNTS["no" if case.fixed_context is None else "a"].update(maps=case.images, near_ties=near_ties)
+    COUNTS["no" if case.fixed_context is None else "a"].update(
+        maps=case.images, near_ties=near_ties, unresolved=unresolved)
     assert near_ties <= max(2, case.images // 100), f"{near_ties} of {case.images} maps differ by more than {TOLERANCE}"
     return ours
 
 
 def compare_exactly(
     network: nn.Module, image: torch.Tensor, label: torch.Tensor, outputs: list[int], case: Case
-) -> None:
-    """Assert that both sides find the same map in float64."""
+) -> np.ndarray:
+    """Assert that both sides find the same map in float64; returns shap's."""
     network.double()
     try:
         ours = engine_maps(network, image[None].double(), label[None], case)[0]
@@ -264,6 +270,7 @@ def compare_exactly(
         network.float()
     assert not_flat(theirs), "shap's own map is flat: the comparison would prove nothing"
     assert deviation(ours, theirs) < 1e-6, "not rounding: the maps differ in float64 as well"
+    return theirs
 
 
 # --- the sample, and the whole cross -----------------------------------------------------------------------------
@@ -481,9 +488,11 @@ def test_near_ties_were_rare() -> None:
     if total["maps"] < 20:
         pytest.skip("the comparisons were not run")
     print(f"\n{total['maps']} maps against shap: {total['near_ties']} near-ties, equal in float64 (lowest correlation "
-          f"in float32: {SHOWN['correlation']:.4f}); the others equal to {SHOWN['worst']:.1e} of their largest value")
+          f"in float32: {SHOWN['correlation']:.4f}); {total['unresolved']} beyond what float32 resolves in shap's own maps, "
+          f"up to {SHOWN['unresolved']:.1e}; the others equal to {SHOWN['worst']:.1e} of their largest value")
     for kind, found in COUNTS.items():
-        print(f"  with {kind} fixed context: {found['maps']} maps, {found['near_ties']} near-ties")
+        print(f"  with {kind} fixed context: {found['maps']} maps, {found['near_ties']} near-ties, {found['unresolved']} "
+              "unresolved")
     if UNRESOLVED:
         apart, correlation = zip(*UNRESOLVED, strict=True)
         print(f"  and {len(apart)} compared in float64 throughout (within 1e-6): in float32 "

@@ -62,6 +62,16 @@ def shoot(page: Page, address: str, file: Path, ready: str, clicks: Sequence[str
     print(f"{file}: {address}{missing}", flush=True)
 
 
+def unfold(page: Page, names: Sequence[str], file: Path) -> None:
+    """Open the parents of these names in the list of runs that is shown, one below the other, and save what is seen."""
+    for name in names:
+        cell = page.locator("[role=row] [col-id='attributes.`Run Name`']", has_text=name).first
+        cell.locator("button").first.click()
+        page.wait_for_timeout(3_000)
+    page.screenshot(path=str(file))
+    print(f"{file}: unfolded {', '.join(names)}", flush=True)
+
+
 def main(uri: str, out: str, experiment: str = "impactx") -> None:
     """Save the pages of the newest job."""
     folder = Path(out)
@@ -84,6 +94,9 @@ def main(uri: str, out: str, experiment: str = "impactx") -> None:
         runs = f"{base}/#/experiments/{identity}/runs"
         listed = f"{runs}?workflowType=machine_learning"
         shoot(page, f"{listed}&searchFilter={search}", folder / "all-runs.png", newest.info.run_name)
+        cell = client.search_runs([identity], f"tags.`impactx.root` = '{root}' and tags.`impactx.role` = 'cell'",
+                                  max_results=1)[0]
+        unfold(page, [newest.info.run_name, cell.info.run_name], folder / "unfolded.png")
         for key, _ in views:
             view = f"{listed}&viewStateShareKey={key.removeprefix('mlflow.sharedViewState.')}"
             shoot(page, view, folder / "trials.png", trial.info.run_name)
