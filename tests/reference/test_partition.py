@@ -5,11 +5,12 @@ must agree (to 1e-6). It then counts as a near-tie: two queue entries whose prio
 resolves. Near-ties must be rare (1 in 100), and their float32 maps must correlate with shap's all the same (0.999).
 
 With a fixed context a map is made of differences of four scores, and float32 does not resolve these everywhere, in
-shap's own maps either, so that there is nothing for ours to equal. How well it does depends on the network and on the
+shap's own maps either, so that there is nothing for ours to equal; how well it does depends on the network and on the
 CPU. A map with a fixed context that is off by no more than twice what shap's own float32 map is off its float64 map is
-therefore counted by itself (unresolved), and no near-tie. Two kinds of case are compared in float64 throughout, every map within 1e-6: a network that ends in a wide average pooling, where a pixel moves the scores by a
-thousandth; and 3x20x33 with a budget that ends among the smallest regions, where rounding chooses which of them are
-still split (in float32 that size has the budgets before and the one that splits all).
+counted by itself (unresolved), and is no near-tie. Two kinds of case are compared in float64 throughout, every
+map within 1e-6: a network that ends in a wide average pooling, where a pixel moves the scores by a thousandth; and
+3x20x33 with a budget that ends among the smallest regions, where rounding chooses which of them are still split (in
+float32 that size has the budgets before and the one that splits all).
 
 Run alone: python -m pytest tests/reference/test_partition.py; the whole cross: add -m "full or not full".
 """
@@ -488,11 +489,11 @@ def test_near_ties_were_rare() -> None:
     if total["maps"] < 20:
         pytest.skip("the comparisons were not run")
     print(f"\n{total['maps']} maps against shap: {total['near_ties']} near-ties, equal in float64 (lowest correlation "
-          f"in float32: {SHOWN['correlation']:.4f}); {total['unresolved']} beyond what float32 resolves in shap's own maps, "
-          f"up to {SHOWN['unresolved']:.1e}; the others equal to {SHOWN['worst']:.1e} of their largest value")
+          f"in float32: {SHOWN['correlation']:.4f}); {total['unresolved']} beyond what float32 resolves in shap's own "
+          f"maps, up to {SHOWN['unresolved']:.1e}; the others equal to {SHOWN['worst']:.1e} of their largest value")
     for kind, found in COUNTS.items():
-        print(f"  with {kind} fixed context: {found['maps']} maps, {found['near_ties']} near-ties, {found['unresolved']} "
-              "unresolved")
+        print(f"  with {kind} fixed context: {found['maps']} maps, {found['near_ties']} near-ties, "
+              f"{found['unresolved']} unresolved")
     if UNRESOLVED:
         apart, correlation = zip(*UNRESOLVED, strict=True)
         print(f"  and {len(apart)} compared in float64 throughout (within 1e-6): in float32 "
