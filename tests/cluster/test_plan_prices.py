@@ -18,7 +18,7 @@ from impactx.experiment.threads import run_all
 
 JOB = Path(__file__).resolve().parents[2] / "jobs" / "full_grid.py"
 LONGER = {"datasets": {"digits": {"name": "digits", "source": "digits", "augmentation": {"flip": False, "shift": 2}}},
-          "training": {"epochs": 4, "patience": 4}, "maps": {"shard_size": 60},
+          "training": {"epochs": 8, "patience": 8}, "maps": {"shard_size": 60},
           "grid": {"learning_rate": [0.002, 0.003, 0.004, 0.005], "batch_size": [32], "validation_fraction": [0.2]},
           "attribution": {"method": "partition", "max_evals": 500, "batch_size": 50}}
 

@@ -158,4 +158,8 @@ def measure_maps(cell: Cell, place: Workplace, attribution: Mapping[str, Any], t
     if seconds > SECONDS or first > 60:
         return few / seconds
     count = min(most, math.ceil(few * 2 * SECONDS / seconds))
-    return count / run(count)
+    spent = run(count)
+    if spent < SECONDS:  # the first call of a size took its memory, too: it was half as fast again
+        times = math.ceil(SECONDS / spent)
+        return times * count / sum(run(count) for _ in range(times))
+    return count / spent
