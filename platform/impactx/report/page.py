@@ -12,7 +12,7 @@ _STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: #fff; color: var(--ink); font: 16px/1.55 system-ui, "Segoe UI", Roboto, "Helvetica Neue",
   Arial, "Liberation Sans", sans-serif; }
-main { max-width: 1040px; margin: 0 auto; padding: 40px 28px 80px; }
+main { max-width: 1160px; margin: 0 auto; padding: 40px 28px 80px; }
 h1 { font-size: 30px; line-height: 1.2; margin: 0 0 6px; letter-spacing: -.01em; }
 h2 { font-size: 22px; margin: 56px 0 12px; padding-top: 14px; border-top: 2px solid var(--ink); }
 h3 { font-size: 17px; margin: 34px 0 8px; }
@@ -26,7 +26,7 @@ a { color: var(--blue); }
 .wide { overflow-x: auto; margin: 16px 0 20px; }
 table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; min-width: 50%; }
 caption { text-align: left; padding: 0 0 8px; caption-side: top; }
-th, td { padding: 6px 14px 6px 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line);
+th, td { padding: 6px 12px 6px 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line);
   white-space: nowrap; }
 td:last-child { white-space: normal; }
 th { border-bottom: 1.5px solid var(--ink); font-weight: 600; white-space: normal; vertical-align: bottom; }
@@ -40,6 +40,8 @@ summary { cursor: pointer; color: var(--blue); }
 @media print {
   main { max-width: none; padding: 0; } h2 { break-after: avoid; } figure, table { break-inside: avoid; }
   nav { display: none; } body { font-size: 11pt; }
+  .wide { overflow: visible; } table { font-size: 8pt; } th, td { padding-right: 6px; }
+  td:not(.number) { white-space: normal; }
 }
 """
 
