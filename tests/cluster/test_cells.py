@@ -40,7 +40,7 @@ def ray(place, **settings):
 
 
 def numbers(rows):
-    return [replace(row, train_seconds=0, checkpoint="") for row in rows]
+    return [replace(row, train_seconds=0, seconds_in_all=None, checkpoint="") for row in rows]
 
 
 def test_cells_at_once_equal_cells_one_by_one_and_overlap(tmp_path, cache, caplog):

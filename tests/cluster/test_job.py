@@ -90,7 +90,7 @@ class Job:
         (path,) = self.found("jobs/*/results.csv")
         rows = list(csv.DictReader(io.StringIO(path.read_text())))
         return [{k: v for k, v in row.items() if k not in (
-            "train_seconds", "checkpoint", "test", "explanations")} for row in rows]
+            "train_seconds", "seconds_in_all", "checkpoint", "test", "explanations")} for row in rows]
 
     def tracked(self, query: str) -> list[tuple]:
         """Rows of MLflow's database."""

@@ -215,5 +215,5 @@ def test_a_corrupt_shard_is_named_before_stage_2_reads_it(explained, fresh):
     # Nothing else with these maps may stand in for it: the unpacked array is made in a cache of its own.
     place = type(two.place)(two.place.output, two.place.data_root, two.place.output + "/cache")
     with pytest.raises(StoreError, match=store.shard_name(7)):
-        finish_maps(maps, place, 1.0)
+        finish_maps(maps, place, 1.0, 0, 0.0)
     assert two.place.artifacts.result(maps) is None

@@ -84,7 +84,7 @@ def first(tmp_path_factory, shared):
 
 
 def same(rows):
-    return {k: replace(r, train_seconds=0, map_seconds=None, checkpoint=Path(r.checkpoint).name)
+    return {k: replace(r, train_seconds=0, map_seconds=None, seconds_in_all=None, checkpoint=Path(r.checkpoint).name)
             for k, r in rows.items()}
 
 

@@ -102,7 +102,7 @@ class Done:
         return self.executor.done
 
     def numbers(self):
-        return [replace(r, train_seconds=0, checkpoint=Path(r.checkpoint).name) for r in self.rows]
+        return [replace(r, train_seconds=0, seconds_in_all=None, checkpoint=Path(r.checkpoint).name) for r in self.rows]
 
 
 @pytest.fixture(scope="module")
@@ -364,7 +364,7 @@ def test_incomplete_maps_are_not_finished(first, output):
     maps = first.cell.maps(a, place.artifacts.result(a), 0)
     next((output / maps.folder).glob("shard-00002*")).unlink()
     with pytest.raises(WorkError, match="1 of 4 shards are missing"):
-        finish_maps(maps, place, 1.0)
+        finish_maps(maps, place, 1.0, 0, 0.0)
 
 
 def test_an_output_that_cannot_be_written_is_told_before_anything_is_decoded(tmp_path):

@@ -102,6 +102,9 @@ def test_each_model_is_judged_by_the_maps_that_it_has(done):
     assert set(done.result("baseline")["morf"]) == set(both)
     assert set(done.result("impactx")["morf"]) == set(both) | {"decoder", "shap_of_a", "mean_map"}
     assert set(done.result("abn")["morf"]) == set(both) | {"attention"} and done.result("abn")["fidelity"] is None
+    # With lambda = 0 nothing teaches the decoder: what it makes is no explanation.
+    assert set(done.result("lambda0")["morf"]) == set(both) | {"shap_of_a", "mean_map"}
+    assert done.result("lambda0")["fidelity"] is None
     # WAE must be given a map of the image: it has no score of the image alone.
     assert done.rows["wae"].explanations is None
     for approach in done.rows.keys() - {"wae"}:

@@ -24,7 +24,8 @@ from impactx.experiment.run import Job
 from impactx.experiment.tracker import NoRun, NoTracker
 from impactx.report import build_report, write_report
 from impactx.report.blocks import Code, Figure, Items, Table, Text, html
-from impactx.report.maps import map_sections, sentence
+from impactx.report.map_words import sentence
+from impactx.report.maps import map_sections
 from impactx.storage import Storage, StorageError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,6 +128,17 @@ def test_a_finished_job_hides_nothing_and_its_numbers_are_its_own(finished):
     expected = 100 * np.mean([a[k] - b[k] for k in a])
     assert gain["gain (points)"] == f"{expected:+.2f}"
     assert done.evidence["cells"][0]["sentence"] in text_of(files["report.html"])
+    # What a model costs with all that it needs; lambda = 0 needs no maps, though it is handed them.
+    result = {u["name"]: u["result"] for u in export_job(storage, done.key)["cells"][0]["units"] if u["result"]}
+    of = {(r.approach, r.repeat): r for r in rows}
+    maps, a = result["maps repeat 1"]["process_seconds"], result["A repeat 1"]["seconds"]
+    assert of["baseline", 1].seconds_in_all == a and maps > 0
+    assert of["impactx", 1].seconds_in_all == pytest.approx(a + maps + of["impactx", 1].train_seconds)
+    assert of["lambda0", 1].seconds_in_all == pytest.approx(a + of["lambda0", 1].train_seconds)
+    cost = next(r for r in table(files, "costs") if r["step"] == "maps")
+    worked = sum(result[f"maps repeat {k}"]["process_seconds"] for k in (0, 1))
+    assert cost["amount"] == "200 images" and cost["time of each"] == f"{200 / worked:.1f} maps/s"
+    assert "digits: models learn from a part of the data set, 100 training images" in text_of(files["report.html"])
     for approach in ("baseline", "impactx", "lambda0"):  # the judgement of maps that the job itself made
         assert {f"{part}-digits-lenet5-{approach}.png" for part in ("morf", "examples")} <= files.keys()
     assert [r["predictor of the map"] for r in table(files, "fidelity-digits-lenet5-impactx")].count("the decoder") == 1
@@ -214,16 +226,22 @@ def test_as_a_program(finished, stopped, tmp_path, capsys):
     assert end.value.code == 2 and "holds no job" in capsys.readouterr().err
 
 
-def about_maps(gap: float, own: str = "decoder") -> dict:
+def about_maps(gap: float, own: str = "decoder", over_mean: float | None = None, over_class: float = 0.05) -> dict:
     """The entry "maps" of experiment.evidence, small."""
-    def interval(mean: float) -> dict:
-        return {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "over": "repeats and images"}
+    def interval(mean: float | None) -> dict | None:
+        return None if mean is None else {"mean": mean, "low": mean - 0.1, "high": mean + 0.1,
+                                          "over": "repeats and images"}
 
-    orders = {own: {"aopc": interval(0.5), "over_random": interval(gap), "over_explainer": interval(-0.3)},
-              "shap_predicted": {"aopc": interval(0.6), "over_random": interval(0.3), "over_explainer": None},
-              "random": {"aopc": interval(0.2), "over_random": None, "over_explainer": interval(-0.3)}}
-    measures = {m: interval(0.5) for m in ("mse", "correlation", "overlap")}
-    return {"orders": orders, "explainer": "shap_predicted", "fidelity": {own: measures, "mean_map": measures}}
+    def order(area: float, random: float | None, explainer: float | None, mean: float | None = None) -> dict:
+        return {"aopc": interval(area), "over_random": interval(random), "over_explainer": interval(explainer),
+                "over_mean_map": interval(mean), "all_regions": interval(0.3), "logit": interval(2),
+                "logit_all_regions": interval(3)}
+
+    orders = {own: order(0.5, gap, -0.3, over_mean), "shap_predicted": order(0.6, 0.3, None),
+              "random": order(0.2, None, -0.3)}
+    measures = {m: interval(0.5) | {"decoder_over": interval(over_class)} for m in ("mse", "correlation", "overlap")}
+    return {"orders": orders, "explainer": "shap_predicted",
+            "fidelity": {own: measures, "class_mean_of_predicted": measures}}
 
 
 def of_one_model(own: str = "decoder") -> dict:
@@ -246,6 +264,22 @@ def test_what_is_said_of_maps(gap, says):
     assert "30.0 points short [−40.0, −20.0] of that by SHAP of this model, predicted class" in said
 
 
+@pytest.mark.parametrize(("over_mean", "says"), [
+    (0.2, "finds what the model looks at better than chance and one mean map for every image do"),
+    (0.05, "is better than chance, but not surely better than one mean map for every image"),
+    (-0.2, "is better than chance, but worse than one mean map for every image")])
+def test_a_map_that_the_mean_map_beats_is_not_praised(over_mean, says):
+    said = sentence(about_maps(0.2, over_mean=over_mean), of_one_model(), "impactx")
+    assert says in said and f"{abs(100 * over_mean):.1f} points {'ahead' if over_mean > 0 else 'short'} [" in said
+
+
+@pytest.mark.parametrize(("over_class", "says"), [
+    (0.2, "learns more than the mean map of"), (-0.2, "learns less than the mean map of"),
+    (0.05, "learns no more, as far as can be told, than the mean map of")])
+def test_agreement_is_told_beside_the_mean_map_of_the_class(over_class, says):
+    assert says in sentence(about_maps(0.2, over_class=over_class), of_one_model(), "impactx")
+
+
 def test_the_part_on_maps_and_its_examples(finished):
     """With what the unit leaves, image by image: one row an example, misclassified ones say so."""
     export = export_job(finished[0], finished[1].key)
@@ -265,7 +299,8 @@ def test_the_part_on_maps_and_its_examples(finished):
     assert asked == ["explanations/impactx-0"] and len(sections) == 2
     names = [block.name for block in sections[1].blocks if isinstance(block, (Figure, Table))]
     tail = "digits-lenet5-impactx"
-    assert names == [f"morf-{tail}.png", f"morf-{tail}", f"fidelity-{tail}", f"examples-{tail}.png"]
+    assert names == [f"morf-{tail}.png", f"morf-{tail}", f"morf-more-{tail}", f"fidelity-{tail}",
+                     f"examples-{tail}.png"]
 
 
 @pytest.mark.parametrize("damage", ["torn", "a folder", "gone"])
@@ -349,3 +384,17 @@ def test_damaged_scores_are_named(tmp_path):
     with pytest.raises(StorageError, match="explanations/k/map_scores.npz is damaged"):
         map_scores(Storage(tmp_path), "explanations/k")
     assert map_scores(Storage(tmp_path), "explanations/absent") is None
+
+
+def test_names_that_look_like_formulas_are_drawn_as_they_are(finished):
+    export = export_job(finished[0], finished[1].key)
+    export["cells"][0]["class_names"] = ["$5", "a_b$", *export["cells"][0]["class_names"][2:]]
+    assert "report.html" in build_report(export, lambda folder: map_scores(finished[0], folder))
+
+
+def test_of_several_cells_a_line_says_of_which_it_is(finished):
+    export = export_job(finished[0], finished[1].key)
+    export["cells"].append(export["cells"][0] | {"dataset": "other"})
+    export["evidence"]["cells"][0]["missing"] = ["impactx repeat 0: gone"]
+    text = html_of_the_box(build_report(export, lambda folder: None)["report.html"])
+    assert "digits × lenet5: impactx repeat 0: gone" in text

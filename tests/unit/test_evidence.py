@@ -197,3 +197,29 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_shown(lab):
     assert "What impactx gains cannot be told" in cell["sentence"]
     nothing = evidence(lab.storage, rows[:2], SETTINGS, resamples=100)["cells"][0]
     assert nothing["approaches"] == [] and len(nothing["missing"]) == 2
+
+
+def test_a_single_stage_is_set_against_two_stages_and_controls_of_its_own(lab):
+    once = {"kind": "single_stage", "lambdas": [0.8]}
+    settings = SETTINGS | {"approaches": SETTINGS["approaches"] | {
+        "at_once": once, "at_once0": once | {"lambdas": [0]}}}
+    lab.add("baseline", 0.6).add("impactx", 0.7, weight=0.8).add("lambda0", 0.65, weight=0.0)
+    lab.add("at_once", 0.62, weight=0.8).add("at_once0", 0.61, weight=0.0)
+    cell = lab.cell(settings=settings)
+    gains = {entry["approach"]: entry["gains"] for entry in cell["approaches"]}
+    assert list(gains["at_once"]) == ["baseline", "impactx", "at_once0"]
+    assert list(gains["impactx"]) == ["baseline", "lambda0"] and list(gains["at_once0"]) == ["baseline"]
+    by_hand = TwoLevelBootstrap({n: lab.hits(n) for n in ("at_once", "impactx")}, resamples=1000)
+    assert gains["at_once"]["impactx"]["mean"] == pytest.approx(by_hand.gain("at_once", "impactx").mean)
+    # What it loses against two stages says nothing about its explanations.
+    verdict = cell["verdicts"]["at_once"]
+    assert verdict["verdict"] != "hurt" and "over the same in two stages" in verdict["sentence"]
+
+
+def test_a_mean_cost_needs_that_of_every_repeat(lab):
+    lab.add("baseline", 0.6, repeats=2)
+    row = lab.rows[0].as_dict()
+    lab.rows = [Row(**(row | {"repeat": k, "seconds_in_all": 10.0 * k})) for k in (1, 3)]
+    assert lab.cell()["approaches"][0]["seconds_in_all"] == 20
+    lab.rows[0] = Row(**(row | {"repeat": 1}))
+    assert lab.cell()["approaches"][0]["seconds_in_all"] is None

@@ -9,7 +9,8 @@ from impactx.evaluation.statistics import TwoLevelBootstrap
 from impactx.experiment.map_evidence import map_sentence, maps_over_repeats
 
 HOW = {"resamples": 300, "seed": 1, "confidence": 0.9}
-LEVELS = {"decoder": 0.3, "shap_predicted": 0.4, "grad_cam_predicted": 0.2, "random": 0.1}
+LEVELS = {"decoder": 0.3, "shap_predicted": 0.4, "grad_cam_predicted": 0.2, "mean_map": 0.35, "random": 0.1}
+PARTS = ("probability.early", "probability.all", "logit.early", "logit.all")
 
 
 def arrays(repeat: int, images: int = 40) -> dict[str, np.ndarray]:
@@ -18,8 +19,8 @@ def arrays(repeat: int, images: int = 40) -> dict[str, np.ndarray]:
              for name, level in (("decoder", 0.5), ("class_mean_of_predicted", 0.2))
              for measure in ("mse", "correlation", "overlap")}
     for name, level in LEVELS.items():
-        found |= {f"curve.{name}": np.zeros((images, 65)),
-                  f"aopc.{name}.probability.early": generator.normal(level, 0.05, images)}
+        found |= {f"curve.{name}": np.zeros((images, 65))}
+        found |= {f"aopc.{name}.{part}": generator.normal(level, 0.05, images) for part in PARTS}
     return found
 
 
@@ -28,12 +29,15 @@ def test_orders_are_those_of_the_bootstrap():
     repeats[1]["curve.only_here"] = np.zeros((40, 65))
     found = maps_over_repeats(repeats, HOW)
     assert set(found["orders"]) == set(LEVELS) and found["explainer"] == "shap_predicted"
-    by_hand = TwoLevelBootstrap({n: {r: a[f"aopc.{n}.probability.early"] for r, a in repeats.items()} for n in LEVELS},
-                                **HOW)
+    early, everywhere, logit, logits = (TwoLevelBootstrap(
+        {n: {r: a[f"aopc.{n}.{part}"] for r, a in repeats.items()} for n in LEVELS}, **HOW) for part in PARTS)
     assert found["orders"]["decoder"] == {
-        "aopc": by_hand.mean("decoder").as_dict(), "over_random": by_hand.gain("decoder", "random").as_dict(),
-        "over_explainer": by_hand.gain("decoder", "shap_predicted").as_dict()}
-    assert found["orders"]["random"]["over_random"] is None
+        "aopc": early.mean("decoder").as_dict(), "over_random": early.gain("decoder", "random").as_dict(),
+        "over_explainer": early.gain("decoder", "shap_predicted").as_dict(),
+        "over_mean_map": early.gain("decoder", "mean_map").as_dict(),
+        "all_regions": everywhere.mean("decoder").as_dict(), "logit": logit.mean("decoder").as_dict(),
+        "logit_all_regions": logits.mean("decoder").as_dict()}
+    assert found["orders"]["random"]["over_random"] is None and found["orders"]["mean_map"]["over_mean_map"] is None
 
 
 def test_an_image_without_a_correlation_is_left_out_everywhere():
@@ -44,14 +48,19 @@ def test_an_image_without_a_correlation_is_left_out_everywhere():
     assert found["class_mean_of_predicted"]["correlation"]["mean"] == pytest.approx(np.mean(
         [a["fidelity.class_mean_of_predicted.correlation"][kept] for a in repeats.values()]))
     assert (found["decoder"]["correlation"]["images"], found["decoder"]["mse"]["images"]) == (39, 40)
+    assert found["decoder"]["correlation"]["decoder_over"] is None
+    assert found["class_mean_of_predicted"]["correlation"]["decoder_over"]["mean"] == pytest.approx(np.mean(
+        [(a["fidelity.decoder.correlation"] - a["fidelity.class_mean_of_predicted.correlation"])[kept]
+         for a in repeats.values()]))
 
 
 def test_the_sentence_says_more_or_less_than_what():
     text = map_sentence("impactx", maps_over_repeats({0: arrays(0)}, HOW))
     assert "more than a random order [+0." in text and "less than shap of the model itself [-0." in text
-    assert "its maps correlate 0.5" in text and "mean map 0.2" in text
+    assert "its maps correlate 0.5" in text and "mean map 0.2" in text and "(difference +0.3" in text
+    assert "less than one mean map for every image [-0." in text
     bare = {key: value for key, value in arrays(0).items() if ".decoder" in key or key == "curve.decoder"}
     bare = {key: value for key, value in bare.items() if not key.startswith("fidelity")}
-    found = maps_over_repeats({0: bare | {"curve.random": bare["curve.decoder"], "aopc.random.probability.early":
-                                          np.zeros(40)}}, HOW)
+    found = maps_over_repeats({0: bare | {"curve.random": bare["curve.decoder"]} | {
+        f"aopc.random.{part}": np.zeros(40) for part in PARTS}}, HOW)
     assert found["fidelity"] == {} and found["explainer"] is None and map_sentence("x", found).endswith("].")

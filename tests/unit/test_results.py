@@ -9,8 +9,9 @@ import statistics
 
 import pytest
 
-from impactx.experiment.paper import paper_accuracy
+from impactx.experiment.paper import paper_accuracy, published
 from impactx.experiment.results import Row, results_csv, summarise, table
+from impactx.settings import DatasetSettings
 
 
 def row(approach: str, repeat: int, test: float, *, dataset="cifar10", weight=None, val=0.7, seconds=10.0) -> Row:
@@ -65,3 +66,10 @@ def test_nothing_gives_an_empty_table():
 def test_the_papers_numbers(cell, expected):
     found = paper_accuracy(*cell)
     assert found is expected is None or found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("change, stands", [({}, True), ({"subset": 5000}, False), ({"torchvision_class": None}, False),
+                                            ({"torchvision_class": "CIFAR100"}, False)])
+def test_the_papers_numbers_stand_beside_its_own_data_set_alone_and_whole(change, stands):
+    dataset = DatasetSettings(**{"name": "cifar10", "torchvision_class": "CIFAR10"} | change)
+    assert published(dataset, "lenet5", "impactx") == (0.7065 if stands else None)

@@ -112,12 +112,12 @@ class RayExecutor:
         """Maps by Ray Data actor pools."""
         with task.open_run(self.tracker) as run, self._unless_stopped():
             started = time.perf_counter()
-            store = open_store(task.unit, self.place)
+            store, made = open_store(task.unit, self.place), (0, 0.0)
             if store.missing():
                 with self.shares.asking():
-                    explain_on_pools(task.unit, self.place, pools_of(self.settings, ray.cluster_resources()),
+                    made = explain_on_pools(task.unit, self.place, pools_of(self.settings, ray.cluster_resources()),
                                      self.settings.max_failures, on_shards, self.shares, task.parent_key)
-            result = finish_maps(task.unit, self.place, time.perf_counter() - started)
+            result = finish_maps(task.unit, self.place, time.perf_counter() - started, *made)
             log_maps(run, task.unit, result)
             return result
 

@@ -80,6 +80,10 @@ class ShardQueue:
         """How many shards nobody works on."""
         return len(self._waiting)
 
+    def worked(self) -> tuple[int, float]:
+        """Maps made, and the seconds that processes needed for them, added up."""
+        return self._maps, sum(self._seconds)
+
     def state(self) -> tuple[int, bool, Exception | None]:
         """Maps made; whether every shard is there; what went wrong."""
         return self._maps, not self._waiting and not self._taken, self._error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,13 +15,13 @@ from impactx.experiment.budget import Budget
 from impactx.experiment.claims import TakenOver
 from impactx.experiment.executor import STOPPED_TAG, Limits, Task, final_metrics, training_files
 from impactx.experiment.journal import CellJournal
-from impactx.experiment.paper import paper_accuracy
+from impactx.experiment.paper import published
 from impactx.experiment.plan import Cell, Configuration, select
 from impactx.experiment.results import Row, results_csv, summarise
 from impactx.experiment.summary import CellLog
 from impactx.experiment.threads import run_all
 from impactx.experiment.tracker import Run
-from impactx.experiment.units import CHECKPOINT, Unit, WorkError
+from impactx.experiment.units import CHECKPOINT, RESULT, Unit, WorkError
 from impactx.experiment.work import maps_complete
 from impactx.timing import Progress, duration
 
@@ -279,8 +280,8 @@ class CellRun:
             self._register(finals)
             for s in summarise(self.rows):
                 run.log_metrics({f"{s.approach}.val_accuracy": s.val_mean, f"{s.approach}.test_accuracy": s.test_mean})
-                if (published := paper_accuracy(s.dataset, s.model, s.approach)) is not None:
-                    run.log_metrics({f"{s.approach}.paper_accuracy": published})
+                if s.paper_accuracy is not None:
+                    run.log_metrics({f"{s.approach}.paper_accuracy": s.paper_accuracy})
             run.log_text(results_csv(self.rows), "results.csv")
             self.journal.finished()
             for folder in self.journal.folders():
@@ -367,12 +368,25 @@ class CellRun:
                   validation_fraction=model.params["validation_fraction"],
                   val_accuracy=result["best"]["val_accuracy"], test_accuracy=tested["accuracy"],
                   test_images=tested["images"], epochs=result["epochs"], train_seconds=result["seconds"],
-                  paper_accuracy=paper_accuracy(cell.dataset.name, cell.model.name, approach),
+                  paper_accuracy=published(cell.dataset, cell.model.name, approach),
+                  seconds_in_all=self._seconds_in_all(model, result),
                   checkpoint=self.job.artifacts.storage.uri(model.folder), test=unit.folder,
                   map_seconds=tested.get("map_seconds"),
                   explanations=judged.folder if judged is not None else None)
         self.rows.append(row)
         self.journal.tested(row)
+
+    def _seconds_in_all(self, model: Unit, result: dict[str, Any]) -> float | None:
+        """Of the processes that made a model, with the A and the maps that it needs; None where that is not known."""
+        found = [result["seconds"]]
+        if "checkpoint" in model.inputs:
+            found.append(self._result_of(model.inputs["checkpoint"]).get("seconds"))
+        if "maps" in model.inputs and model.params.get("lambda") != 0:  # which learns nothing from them
+            found.append(self._result_of(model.inputs["maps"]).get("process_seconds"))
+        return None if None in found else math.fsum(found)
+
+    def _result_of(self, folder: str) -> dict[str, Any]:
+        return self.job.artifacts.storage.read_json(f"{folder}/{RESULT}")
 
     def _judge(self, unit: Unit) -> dict[str, Any]:
         found = self._do(unit, self.job.executor.judge)

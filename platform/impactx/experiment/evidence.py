@@ -17,7 +17,7 @@ from impactx.evaluation.statistics import CONFIDENCE, RESAMPLES, TwoLevelBootstr
 from impactx.experiment.map_evidence import map_sentence, maps_over_repeats
 from impactx.experiment.plan import BASELINE
 from impactx.experiment.results import Row
-from impactx.experiment.roles import REFERENCES, Role, roles
+from impactx.experiment.roles import CONTROLS, REFERENCES, Role, roles
 from impactx.experiment.units import MAP_SCORES, PREDICTIONS, RESULT, read_arrays
 from impactx.storage import Storage, StorageError
 
@@ -39,23 +39,27 @@ def evidence(storage: Storage, rows: Sequence[Row], settings: Mapping[str, Any],
           dataset, model, test_images
           approaches  a list in the rows' order, each with
             approach, role and candidates (experiment.roles), weight (lambda or None), repeats (their numbers),
-            seconds (of training, a repeat),
+            seconds (of training, a repeat), seconds_in_all (the same with the A and the maps that it needs, of all
+            processes, or None), map_seconds (what a prediction needs for a map of its image, or None),
             paper (fraction or None), checkpoints (by repeat, a list beside repeats)
             accuracy          interval, on the test set
             val_accuracy      summary
             ece, nll          summaries: expected calibration error (15 bins), negative log likelihood in nats
             per_class         accuracy of each class, mean over repeats, in the order of the labels (None: no image)
             gains             by reference that the cell has (A, what is trained with lambda = 0, with shuffled maps;
-                              never itself): interval of the paired difference, and p_holm: p corrected over the
-                              cells that make the same comparison
+                              of a single stage, the same in two; never itself): interval of the paired
+                              difference, and p_holm: p corrected over the cells that make the same comparison
             explanations      by repeat, a list beside repeats: result of the unit that judged the maps
                               (experiment.explanations), None where there is none; see maps for all repeats together
             maps              None where no repeat's maps were judged; else, over repeats and test images together,
-              orders          by order {"aopc", "over_random", "over_explainer"}: AOPC of the predicted class's
-                              probability over the first 16 % of the regions, an interval, and its paired differences
-                              (None for the order itself; their p is not corrected)
+              orders          by order {"aopc", "over_random", "over_explainer", "over_mean_map"}: AOPC of the
+                              predicted class's probability over the first 16 % of the regions, an interval, and its
+                              paired differences (None for the order itself, or where there is no such order; their p
+                              is not corrected); "all_regions", "logit", "logit_all_regions": the same area over all
+                              regions, and both of the class's score
               explainer       the order that over_explainer means: of SHAP for the predicted class, or None
-              fidelity        by predictor {"mse", "correlation", "overlap"}: intervals; {} without a decoder
+              fidelity        by predictor {"mse", "correlation", "overlap"}: intervals, each with decoder_over, the
+                              decoder's paired difference (None for itself); {} without a decoder
           verdicts    by approach that learns its own explanations (lambda above 0): {"verdict", "sentence"}, where
                       verdict is "help", "do not help", "hurt" or "cannot tell"
           sentence    the cell's: of "impactx", or of the first approach that has a verdict, or why there is none
@@ -120,12 +124,14 @@ def _cell(storage: Storage, dataset: str, model: str, approaches: dict[str, list
     for name, found in usable.items():
         in_order = [found[repeat] for repeat in sorted(found)]
         held, probabilities = [r for r, _ in in_order], [p for _, p in in_order]
-        gains = {over: gain.as_dict() for over, role in known.items() if role.called and over in usable
+        gains = {over: gain.as_dict() for over, role in known.items() if known[name].over(role) and over in usable
                  and over != name and name != BASELINE and (gain := bootstrap.gain(name, over)) is not None}
         cell["approaches"].append({
             "approach": name, "role": known[name].kind, "candidates": known[name].candidates,
             "weight": held[0].weight, "repeats": [r.repeat for r in held],
             "seconds": statistics.fmean(r.train_seconds for r in held), "paper": held[0].paper_accuracy,
+            "seconds_in_all": _mean_of([r.seconds_in_all for r in held]),
+            "map_seconds": _mean_of([r.map_seconds for r in held]),
             "checkpoints": [r.checkpoint for r in held], "accuracy": bootstrap.mean(name).as_dict(),
             "val_accuracy": _summary([r.val_accuracy for r in held]),
             "ece": _summary([expected_calibration_error(p, labels) for p in probabilities]),
@@ -142,6 +148,11 @@ def _maps(storage: Storage, rows: Sequence[Row], missing: list[str], how: dict[s
             for row in rows if row.explanations is not None}
     found = {repeat: arrays for repeat, arrays in read.items() if arrays is not None}
     return maps_over_repeats(found, how) if found else None
+
+
+def _mean_of(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if len(known) == len(values) else None
 
 
 def _summary(values: Sequence[float]) -> dict[str, float | None]:
@@ -188,7 +199,9 @@ def _judge(cell: dict[str, Any], known: Mapping[str, Role], alpha: float) -> Non
 
 def _verdict(entry: dict[str, Any], known: Mapping[str, Role], alpha: float) -> tuple[str, str]:
     name, gains = entry["approach"], entry["gains"]
-    controls = {over: g for over, g in gains.items() if over != BASELINE}
+    controls = {over: g for over, g in gains.items() if known[over].kind in CONTROLS}
+    asked = ("approaches.single_stage0={kind: single_stage, lambdas: [0]}" if known[name].at_once
+             else "approach=[impactx,lambda0,shuffled]")
     numbers = _numbers(entry, known)
     repeats = min((g["repeats"] for g in gains.values()), default=0)
     absent = " and ".join(text for kind, text in REFERENCES.items() if kind not in {known[over].kind for over in gains})
@@ -199,8 +212,8 @@ def _verdict(entry: dict[str, Any], known: Mapping[str, Role], alpha: float) -> 
     if not gains:
         return "cannot tell", f"What {name} gains cannot be told: the cell has neither A nor a control with results."
     if not controls:
-        return "cannot tell", (f"Whether the explanations help cannot be told, no control was run "
-                               f"(approach lambda0 or shuffled); {name}: {numbers}.")
+        return "cannot tell", (f"Whether the explanations help cannot be told, no control was run ({asked}); "
+                               f"{name}: {numbers}.")
     if repeats < REPEATS_FOR_A_CLAIM:
         return "cannot tell", (f"Whether the explanations help cannot be told from {repeats} "
                                f"repeat{'s' if repeats > 1 else ''}: {REPEATS_FOR_A_CLAIM} are asked for "
@@ -215,24 +228,25 @@ def _verdict(entry: dict[str, Any], known: Mapping[str, Role], alpha: float) -> 
         return "do not help", (f"The explanations help {name} against its controls, but not beyond A: {numbers}.")
     if absent:
         return "cannot tell", (f"Whether the explanations help cannot be told: {name} was not compared with {absent} "
-                               f"(approach=[impactx,lambda0,shuffled]); {name} gains {numbers}.")
+                               f"({asked}); {name} gains {numbers}.")
     return "help", f"The explanations help: {name} gains {numbers}."
 
 
 def _numbers(entry: dict[str, Any], known: Mapping[str, Role]) -> str:
     """The gains, and what must be known to read them."""
-    said = [f"{_points(gain)} over {known[over].called}" for over, gain in entry["gains"].items()]
+    ours = known[entry["approach"]]
+    said = [f"{_points(gain)} over {ours.over(known[over])}" for over, gain in entry["gains"].items()]
     if any(gain["over"] == "images" for gain in entry["gains"].values()):
         said.append("one repeat: the intervals leave out how much trainings differ")
-    ours = entry["candidates"]
-    said += [f"{entry['approach']} was chosen from {ours} candidates, {over} from {theirs}: the gain over it has the "
-             "longer search in it" for over in entry["gains"] if (theirs := known[over].candidates) and theirs < ours]
+    said += [f"{entry['approach']} was chosen from {ours.candidates} candidates, {over} from {theirs}: the gain over "
+             "it has the longer search in it"
+             for over in entry["gains"] if (theirs := known[over].candidates) and theirs < (ours.candidates or 0)]
     return "; ".join(said)
 
 
 def _points(gain: dict[str, Any]) -> str:
     return (f"{100 * gain['mean']:+.2f} points [{100 * gain['low']:+.2f}, {100 * gain['high']:+.2f}], "
-            f"p = {gain['p_holm']:.2g}")
+            f"p = {gain['p_holm']:.2g}" + (" (Holm)" if gain["p_holm"] != gain["p"] else ""))
 
 
 def sentences(found: dict[str, Any]) -> str:

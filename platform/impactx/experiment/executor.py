@@ -15,11 +15,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from impactx.experiment.paper import paper_accuracy
+from impactx.experiment.paper import published
 from impactx.experiment.tracker import Run, Tracker
 from impactx.experiment.units import CHECKPOINT, MAP_SCORES, Unit, WorkError
 from impactx.experiment.work import ShardWorker, evaluate_unit, finish_maps, open_store, split_of, train_unit
 from impactx.experiment.workplace import Workplace
+from impactx.settings import DatasetSettings
 
 # unit, result, error; of a trial that was stopped the result has `stopped`, and what it had come to
 OnResult = Callable[[Unit, dict[str, Any] | None, str | None], None]
@@ -100,9 +101,10 @@ def final_metrics(unit: Unit, result: dict[str, Any]) -> dict[str, float]:
     if unit.role == "maps":
         return {f"maps_{k}" if not k.startswith("map") else k: v for k, v in _numbers(result).items()}
     if unit.role == "test":
-        published = paper_accuracy(*(unit.params[k] for k in ("dataset", "model", "approach")))
+        paper = published(DatasetSettings.model_validate(unit.inputs["dataset"]), unit.params["model"],
+                          unit.params["approach"])
         return {f"test_{k}": v for k, v in _numbers(result).items()} | (
-            {} if published is None else {"paper_accuracy": published}) | {
+            {} if paper is None else {"paper_accuracy": paper}) | {
             f"best_{k}": v for k, v in unit.inputs["best"].items() if k == "val_accuracy"}
     if unit.role == "explanations":
         from impactx.experiment.explanations import map_metrics
@@ -233,14 +235,15 @@ class LocalExecutor:
     def explain(self, task: Task, on_shards: OnShards) -> dict[str, Any]:
         """See Executor.explain."""
         with task.open_run(self.tracker) as run:
-            store, started, done = open_store(task.unit, self.place), time.perf_counter(), 0
+            store, started, done, worked = open_store(task.unit, self.place), time.perf_counter(), 0, 0.0
             missing = store.missing()
             before = store.spec.images - sum(len(store.shard_indices(k)) for k in missing)
             worker = ShardWorker(task.unit, self.place, self.device) if missing else None
             for shard in missing:
-                done += int(worker.make(shard)["maps"])
+                about = worker.make(shard)
+                done, worked = done + int(about["maps"]), worked + about["seconds"]
                 on_shards(done, before, store.spec.images)
-            result = finish_maps(task.unit, self.place, time.perf_counter() - started)
+            result = finish_maps(task.unit, self.place, time.perf_counter() - started, done, worked)
             log_maps(run, task.unit, result)
             return result
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from impactx.settings import DatasetSettings
+
 _APPROACHES = ("baseline", "impactx", "abn", "wae")
 _TABLE2 = {
     ("cifar10", "lenet5"): (67.96, 70.65, 68.49, 68.10),
@@ -20,3 +22,9 @@ def paper_accuracy(dataset: str, model: str, approach: str) -> float | None:
     """The paper's test accuracy as a fraction in [0, 1], or None where the paper has none."""
     row = _TABLE2.get((dataset, model))
     return row[_APPROACHES.index(approach)] / 100 if row and approach in _APPROACHES else None
+
+
+def published(dataset: DatasetSettings, model: str, approach: str) -> float | None:
+    """The same, where it may stand beside ours: the paper's data set, whole, and not another by its name."""
+    same = dataset.subset is None and (dataset.torchvision_class or "").lower() == dataset.name
+    return paper_accuracy(dataset.name, model, approach) if same else None

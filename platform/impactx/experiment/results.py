@@ -18,6 +18,7 @@ class Row:
     test: folder of the test unit under the output's root, where its predictions.npz lies; explanations: of the unit
     that judged the model's maps, None where none was asked for. Both None in results of earlier versions.
     map_seconds: what a prediction costs beyond the network, where it needs a map: seconds an image of one process.
+    seconds_in_all: of the processes that made the model, A and its maps included; None where it is not known.
     """
 
     dataset: str
@@ -38,6 +39,7 @@ class Row:
     test: str | None = None
     explanations: str | None = None
     map_seconds: float | None = None
+    seconds_in_all: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""

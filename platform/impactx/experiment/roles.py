@@ -15,6 +15,7 @@ from impactx.experiment.plan import BASELINE
 
 Kind = Literal["a", "no_maps", "shuffled", "control", "explained", "other"]
 # How a sentence calls what a gain is measured against.
+CONTROLS: tuple[Kind, ...] = ("no_maps", "shuffled")
 REFERENCES: dict[Kind, str] = {"a": "A", "no_maps": "the same network with lambda = 0",
                                "shuffled": "maps shuffled among the images"}
 
@@ -23,16 +24,22 @@ REFERENCES: dict[Kind, str] = {"a": "A", "no_maps": "the same network with lambd
 class Role:
     """kind: a; no_maps (lambda = 0); shuffled; control (taught other maps); explained (taught its own); other.
 
-    candidates: how many its final one was chosen from, in a search of its own (A's is the grid, and not counted here).
+    candidates: how many its final one was chosen from, in a search of its own (A's is the grid, and not counted here);
+    at_once: trained in a single stage (paper 3.3).
     """
 
     kind: Kind
     candidates: int | None = None
+    at_once: bool = False
 
-    @property
-    def called(self) -> str | None:
-        """What a gain over it is a gain over; None where no gain over it is asked for."""
-        return REFERENCES.get(self.kind)
+    def over(self, other: Role) -> str | None:
+        """What a gain of this one over the other is a gain over; None where no such gain is asked for.
+
+        Controls are trained as what they are controls of: in a single stage M learns too, in two it is A's.
+        """
+        if other.kind == "explained":
+            return "the same in two stages" if self.kind == "explained" and self.at_once > other.at_once else None
+        return REFERENCES.get(other.kind) if other.kind == "a" or self.at_once == other.at_once else None
 
 
 def roles(settings: Mapping[str, Any]) -> dict[str, Role]:
@@ -40,7 +47,8 @@ def roles(settings: Mapping[str, Any]) -> dict[str, Role]:
     found = {BASELINE: Role("a")}
     for name, approach in settings["approaches"].items():
         axes = (approach.get("lambdas"), approach.get("learning_rate_factors"))
-        found[name] = Role(_kind(approach, settings["attribution"]), prod(len(axis) for axis in axes if axis))
+        found[name] = Role(_kind(approach, settings["attribution"]), prod(len(axis) for axis in axes if axis),
+                           approach["kind"] == "single_stage")
     return found
 
 

@@ -122,10 +122,17 @@ def network_maps(model: Any, subject: Subject) -> np.ndarray:
     return torch.cat(parts).float().cpu().numpy()
 
 
+def wants_own_maps(unit: Unit) -> bool:
+    """Whether what a model that makes maps makes itself is judged: not a decoder that was trained with lambda = 0,
+    which is as random as at its start and explains nothing."""
+    return unit.params.get("lambda") != 0 and "own" in EvaluationSettings.model_validate(
+        unit.recipe["evaluation"]).orders
+
+
 def add_own_maps(subject: Subject) -> str | None:
     """Add what the model itself makes, in the units in which it makes it; the name of the order, or None."""
     model = own_network(subject)
-    if not hasattr(model, "with_maps") or "own" not in subject.settings.orders:
+    if not hasattr(model, "with_maps") or not wants_own_maps(subject.unit):
         return None
     name = "decoder" if hasattr(model, "decoder") else "attention"
     started = time.perf_counter()

@@ -15,7 +15,7 @@ from impactx.experiment.approaches import Approach
 from impactx.experiment.budget import Budget
 from impactx.experiment.explanations import images_judged
 from impactx.experiment.plan import BASELINE, Cell, Configuration, SelectionError, select
-from impactx.experiment.subject import orders_of
+from impactx.experiment.subject import orders_of, wants_own_maps
 from impactx.experiment.units import Artifacts, Unit
 from impactx.explain.store import HEAD, MapStore
 from impactx.settings import AttributionSettings, EvaluationSettings, parse_attribution
@@ -77,7 +77,7 @@ class Judgement:
     def morf(self, size: tuple[int, int]) -> Passes:
         """The passes that follow a class while its image is replaced."""
         settings = EvaluationSettings.model_validate(self.unit.recipe["evaluation"])
-        own = self.approach is not None and self.approach.makes_maps and "own" in settings.orders
+        own = self.approach is not None and self.approach.makes_maps and wants_own_maps(self.unit)
         maps = own + len(orders_of(self.unit, self.taught)) + (
             self.taught is not None and "mean_map" in settings.orders)
         # Random order, and the first order backwards.

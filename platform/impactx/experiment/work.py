@@ -178,9 +178,11 @@ class ShardWorker:
         return {"shard": shard, "maps": len(rows), "seconds": time.perf_counter() - started}
 
 
-def finish_maps(unit: Unit, place: Workplace, seconds: float) -> dict[str, Any]:
-    """Check a complete store and keep the unit's result. seconds: spent by this job.
+def finish_maps(unit: Unit, place: Workplace, seconds: float, made: int, worked: float) -> dict[str, Any]:
+    """Check a complete store and keep the unit's result.
 
+    seconds: that this job spent; made: maps that it made (an earlier one may have made others); worked: the seconds
+    of the processes that made them, added up. process_seconds in the result are those of all maps, at that pace.
     The unpacked array of this node is made on the way: every shard is read and checked once.
     """
     store = open_store(unit, place)
@@ -191,7 +193,8 @@ def finish_maps(unit: Unit, place: Workplace, seconds: float) -> dict[str, Any]:
     sample = np.asarray(maps[:: max(1, len(maps) // 1000)], np.float64)
     result = {"images": store.spec.images, "shards": store.spec.shards, "shape": list(store.spec.shape),
               "folder": place.artifacts.storage.uri(unit.folder), "seconds": seconds,
-              "maps_per_second": store.spec.images / seconds if seconds > 0 else None,
+              "maps_made": made, "maps_per_second": made / seconds if made and seconds > 0 else None,
+              "process_seconds": worked * store.spec.images / made if made else None,
               "map_std": float(sample.std()), "map_abs_max": float(np.abs(sample).max())} | _sampled(store)
     place.artifacts.finish(unit, _plain(result))
     return result

@@ -13,7 +13,7 @@ from impactx.report.classes import class_sections
 from impactx.report.maps import Arrays, map_sections
 from impactx.report.page import page
 from impactx.report.repeat import repeat_sections
-from impactx.report.results import controls, sentences, table2
+from impactx.report.results import controls, of_cell, sentences, table2
 from impactx.report.search import search_sections
 from impactx.report.training import cost_sections, curve_sections
 from impactx.storage import Storage
@@ -32,14 +32,16 @@ def build_report(export: Mapping[str, Any], arrays: Callable[[str], Arrays | Non
     where matplotlib is not installed.
     """
     try:
-        import matplotlib  # noqa: F401
+        import matplotlib
     except ImportError as error:
         raise ReportError("a report needs matplotlib, which is not installed: pip install 'impactx[explain]'"
                           ) from error
     settings = export["settings"]
     unreadable: list[str] = []
-    sections = [*table2(export), *controls(export), *map_sections(export, arrays, unreadable), *search_sections(export),
-                *curve_sections(export), *class_sections(export), *cost_sections(export), *repeat_sections(export)]
+    with matplotlib.rc_context({"text.parse_math": False}):  # a class may be called "$5 note"
+        sections = [*table2(export), *controls(export), *map_sections(export, arrays, unreadable),
+                    *search_sections(export), *curve_sections(export), *class_sections(export),
+                    *cost_sections(export), *repeat_sections(export)]
     head = Section("", [*sentences(export), *_gaps(export, unreadable)])
     under = [f"{', '.join(settings['datasets'])} × {', '.join(settings['models'])} · {settings['repeats']} "
              f"repeat{'s' if settings['repeats'] > 1 else ''} · job {export['job']}",
@@ -62,11 +64,8 @@ def _code(export: Mapping[str, Any]) -> str:
 
 def _gaps(export: Mapping[str, Any], unreadable: list[str]) -> list[Block]:
     """What is not there (yet), in a box that cannot be missed. unreadable: lines on files that are damaged."""
-    several = len(export["cells"]) > 1
-    lines = [f"{cell['dataset']} × {cell['model']}: {line}" if several else line
-             for cell in export["cells"] for line in cell["missing"]]
-    lines += [line for cell in export["evidence"]["cells"] for line in cell["missing"]]
-    lines += unreadable
+    lines = [line for cell in (*export["cells"], *export["evidence"]["cells"])
+             for line in of_cell(export, cell, cell["missing"])] + unreadable
     # The evidence was made from the same files, and says the same of a damaged one.
     return [Text("This job is not complete. What follows is what there is; missing:", "warning"),
             Items(list(dict.fromkeys(lines)), "warning")] if lines else []

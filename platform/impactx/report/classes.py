@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from impactx.report.blocks import Block, Figure, Section, Table, Text
-from impactx.report.numbers import percent, points
+from impactx.report.numbers import NONE, percent, points
 from impactx.report.results import named
 from impactx.report.style import figure, look, plain, png, shown
 
@@ -30,15 +30,16 @@ def class_sections(export: Mapping[str, Any]) -> list[Section]:
 def _cell(cell: Mapping[str, Any], names: list[str]) -> list[Block]:
     found, tail = cell["approaches"], f"{cell['dataset']}-{cell['model']}"
     calibration = [[shown(e["approach"]), percent(e["ece"]["mean"]), percent(e["ece"]["spread"]),
-                    f"{e['nll']['mean']:.4f}"] for e in found]
+                    f"{e['nll']['mean']:.4f}", NONE if e["nll"]["spread"] is None else f"{e['nll']['spread']:.4f}"]
+                   for e in found]
     compared = found[1:] if len(found) <= MOST_COMPARED else []
     rows = [[name, *(percent(e["per_class"][k], 1) for e in found),
              *(points(_difference(e, found[0], k), 1) for e in compared)] for k, name in enumerate(names)]
     head = ["class", *(f"{shown(e['approach'])} %" for e in found),
             *(f"{shown(e['approach'])} − {shown(found[0]['approach'])}" for e in compared)]
     blocks: list[Block] = [
-        Table(f"calibration-{tail}", ["approach", "ECE (points)", "spread", "NLL (nats)"], calibration,
-              frozenset({1, 2, 3}))]
+        Table(f"calibration-{tail}", ["approach", "ECE (points)", "spread", "NLL (nats)", "spread"], calibration,
+              frozenset({1, 2, 3, 4}))]
     if len(names) <= MOST_CLASSES:
         blocks.append(_dots(found, names, tail))
     return [*blocks, Table(f"classes-{tail}", head, rows, frozenset(range(1, len(head))),

@@ -9,33 +9,20 @@ import numpy as np
 
 from impactx.explain.sheet import COLOURS, colour_limit
 from impactx.report.blocks import Block, Figure, Section, Table, Text
+from impactx.report.map_words import LEAST, OWN, RANDOM, estimated, order_name, sentence, signed, signed_bounds
 from impactx.report.numbers import NONE, percent
-from impactx.report.results import named
+from impactx.report.results import named, of_cell
 from impactx.report.style import INK, SOFT, figure, plain, png, shown
 from impactx.storage import StorageError
 
 Arrays = Mapping[str, np.ndarray]
 EXAMPLES = 8  # images of a figure
-RANDOM, LEAST = "random", "least_relevant_first"
-OWN = ("decoder", "attention")  # what a model makes itself, in one forward pass
 # Colour, line style and width of an order: its own colour and dash wherever it is drawn.
 _LOOKS: dict[str, tuple[str, Any, float]] = {
     "decoder": ("#0072B2", "-", 2.4), "attention": ("#0072B2", "-", 2.4), "shap_predicted": ("#D55E00", "--", 1.8),
     "shap_true": ("#E69F00", "-.", 1.6), "shap_of_a": ("#009E73", (0, (5, 1, 1, 1, 1, 1)), 1.6),
     "mean_map": ("#CC79A7", (0, (3, 1)), 1.6), RANDOM: ("#57606a", ":", 2.0), LEAST: ("#1b1f24", (0, (1, 1)), 1.2)}
 _OTHERS = [("#56B4E9", "-.", 1.6), ("#000000", (0, (3, 1, 1, 1)), 1.4), ("#999999", "--", 1.4)]
-
-
-def order_name(order: str, approach: str) -> str:
-    """An order for readers. Which model and which class are explained is always said."""
-    names = {"decoder": f"{shown(approach)}'s own map", "attention": f"{shown(approach)}'s attention",
-             "mean_map": "mean training map", RANDOM: "random order", LEAST: "least relevant first"}
-    for end, words in (("_predicted", "of this model, predicted class"), ("_true", "of this model, true class"),
-                       ("_of_a", "of A, true class")):
-        if order.endswith(end):
-            method = order.removesuffix(end)
-            return f"{'SHAP' if method == 'shap' else method.replace('_', ' ')} {words}"
-    return names.get(order, order.replace("_", " "))
 
 
 def map_sections(export: Mapping[str, Any], arrays: Callable[[str], Arrays | None], missing: list[str]
@@ -49,11 +36,13 @@ def map_sections(export: Mapping[str, Any], arrays: Callable[[str], Arrays | Non
                for cell in export["cells"] for row in cell["rows"]}
     made = []
     for cell in export["evidence"]["cells"]:
+        lost: list[str] = []
         for entry in cell["approaches"]:
-            if entry["maps"] and (found := _one_model(cell, entry, folders, arrays, missing)):
+            if entry["maps"] and (found := _one_model(cell, entry, folders, arrays, lost)):
                 made.append(Section(f"{named(cell)}: {shown(entry['approach'])}", _judged(
                     entry, f"{cell['dataset']}-{cell['model']}-{entry['approach']}", cell_names(export, cell), *found),
                     level=2))
+        missing += of_cell(export, cell, lost)
     if not made:
         return []
     return [Section("The maps as explanations", [Text(
@@ -90,7 +79,7 @@ def _judged(entry: Mapping[str, Any], tail: str, names: list[str], repeat: int, 
     approach, maps = entry["approach"], entry["maps"]
     blocks: list[Block] = [
         Text(sentence(maps, found, approach), "lead"), _curves(found, approach, repeat, tail),
-        _aopc(maps, found, approach, tail),
+        *_aopc(maps, found, approach, tail),
         Text(f"{found['images']:,} test images, {found['regions']} regions of {found['region']}×{found['region']} "
              f"pixels. Intervals are over {maps['orders'][RANDOM]['aopc']['over'].replace('images', 'test images')}, "
              "paired where two orders are compared; forward passes and times are those of repeat "
@@ -100,52 +89,6 @@ def _judged(entry: Mapping[str, Any], tail: str, names: list[str], repeat: int, 
     if arrays is not None and len(arrays.get("shown", ())):
         blocks.append(_examples(arrays, approach, tail, names))
     return blocks
-
-
-def sentence(maps: Mapping[str, Any], found: Mapping[str, Any], approach: str) -> str:
-    """What the model's own map is worth, in words; of an attribution's where it makes none.
-
-    maps: of the evidence, over repeats; found: of one model, for the costs.
-    """
-    orders = maps["orders"]
-    main = next((order for order in (*OWN, maps["explainer"], *orders)
-                 if order in orders and orders[order]["over_random"] and order != LEAST), None)
-    if main is None:
-        return "There is no map here to be judged against a random order."
-    gap, other = orders[main]["over_random"], orders[main]["over_explainer"]
-    worth = ("finds what the model looks at better than chance does" if gap["low"] > 0 else
-             "is worse than a random order" if gap["high"] < 0 else "cannot be told from a random order")
-    words = (f"{_capital(order_name(main, approach))} {worth}: the area over its MoRF curve (first 16 % of the "
-             f"regions) is {_change(gap)} of a random order's")
-    if other:
-        words += f", and {_change(other)} of that by {order_name(maps['explainer'], approach)}"
-    return f"{words}. {_cost(found, main, maps['explainer'], approach)}".strip()
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-def _change(gap: Mapping[str, float]) -> str:
-    side = "ahead" if gap["mean"] >= 0 else "short"
-    return f"{100 * abs(gap['mean']):.1f} points {side} {_signed_bounds(gap)}"
-
-
-def _signed(value: float) -> str:
-    return f"{100 * value:+.1f}".replace("-", "−")
-
-
-def _signed_bounds(gap: Mapping[str, float]) -> str:
-    return f"[{_signed(gap['low'])}, {_signed(gap['high'])}]"
-
-
-def _cost(found: Mapping[str, Any], main: str, explainer: str | None, approach: str) -> str:
-    seconds, evaluations = found["seconds_per_map"], found["evaluations_per_map"]
-    if main not in OWN or main not in seconds or explainer not in seconds:
-        return ""
-    return (f"One such map costs one forward pass ({1000 * seconds[main]:.2f} ms), one by "
-            f"{order_name(explainer, approach)} {evaluations.get(explainer) or 'an unknown number'} "
-            f"({1000 * seconds[explainer]:.0f} ms): {seconds[explainer] / seconds[main]:,.0f} times as long.")
 
 
 def _look(order: str, orders: list[str]) -> tuple[str, Any, float]:
@@ -175,25 +118,38 @@ def _curves(found: Mapping[str, Any], approach: str, repeat: int, tail: str) -> 
                   "regions.", 900)
 
 
-def _aopc(maps: Mapping[str, Any], found: Mapping[str, Any], approach: str, tail: str) -> Table:
-    rows = []
+def _aopc(maps: Mapping[str, Any], found: Mapping[str, Any], approach: str, tail: str) -> list[Table]:
+    rows, further = [], []
     for order in sorted(maps["orders"], key=lambda o: -maps["orders"][o]["aopc"]["mean"]):
         of, seconds = maps["orders"][order], found["seconds_per_map"].get(order)
-        row = [order_name(order, approach), f"{100 * of['aopc']['mean']:.1f}",
-               f"[{100 * of['aopc']['low']:.1f}, {100 * of['aopc']['high']:.1f}]"]
-        for gap in (of["over_random"], of["over_explainer"]):
-            row += [_signed(gap["mean"]), _signed_bounds(gap)] if gap else [NONE, NONE]
+        row = [order_name(order, approach), *_bounded(of["aopc"], 100)]
+        for gap in (of["over_random"], of["over_mean_map"], of["over_explainer"]):
+            row += [signed(gap["mean"]), signed_bounds(gap)] if gap else [NONE, NONE]
+        rows.append(row)
         tied = found["morf"].get(order, {}).get("tied_images")
-        rows.append([*row, NONE if tied is None else f"{100 * tied:.0f}",
-                     str(found["evaluations_per_map"].get(order) or NONE),
-                     NONE if seconds is None else f"{1000 * seconds:.2f}"])
+        further.append([row[0], *(text for key, scale in (("all_regions", 100), ("logit", 1), ("logit_all_regions", 1))
+                                  for text in _bounded(of[key], scale)),
+                        NONE if tied is None else f"{100 * tied:.0f}",
+                        str(found["evaluations_per_map"].get(order) or NONE),
+                        NONE if seconds is None else f"{1000 * seconds:.2f}"])
     explainer = order_name(maps["explainer"], approach) if maps["explainer"] else "explainer"
-    head = ["order by", "area", "interval", "over random", "interval", f"over {explainer}", "interval",
-            "images with ties %", "forward passes", "ms a map"]
-    return Table(f"morf-{tail}", head, rows, frozenset(range(1, len(head))),
-                 frozenset(i for i, row in enumerate(rows) if row[0] in {order_name(o, approach) for o in OWN}),
-                 "Area over the MoRF curve over the first 16 % of the regions (AOPC), in points of probability: larger "
-                 "is better")
+    own = frozenset(i for i, row in enumerate(rows) if row[0] in {order_name(o, approach) for o in OWN})
+    head = ["order by", "area", "interval", "over random", "interval", "over the mean map", "interval",
+            f"over {explainer}", "interval"]
+    more = ["order by", "area, all regions", "interval", "area, score", "interval", "area, score, all regions",
+            "interval", "images with ties %", "forward passes", "ms a map"]
+    return [Table(f"morf-{tail}", head, rows, frozenset(range(1, len(head))), own,
+                  "Area over the MoRF curve over the first 16 % of the regions (AOPC), in points of probability: "
+                  "larger is better"),
+            Table(f"morf-more-{tail}", more, further, frozenset(range(1, len(more))), own,
+                  "The same over all regions, and of the class's score before the softmax; ties between regions; "
+                  "what a map costs")]
+
+
+def _bounded(of: Mapping[str, float], scale: float) -> tuple[str, str]:
+    digits = 1 if scale == 100 else 2
+    low, mean, high = (f"{scale * of[key]:.{digits}f}".replace("-", "−") for key in ("low", "mean", "high"))
+    return mean, f"[{low}, {high}]"
 
 
 _PREDICTORS = {"decoder": "the decoder", "mean_map": "the mean training map, for every image",
@@ -204,19 +160,15 @@ _PREDICTORS = {"decoder": "the decoder", "mean_map": "the mean training map, for
 
 def _fidelity(maps: Mapping[str, Any], found: Mapping[str, Any], tail: str) -> Table:
     about, measures = found["fidelity"], ("mse", "correlation", "overlap")
-    rows = [[_PREDICTORS.get(name, name), *(_plain(of.get(measure)) for measure in measures)]
+    rows = [[_PREDICTORS.get(name, name), *(estimated(of.get(measure)) for measure in measures),
+             estimated((of.get("correlation") or {}).get("decoder_over"), sign=True)]
             for name, of in maps["fidelity"].items()]
     return Table(f"fidelity-{tail}", ["predictor of the map", "MSE", "correlation",
-                                      f"overlap of the top {percent(about['top_share'], 0)} %"], rows,
-                 frozenset({1, 2, 3}), frozenset(i for i, name in enumerate(maps["fidelity"]) if name == "decoder"),
+                                      f"overlap of the top {percent(about['top_share'], 0)} %",
+                                      "decoder ahead by (correlation)"], rows,
+                 frozenset({1, 2, 3, 4}), frozenset(i for i, name in enumerate(maps["fidelity"]) if name == "decoder"),
                  f"How well {order_name(about['target'], '')} is predicted on test images (maps scaled: "
                  f"{about['scale']}); the decoder is worth something where it beats the mean maps")
-
-
-def _plain(estimate: Mapping[str, float] | None) -> str:
-    if estimate is None:
-        return NONE
-    return f"{estimate['mean']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]".replace("-", "−")
 
 
 def _examples(arrays: Arrays, approach: str, tail: str, names: list[str]) -> Figure:

@@ -33,7 +33,10 @@ def _curves(cell: Mapping[str, Any]) -> Figure | None:
         label = shown(name) if unit is next(u for u in models if u["params"]["approach"] == name) else None
         axes.plot([row["epoch"] for row in rows], [100 * row["val_accuracy"] for row in rows], color=style["color"],
                   linestyle=style["linestyle"], linewidth=1.4, label=label)
-        if best := unit["result"]["best"]:
+        # An ensemble's best value is that of both its members, the curve the second's alone: no dot on that.
+        best = unit["result"]["best"]
+        if best and any(row["epoch"] == best.get("epoch") and row["val_accuracy"] == best["val_accuracy"]
+                        for row in rows):
             axes.plot([best["epoch"]], [100 * best["val_accuracy"]], color=style["color"], marker=style["marker"],
                       markersize=6)
     axes.set_xlabel("epoch")
@@ -59,7 +62,8 @@ def cost_sections(export: Mapping[str, Any]) -> list[Section]:
     head = ["cell", "step", "finished", "amount", "time in all", "time of each"]
     return [Section("Costs", [Table("costs", head, rows, frozenset({2, 3, 4, 5})), *_test_maps(export), Text(
         "Times are those of the processes that did the work, added up: several at once make the wait shorter than the "
-        "sum. A step that an earlier job had finished counts with the time that it took then.", "note")])]
+        "sum; of a store of maps of which an earlier job had made a part, those of all maps at the pace of the rest. A "
+        "step that an earlier job had finished counts with the time that it took then.", "note")])]
 
 
 def _test_maps(export: Mapping[str, Any]) -> list[Text]:
@@ -73,7 +77,10 @@ def _test_maps(export: Mapping[str, Any]) -> list[Text]:
 def _step(unit: Mapping[str, Any]) -> str:
     if unit["role"] == "trial":
         return f"search, {unit['step']}"
-    return f"final trainings, {shown(unit['params']['approach'])}" if unit["role"] == "model" else str(unit["role"])
+    if unit["role"] == "model":
+        return f"final trainings, {shown(unit['params']['approach'])}"
+    # Stores of the same kind, one a repeat: of other attributions, targets or images they cost something else.
+    return unit["name"].rpartition(" repeat ")[0] or unit["name"] if unit["role"] == "maps" else str(unit["role"])
 
 
 def _amount(units: list[Mapping[str, Any]]) -> str:
@@ -84,9 +91,15 @@ def _amount(units: list[Mapping[str, Any]]) -> str:
 
 
 def _times(units: list[Mapping[str, Any]]) -> tuple[str, str]:
-    seconds = [u["result"]["seconds"] for u in units if "seconds" in u["result"]]
-    if not seconds:
+    results = [u["result"] for u in units]
+    if units[0]["role"] == "maps":
+        known = [r for r in results if r.get("process_seconds")]
+        if not known:  # of an earlier version
+            return NONE, NONE
+        seconds = sum(r["process_seconds"] for r in known)
+        rate = sum(r["images"] for r in known) / seconds
+        return (NONE if len(known) < len(results) else duration(seconds)), f"{rate:.1f} maps/s"
+    seconds_of = [r["seconds"] for r in results if "seconds" in r]
+    if not seconds_of:
         return NONE, NONE
-    rate = units[0]["result"].get("maps_per_second")
-    each = f"{rate:.1f} maps/s" if rate else duration(sum(seconds) / len(seconds))
-    return duration(sum(seconds)), each
+    return duration(sum(seconds_of)), duration(sum(seconds_of) / len(seconds_of))
