@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from impactx.datasets import Dataset, make_split
-from impactx.datasets.batches import DeviceData
+from impactx.datasets.batches import DeviceData, check_maps
 from impactx.explain.attribution import build_attribution
 from impactx.explain.store import map_scale
 from impactx.explain.weighted import explain_by_own_probabilities
@@ -166,10 +166,12 @@ def train_impactx(a: TrainedModel, data: Dataset, maps: np.ndarray,
     """Stage 2: train IMPACTX around A on the same split, by equation (1) with lambda = weight.
 
     maps: as `explain_dataset` made them; scale: std, max_abs or raw (setting maps.scale); schedule: A's by
-    default. Raises ValueError where it diverges at once.
+    default. Raises ValueError where it diverges at once, and where the maps are not one for each training image, of its
+    size and channels, or not finite.
     """
     if not isinstance(a.model, Classifier):
         raise ValueError(f"stage 2 starts from a classifier of stage 1, and this is {type(a.model).__name__}")
+    check_maps(maps, data.train.images, finite=True)
     s = schedule or a.schedule
     split = make_split(data.train.labels, s.validation_fraction, seed=s.seed, common_fraction=s.validation_fraction,
                        class_names=data.class_names)
