@@ -18,7 +18,7 @@ from impactx.datasets.batches import DeviceData, check_maps
 from impactx.explain.attribution import build_attribution
 from impactx.explain.store import map_scale
 from impactx.explain.weighted import explain_by_own_probabilities
-from impactx.models import Classifier, load_checkpoint, save_checkpoint
+from impactx.models import Classifier, MapKind, load_checkpoint, map_kind, save_checkpoint
 from impactx.settings import (
     AttributionSettings,
     AugmentationSettings,
@@ -80,6 +80,11 @@ class TrainedModel:
     def image_size(self) -> tuple[int, int]:
         """Height and width in pixels of the images it takes."""
         return self.model.image_size
+
+    @property
+    def map_kind(self) -> MapKind | None:
+        """What the maps of its predictions are, None where these have none; see `models.map_kind`."""
+        return map_kind(self.model)
 
     @torch.no_grad()
     def predict(self, images: np.ndarray, *, device: str = "cpu", batch_size: int = 500) -> Prediction:

@@ -150,7 +150,7 @@ def predict_files(files: Sequence[Path], choice: ModelChoice, folder: Path, *, d
 
 def _draw(files: Sequence[Path], images: np.ndarray, model: TrainedModel, found: Prediction, folder: Path
           ) -> list[Path]:
-    assert found.maps is not None
+    assert found.maps is not None and model.map_kind is not None
     folder.mkdir(parents=True, exist_ok=True)
     limit, written = colour_limit(found.maps), []
     for i, file in enumerate(files):
@@ -160,6 +160,6 @@ def _draw(files: Sequence[Path], images: np.ndarray, model: TrainedModel, found:
         label = int(found.labels[i])
         draw_sheet(path, images[i:i + 1], found.maps[i:i + 1],
                    [f"{model.class_names[label]} {found.probabilities[i, label]:.2f}"], limit=limit,
-                   title=file.name)
+                   title=file.name, kind=model.map_kind)
         written.append(path)
     return written

@@ -15,9 +15,10 @@ from PIL import Image
 from impactx.api import TrainedModel, load_model
 from impactx.command import main
 from impactx.datasets import DataError
-from impactx.models import build_classifier, build_impactx
+from impactx.explain.sheet import draw_sheet
+from impactx.models import build_abn, build_classifier, build_impactx
 from impactx.prediction import ModelChoice, PredictionError, read_images
-from impactx.settings import ImpactxSettings, ModelSettings
+from impactx.settings import AbnSettings, ImpactxSettings, ModelSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("cat", "dog", "ship", "plane")
@@ -28,6 +29,9 @@ def trained(approach: str, seed: int = 0) -> TrainedModel:
     a = build_classifier(LENET, len(NAMES), (32, 32), seed=seed)
     if approach == "baseline":
         return TrainedModel(a.eval(), LENET, NAMES)
+    if approach == "abn":
+        return TrainedModel(build_abn(AbnSettings(), LENET, len(NAMES), (32, 32), seed=seed).eval(), LENET, NAMES,
+                            AbnSettings())
     settings = ImpactxSettings()
     return TrainedModel(build_impactx(settings, LENET, a, seed=seed, channels=3).eval(), LENET, NAMES, settings, 0.5)
 
@@ -125,6 +129,47 @@ def test_classes_scores_and_pictures(predict, output, pictures, capsys):
         assert line == f"{name}.png: {', '.join(f'{n} {s:.3f}' for s, n in ranked)}  -> seen/{name}-map.png"
         with Image.open(pictures / f"seen/{name}-map.png") as drawn:
             assert drawn.width > drawn.height > 100
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are saved; saving them also lays their texts out."""
+    from matplotlib.figure import Figure
+
+    saved, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (saved.append(self), save(self, *a, **k)))
+    return saved
+
+
+@pytest.mark.parametrize("approach, colours, label", [
+    ("impactx", "RdBu_r", "against the class  <  value, summed over channels  <  for the class"),
+    ("abn", "viridis", "attention, without a sign: it speaks neither for the class nor against it")])
+def test_a_map_is_drawn_as_what_it_is(predict, figures, tmp_path, approach, colours, label):
+    """Evidence has a sign; ABN's attention, in (0, 1), has none."""
+    trained(approach).save(tmp_path / "net.pt")
+    predict("plain.png", "--model", tmp_path / "net.pt")
+    *panels, bar = figures[0].axes
+    assert bar.get_xlabel() == label
+    for panel in panels[1:3]:
+        drawn = panel.images[-1]
+        assert drawn.get_cmap().name == colours
+        low, high = drawn.get_clim()
+        assert (low, high) == (0, 1) if approach == "abn" else low == -high < 0
+
+
+def test_a_dollar_in_a_name_begins_no_formula(figures, tmp_path):
+    image = np.zeros((1, 32, 32, 3), np.uint8)
+    draw_sheet(tmp_path / "sheet.png", image, np.ones((1, 3, 32, 32), np.float32), ["$y^{$ US$5"], title="$x^{$.png")
+    assert figures[0].axes[0].get_title() == "$y^{$ US$5" and figures[0].get_suptitle() == "$x^{$.png"
+
+
+def test_the_file_and_the_classes_may_have_a_dollar(predict, tmp_path, pictures, capsys):
+    (pictures / "plain.png").rename(pictures / "$x^{$.png")
+    model = trained("impactx")
+    TrainedModel(model.model, LENET, ("$a^{$",) * len(NAMES), model.approach_settings).save(tmp_path / "net.pt")
+    predict("$x^{$.png", "--model", tmp_path / "net.pt")
+    assert "-> predictions/$x^{$-map.png" in capsys.readouterr().out
+    assert (pictures / "predictions/$x^{$-map.png").exists()
 
 
 def test_a_model_without_maps_gives_classes_and_says_so(predict, output, pictures, capsys):

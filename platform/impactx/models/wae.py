@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from impactx.models.classifier import Classifier
 from impactx.models.impactx import BesideClassifier, LatentExplanationPredictor, start_trunk
+from impactx.models.maps import MapKind
 from impactx.models.seeding import seeded
 from impactx.settings import ModelSettings, WaeSettings
 
@@ -28,6 +29,7 @@ class Wae(BesideClassifier):
     """
 
     takes_maps = True
+    map_kind: MapKind = "evidence"  # of those that it must be given
     factor: Tensor
 
     def __init__(self, a: Classifier, encoder: LatentExplanationPredictor, c: nn.Linear,
