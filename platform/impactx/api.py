@@ -50,6 +50,8 @@ class Schedule:
 class Prediction:
     """labels: int64 (N,); probabilities: float32 (N, K); maps: float32 (N, C, H, W), None from a model without.
 
+    None as well from one trained with lambda = 0, whose decoder learned nothing.
+
     Maps are in the units of the attribution (scaled ones where each training map had a scale of its own); of ABN,
     its attention, (N, 1, H, W) in (0, 1); of WAE, the maps that it had to be given.
     """
@@ -64,7 +66,7 @@ class TrainedModel:
     """A classifier A, IMPACTX around one, or another approach: on the CPU, in eval mode, with its best epoch's weights.
 
     map_unit: by which the network's maps are multiplied to be in the attribution's units; history: one dict
-    an epoch; best: the one whose weights these are.
+    an epoch; best: the one whose weights these are; weight: the lambda of its training, None where it has none.
     """
 
     model: nn.Module
@@ -75,6 +77,7 @@ class TrainedModel:
     schedule: Schedule = Schedule()
     history: list[Metrics] = field(default_factory=list)
     best: Metrics = field(default_factory=dict)
+    weight: float | None = None
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -84,7 +87,7 @@ class TrainedModel:
     @property
     def map_kind(self) -> MapKind | None:
         """What the maps of its predictions are, None where these have none; see `models.map_kind`."""
-        return map_kind(self.model)
+        return map_kind(self.model, self.weight)
 
     @torch.no_grad()
     def predict(self, images: np.ndarray, *, device: str = "cpu", batch_size: int = 500) -> Prediction:
@@ -100,7 +103,7 @@ class TrainedModel:
         held = DeviceData(images, np.zeros(len(images), np.int64), np.arange(len(images)), device=device,
                           maps=given, memory_bytes=2**30)
         for batch in held.evaluation(batch_size=batch_size):
-            if hasattr(model, "with_maps"):
+            if hasattr(model, "with_maps") and self.map_kind:
                 logits, found = model.with_maps(batch.images)
                 maps.append((found * (self.map_unit or 1.0)).float().cpu().numpy())
             else:
@@ -121,7 +124,7 @@ class TrainedModel:
         """Write a checkpoint that `load_model` reads."""
         Path(path).write_bytes(save_checkpoint(
             self.model, model_settings=self.model_settings, approach_settings=self.approach_settings,
-            class_names=list(self.class_names), map_scale=self.map_unit))
+            class_names=list(self.class_names), map_scale=self.map_unit, weight=self.weight))
 
 
 def load_model(source: str | Path | bytes) -> TrainedModel:
@@ -131,7 +134,7 @@ def load_model(source: str | Path | bytes) -> TrainedModel:
     """
     loaded = load_checkpoint(source)
     return TrainedModel(loaded.model, loaded.model_settings, tuple(loaded.class_names), loaded.approach_settings,
-                        loaded.map_scale)
+                        loaded.map_scale, weight=loaded.weight)
 
 
 def train_classifier(data: Dataset, model: ModelSettings, training: TrainingSettings = TrainingSettings(),  # noqa: B008
@@ -186,7 +189,8 @@ def train_impactx(a: TrainedModel, data: Dataset, maps: np.ndarray,
                                weight=weight, maps=maps, scale=factor, device=device, seed=s.seed,
                                learning_rate=s.learning_rate, batch_size=s.batch_size,
                                augmentation=s.augmentation, on_epoch=_say(progress))
-    return _trained(net, result, a.model_settings, data, s, approach, 1 / factor if isinstance(factor, float) else None)
+    return _trained(net, result, a.model_settings, data, s, approach, 1 / factor if isinstance(factor, float) else None,
+                    weight)
 
 
 def _say(progress: Progress):  # noqa: ANN202
@@ -194,6 +198,7 @@ def _say(progress: Progress):  # noqa: ANN202
 
 
 def _trained(model: nn.Module, result: FitResult, settings: ModelSettings, data: Dataset, schedule: Schedule,
-             approach: ImpactxSettings | None = None, map_unit: float | None = None) -> TrainedModel:
+             approach: ImpactxSettings | None = None, map_unit: float | None = None, weight: float | None = None
+             ) -> TrainedModel:
     return TrainedModel(model.cpu().eval(), settings, data.class_names, approach, map_unit, schedule, result.history,
-                        result.best)
+                        result.best, weight)

@@ -20,7 +20,9 @@ class ServedModel:
         self.model = model
 
     def predict(self, images: Any) -> dict[str, np.ndarray]:
-        """label: int64 (N,); scores: float32 (N, K), probabilities; of IMPACTX map: float32 (N, C, H, W) as well.
+        """label: int64 (N,); scores: float32 (N, K), probabilities; map: float32 (N, C, H, W), where it has maps.
+
+        Which it has, and what they are, `models.map_kind` tells; one trained with lambda = 0 has none.
 
         images: uint8 (N, H, W, 3) of the model's size; MLflow checks it against the signature before.
         """

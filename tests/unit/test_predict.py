@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,11 @@ from impactx.api import TrainedModel, load_model
 from impactx.command import main
 from impactx.datasets import DataError
 from impactx.explain.sheet import draw_sheet
-from impactx.models import build_abn, build_classifier, build_impactx
+from impactx.models import build_abn, build_classifier, build_impactx, load_checkpoint
 from impactx.prediction import ModelChoice, PredictionError, read_images
+from impactx.serving import _load_pyfunc
 from impactx.settings import AbnSettings, ImpactxSettings, ModelSettings
+from impactx.tracking.models import signature
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("cat", "dog", "ship", "plane")
@@ -177,6 +180,33 @@ def test_a_model_without_maps_gives_classes_and_says_so(predict, output, picture
     out = capsys.readouterr().out
     assert out.startswith("plain.png: ") and "this model gives classes only" in out
     assert not (pictures / "predictions").exists()
+
+
+@pytest.mark.parametrize("how", ["kept", "settings", "job"])
+def test_a_decoder_that_learned_nothing_explains_nothing(predict, tmp_path, pictures, capsys, how):
+    """lambda = 0 by the checkpoint, by an older one's settings, by the job of an older one that searched lambda."""
+    lambdas = {"kept": [0.2, 0.8], "settings": [0.0], "job": [0.0, 0.8]}[how]
+    model = replace(trained("impactx"), approach_settings=ImpactxSettings(lambdas=lambdas))
+    (tmp_path / "models/k").mkdir(parents=True)
+    replace(model, weight=0.0 if how == "kept" else None).save(tmp_path / "models/k/checkpoint.pt")
+    (tmp_path / "jobs/one-1").mkdir(parents=True)
+    (tmp_path / "jobs/one-1/results.json").write_text(json.dumps([
+        {"dataset": "pets", "model": "lenet5", "approach": "lambda0", "repeat": 0, "weight": 0.0,
+         "checkpoint": "/where/models/k"}]))
+    predict("plain.png", "--model", tmp_path / "jobs/one-1")
+    out = capsys.readouterr().out
+    assert "no picture: this model was trained with lambda = 0" in out and out.startswith("plain.png: ")
+    assert not (pictures / "predictions").exists()
+    images, untaught = read_images([pictures / "plain.png"], (32, 32)), replace(model, weight=0.0)
+    assert model.predict(images).maps.shape == (1, 3, 32, 32) and untaught.predict(images).maps is None
+    np.testing.assert_array_equal(model.predict(images).probabilities, untaught.predict(images).probabilities)
+
+
+@pytest.mark.parametrize("weight, served", [(0.8, {"label", "scores", "map"}), (0.0, {"label", "scores"})])
+def test_a_served_model_has_the_outputs_of_its_signature(tmp_path, weight, served):
+    replace(trained("impactx"), weight=weight).save(tmp_path / "net.pt")
+    found = _load_pyfunc(str(tmp_path / "net.pt")).predict(np.zeros((2, 32, 32, 3), np.uint8))
+    assert set(found) == served == set(signature(load_checkpoint(tmp_path / "net.pt")).outputs.input_names())
 
 
 def test_a_mistake_is_one_message(predict, output, capsys):

@@ -9,6 +9,10 @@ from torch import nn
 MapKind = Literal["evidence", "attention"]
 
 
-def map_kind(model: nn.Module) -> MapKind | None:
-    """evidence: signed, for and against the class; attention: in (0, 1), without a sign; None: it has no maps."""
-    return getattr(model, "map_kind", None)
+def map_kind(model: nn.Module, weight: float | None = None) -> MapKind | None:
+    """evidence: signed, for and against the class; attention: in (0, 1), without a sign; None: it has no maps.
+
+    weight: the lambda that it was trained with. None as well where that is 0: its decoder got no gradient, and what
+    it makes of an image is as random as it was when it began.
+    """
+    return None if weight == 0 else getattr(model, "map_kind", None)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from impactx.experiment.tracker import TrackingError
-from impactx.models import Loaded, load_checkpoint
+from impactx.models import Loaded, load_checkpoint, map_kind
 from impactx.tracking.addresses import addresses, redact
 from impactx.tracking.client import connect, search
 from impactx.tracking.record import KEY, clean_tags
@@ -79,7 +79,8 @@ def save(folder: Path, content: bytes, **origin: str) -> None:
         checkpoint.write_bytes(content)
         shutil.copytree(Path(__file__).parents[1], source, ignore=shutil.ignore_patterns("__pycache__", "configs"))
         loaded = load_checkpoint(checkpoint)
-        about = {"class_names": loaded.class_names, "map_scale": loaded.map_scale, "kind": loaded.kind}
+        about = {"class_names": loaded.class_names, "map_scale": loaded.map_scale, "kind": loaded.kind,
+                 "map_kind": map_kind(loaded.model, loaded.weight)}
         model = Model(artifact_path=origin["location"], model_uuid=origin["model_id"], run_id=origin["run_id"],
                       model_id=origin["model_id"], metadata=about) if origin else Model(metadata=about)
         mlflow.pyfunc.save_model(
@@ -94,10 +95,10 @@ def signature(loaded: Loaded) -> Any:
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
 
-    size, model = tuple(loaded.image_size), loaded.model
+    size = tuple(loaded.image_size)
     outputs = [TensorSpec(np.dtype("int64"), (-1,), "label"),
                TensorSpec(np.dtype("float32"), (-1, loaded.num_classes), "scores")]
-    if hasattr(model, "with_maps") or getattr(model, "takes_maps", False):
+    if map_kind(loaded.model, loaded.weight):
         outputs.append(TensorSpec(np.dtype("float32"), (-1, -1, *size), "map"))
     return ModelSignature(Schema([TensorSpec(np.dtype("uint8"), (-1, *size, 3))]), Schema(outputs))
 
