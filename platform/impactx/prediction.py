@@ -112,11 +112,12 @@ def read_images(files: Sequence[Path], size: tuple[int, int]) -> np.ndarray:
     pixels, errors = [], []
     for file in files:
         try:
-            image, kind, _ = decode(file)
+            image, kind, _, turned = decode(file)
         except DataError as error:
             errors.append(f"{file} {error}" if file.exists() else f"{file}: no such file")
             continue
-        changes = [f"converted from {kind} to RGB"] if kind else []
+        changes = ["turned as its EXIF orientation says"] if turned else []
+        changes += [f"converted from {kind} to RGB"] if kind else []
         if image.shape[:2] != size:
             height, width = image.shape[:2]
             kept = "" if height * size[1] == width * size[0] else ", its proportions are changed"

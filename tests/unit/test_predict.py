@@ -117,6 +117,15 @@ def test_images_are_converted_as_a_data_set_does_and_it_is_said(pictures, caplog
     assert "converted from RGBA to RGB; resized from 80x40 to 32x32 pixels, its proportions are changed" in caplog.text
 
 
+def test_a_photograph_is_turned_as_the_camera_was_held(pictures, caplog):
+    caplog.set_level(logging.INFO, "impactx")
+    pixels, exif = np.asarray(Image.open(pictures / "plain.png")), Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.rot90(pixels)).save(pictures / "photo.png", exif=exif)
+    np.testing.assert_array_equal(read_images([pictures / "photo.png"], (32, 32))[0], pixels)
+    assert "photo.png: turned as its EXIF orientation says" in caplog.text
+
+
 def test_every_bad_image_is_named(pictures):
     with pytest.raises(DataError, match=r"(?s)note.txt cannot be read as an image.*absent.png: no such file"):
         read_images([pictures / "plain.png", pictures / "note.txt", pictures / "absent.png"], (32, 32))
