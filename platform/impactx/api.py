@@ -94,12 +94,23 @@ class TrainedModel:
         """Labels, probabilities and, where the model makes maps, these: by one forward pass.
 
         Only WAE needs more: a map of each image is computed first, which costs what an explanation costs.
-        images: uint8 (N, H, W, 3) of the training images' size.
+        images: uint8 (N, H, W, 3) of the training images' size; of none, N is 0 in what is returned too.
+        Raises ValueError for others.
         """
-        if images.ndim != 4 or images.dtype != np.uint8:
-            raise ValueError(f"images must be uint8 (N, H, W, 3), got {images.dtype} {images.shape}")
+        height, width = self.image_size
+        if images.dtype != np.uint8 or images.shape[1:] != (height, width, 3):
+            raise ValueError(f"images must be uint8 (N, {height}, {width}, 3), values 0 to 255, got {images.dtype} "
+                             f"{images.shape}")
+        if not len(images):  # what one image has, without it: not every network takes none
+            one = np.zeros((1, height, width, 3), np.uint8)
+            given = np.zeros((1, 3, height, width), np.float32) if self._takes_maps else None
+            found = self._predict(one, given, device, batch_size)
+            return Prediction(found.labels[:0], found.probabilities[:0], None if found.maps is None else found.maps[:0])
+        return self._predict(images, self._given_maps(images, device), device, batch_size)
+
+    def _predict(self, images: np.ndarray, given: np.ndarray | None, device: str, batch_size: int) -> Prediction:
+        """given: the maps that the model must be given, None where it takes none."""
         model, probabilities, maps = self.model.to(device), [], []
-        given = self._given_maps(images, device)
         held = DeviceData(images, np.zeros(len(images), np.int64), np.arange(len(images)), device=device,
                           maps=given, memory_bytes=2**30)
         for batch in held.evaluation(batch_size=batch_size):
@@ -113,9 +124,13 @@ class TrainedModel:
         whole = np.concatenate(probabilities)
         return Prediction(whole.argmax(1), whole, np.concatenate(maps) if maps else given)
 
+    @property
+    def _takes_maps(self) -> bool:
+        return getattr(self.model, "takes_maps", False)
+
     def _given_maps(self, images: np.ndarray, device: str) -> np.ndarray | None:
         """The maps that a model must be given, by the attribution that it was trained with."""
-        if not getattr(self.model, "takes_maps", False):
+        if not self._takes_maps:
             return None
         attribution = getattr(self.approach_settings, "attribution", None) or PartitionSettings()
         return explain_by_own_probabilities(build_attribution(attribution), self.model.a, images, device=device).maps

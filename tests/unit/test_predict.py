@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +18,10 @@ from impactx.api import TrainedModel, load_model
 from impactx.command import main
 from impactx.datasets import DataError
 from impactx.explain.sheet import draw_sheet
-from impactx.models import build_abn, build_classifier, build_impactx, load_checkpoint
+from impactx.models import build_abn, build_classifier, build_impactx, build_wae, load_checkpoint
 from impactx.prediction import ModelChoice, PredictionError, read_images
 from impactx.serving import _load_pyfunc
-from impactx.settings import AbnSettings, ImpactxSettings, ModelSettings
+from impactx.settings import AbnSettings, ImpactxSettings, ModelSettings, PartitionSettings, WaeSettings
 from impactx.tracking.models import signature
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,6 +33,9 @@ def trained(approach: str, seed: int = 0) -> TrainedModel:
     a = build_classifier(LENET, len(NAMES), (32, 32), seed=seed)
     if approach == "baseline":
         return TrainedModel(a.eval(), LENET, NAMES)
+    if approach == "wae":
+        wae = WaeSettings(attribution=PartitionSettings(max_evals=12, fixed_context=1))
+        return TrainedModel(build_wae(wae, LENET, a, seed=seed).eval(), LENET, NAMES, wae)
     if approach == "abn":
         return TrainedModel(build_abn(AbnSettings(), LENET, len(NAMES), (32, 32), seed=seed).eval(), LENET, NAMES,
                             AbnSettings())
@@ -216,6 +220,27 @@ def test_a_served_model_has_the_outputs_of_its_signature(tmp_path, weight, serve
     replace(trained("impactx"), weight=weight).save(tmp_path / "net.pt")
     found = _load_pyfunc(str(tmp_path / "net.pt")).predict(np.zeros((2, 32, 32, 3), np.uint8))
     assert set(found) == served == set(signature(load_checkpoint(tmp_path / "net.pt")).outputs.input_names())
+
+
+@pytest.mark.parametrize("approach", ["baseline", "impactx", "abn", "wae"])
+def test_of_no_image_there_is_no_prediction(tmp_path, approach):
+    """The shapes are those that images have, through serving as well."""
+    trained(approach).save(tmp_path / "net.pt")
+    served = _load_pyfunc(str(tmp_path / "net.pt"))
+    some, none = (served.predict(np.zeros((count, 32, 32, 3), np.uint8)) for count in (2, 0))
+    assert some.keys() == none.keys() and set(none) >= {"label", "scores"}
+    for name, found in none.items():
+        assert found.shape == (0, *some[name].shape[1:]) and found.dtype == some[name].dtype
+
+
+@pytest.mark.parametrize("images", [
+    np.zeros((0, 64, 64, 3), np.uint8), np.zeros((2, 64, 64, 3), np.uint8), np.zeros((2, 32, 32, 1), np.uint8),
+    np.zeros((32, 32, 3), np.uint8), np.zeros((2, 32, 32, 3))], ids=lambda a: f"{a.dtype} {a.shape}")
+@pytest.mark.parametrize("approach", ["baseline", "wae"])
+def test_other_arrays_than_images_are_refused(approach, images):
+    got = re.escape(f"got {images.dtype} {images.shape}")
+    with pytest.raises(ValueError, match=rf"must be uint8 \(N, 32, 32, 3\).*{got}"):
+        trained(approach).predict(images)
 
 
 def test_a_mistake_is_one_message(predict, output, capsys):
