@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import logging
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -21,8 +23,16 @@ from impactx.explain.sheet import draw_sheet
 from impactx.models import build_abn, build_classifier, build_impactx, build_wae, load_checkpoint
 from impactx.prediction import ModelChoice, PredictionError, read_images
 from impactx.serving import _load_pyfunc
-from impactx.settings import AbnSettings, ImpactxSettings, ModelSettings, PartitionSettings, WaeSettings
-from impactx.tracking.models import signature
+from impactx.settings import (
+    AbnSettings,
+    AttributionSettings,
+    ImpactxSettings,
+    ModelSettings,
+    PartitionSettings,
+    WaeSettings,
+    parse_attribution,
+)
+from impactx.tracking.models import OF_ATTRIBUTIONS, REQUIREMENTS, requirements, signature
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("cat", "dog", "ship", "plane")
@@ -220,6 +230,28 @@ def test_a_served_model_has_the_outputs_of_its_signature(tmp_path, weight, serve
     replace(trained("impactx"), weight=weight).save(tmp_path / "net.pt")
     found = _load_pyfunc(str(tmp_path / "net.pt")).predict(np.zeros((2, 32, 32, 3), np.uint8))
     assert set(found) == served == set(signature(load_checkpoint(tmp_path / "net.pt")).outputs.input_names())
+
+
+@pytest.mark.parametrize("method, needed", [
+    ("integrated_gradients", {"captum"}), ("gradient_shap", {"captum"}), ("occlusion", {"captum"}),
+    ("grad_cam", {"captum"}), ("partition", set()), ("shap_partition", {"shap", "opencv-python-headless"})])
+def test_a_machine_that_serves_gets_what_the_models_attribution_needs(tmp_path, method, needed):
+    """WAE makes a map of each image that it is given; what IMPACTX was taught by, it needs no longer."""
+    def found(model, settings):
+        TrainedModel(model.eval(), LENET, NAMES, settings).save(tmp_path / "net.pt")
+        return dict(line.partition("==")[::2] for line in requirements(load_checkpoint(tmp_path / "net.pt")))
+
+    a, attribution = build_classifier(LENET, len(NAMES), (32, 32), seed=0), parse_attribution({"method": method})
+    wae, own = WaeSettings(attribution=attribution), ImpactxSettings(attribution=attribution)
+    extra = found(build_wae(wae, LENET, a, seed=0), wae)
+    assert set(extra) == set(REQUIREMENTS) | needed
+    assert all(extra[name] == importlib.metadata.version(name) for name in REQUIREMENTS)
+    assert set(found(build_impactx(own, LENET, a, seed=0), own)) == set(REQUIREMENTS)
+
+
+def test_every_attribution_says_what_it_needs():
+    union = get_args(get_args(AttributionSettings)[0])
+    assert set(OF_ATTRIBUTIONS) == {one.model_fields["method"].default for one in union}
 
 
 @pytest.mark.parametrize("approach", ["baseline", "impactx", "abn", "wae"])

@@ -26,6 +26,9 @@ log = logging.getLogger("impactx.tracking")
 LOADER, CHECKPOINT, WEIGHTS = "impactx.serving", "checkpoint.pt", "impactx.weights"
 # What `impactx.serving` imports, directly or not; pinned to the versions here.
 REQUIREMENTS = ("mlflow", "torch", "torchvision", "timm", "numba", "numpy", "pillow", "pyarrow", "pydantic", "filelock")
+# What the attributions import on top, where a model has to be given maps (WAE): it makes one of each image by them.
+OF_ATTRIBUTIONS = dict.fromkeys(("integrated_gradients", "gradient_shap", "occlusion", "grad_cam"), ("captum",)) | {
+    "partition": (), "shap_partition": ("shap", "opencv-python-headless")}
 
 
 def register(client: Any, experiment_id: str, run_key: str, name: str, content: bytes, about: Mapping[str, Any]) -> str:
@@ -86,7 +89,21 @@ def save(folder: Path, content: bytes, **origin: str) -> None:
         mlflow.pyfunc.save_model(
             folder, loader_module=LOADER, data_path=str(checkpoint), code_paths=[str(source)], mlflow_model=model,
             signature=signature(loaded), input_example=np.full((1, *loaded.image_size, 3), 128, np.uint8),
-            pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in REQUIREMENTS])
+            pip_requirements=requirements(loaded))
+
+
+def requirements(loaded: Loaded) -> list[str]:
+    """What a machine must have installed to use the model: pinned, or where it is not installed here, its name."""
+    attribution = getattr(loaded.approach_settings, "attribution", None)
+    given = getattr(loaded.model, "takes_maps", False) and attribution is not None
+    return [_pinned(name) for name in (*REQUIREMENTS, *(OF_ATTRIBUTIONS[attribution.method] if given else ()))]
+
+
+def _pinned(name: str) -> str:
+    try:
+        return f"{name}=={importlib.metadata.version(name)}"
+    except importlib.metadata.PackageNotFoundError:  # the nodes that explain had it
+        return name
 
 
 def signature(loaded: Loaded) -> Any:
