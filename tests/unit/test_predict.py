@@ -32,7 +32,7 @@ from impactx.settings import (
     WaeSettings,
     parse_attribution,
 )
-from impactx.tracking.models import OF_ATTRIBUTIONS, REQUIREMENTS, requirements, signature
+from impactx.tracking.models import OF_ATTRIBUTIONS, REQUIREMENTS, requirements, save, signature
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("cat", "dog", "ship", "plane")
@@ -230,6 +230,24 @@ def test_a_served_model_has_the_outputs_of_its_signature(tmp_path, weight, serve
     replace(trained("impactx"), weight=weight).save(tmp_path / "net.pt")
     found = _load_pyfunc(str(tmp_path / "net.pt")).predict(np.zeros((2, 32, 32, 3), np.uint8))
     assert set(found) == served == set(signature(load_checkpoint(tmp_path / "net.pt")).outputs.input_names())
+
+
+@pytest.mark.parametrize("sent, warned", [(0.5, True), (1.0, True), (2, False), (128.0, False)])
+def test_fractions_in_a_request_are_warned_of_and_documented(tmp_path, caplog, sent, warned):
+    """MLflow makes uint8 of them before the model gets them: whether they were fractions cannot be told there."""
+    from mlflow.models import Model
+    from mlflow.pyfunc.scoring_server import infer_and_parse_data
+
+    trained("impactx").save(tmp_path / "net.pt")
+    save(tmp_path / "served", (tmp_path / "net.pt").read_bytes())
+    about = Model.load(tmp_path / "served")
+    request = {"inputs": np.full((2, 32, 32, 3), sent).tolist()}
+    images = infer_and_parse_data(request, about.get_input_schema())
+    assert images.dtype == np.uint8 and (images == int(sent)).all()
+    with caplog.at_level(logging.WARNING, "impactx"):
+        _load_pyfunc(str(tmp_path / "net.pt")).predict(images)
+    assert ("no pixel of these 2 images has a value above 1" in caplog.text) == warned
+    assert "no fractions" in about.metadata["images"] and about.metadata["map_kind"] == "evidence"
 
 
 @pytest.mark.parametrize("method, needed", [
