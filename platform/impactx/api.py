@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from impactx.datasets import Dataset, make_split
-from impactx.datasets.batches import DeviceData
+from impactx.datasets.batches import DeviceData, check_maps
 from impactx.explain.attribution import build_attribution
 from impactx.explain.store import map_scale
 from impactx.explain.weighted import explain_by_own_probabilities
-from impactx.models import Classifier, load_checkpoint, save_checkpoint
+from impactx.models import Classifier, MapKind, load_checkpoint, map_kind, save_checkpoint
 from impactx.settings import (
     AttributionSettings,
     AugmentationSettings,
@@ -50,6 +50,8 @@ class Schedule:
 class Prediction:
     """labels: int64 (N,); probabilities: float32 (N, K); maps: float32 (N, C, H, W), None from a model without.
 
+    None as well from one trained with lambda = 0, whose decoder learned nothing.
+
     Maps are in the units of the attribution (scaled ones where each training map had a scale of its own); of ABN,
     its attention, (N, 1, H, W) in (0, 1); of WAE, the maps that it had to be given.
     """
@@ -64,7 +66,7 @@ class TrainedModel:
     """A classifier A, IMPACTX around one, or another approach: on the CPU, in eval mode, with its best epoch's weights.
 
     map_unit: by which the network's maps are multiplied to be in the attribution's units; history: one dict
-    an epoch; best: the one whose weights these are.
+    an epoch; best: the one whose weights these are; weight: the lambda of its training, None where it has none.
     """
 
     model: nn.Module
@@ -75,27 +77,44 @@ class TrainedModel:
     schedule: Schedule = Schedule()
     history: list[Metrics] = field(default_factory=list)
     best: Metrics = field(default_factory=dict)
+    weight: float | None = None
 
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width in pixels of the images it takes."""
         return self.model.image_size
 
+    @property
+    def map_kind(self) -> MapKind | None:
+        """What the maps of its predictions are, None where these have none; see `models.map_kind`."""
+        return map_kind(self.model, self.weight)
+
     @torch.no_grad()
     def predict(self, images: np.ndarray, *, device: str = "cpu", batch_size: int = 500) -> Prediction:
         """Labels, probabilities and, where the model makes maps, these: by one forward pass.
 
         Only WAE needs more: a map of each image is computed first, which costs what an explanation costs.
-        images: uint8 (N, H, W, 3) of the training images' size.
+        images: uint8 (N, H, W, 3) of the training images' size; of none, N is 0 in what is returned too.
+        Raises ValueError for others.
         """
-        if images.ndim != 4 or images.dtype != np.uint8:
-            raise ValueError(f"images must be uint8 (N, H, W, 3), got {images.dtype} {images.shape}")
+        height, width = self.image_size
+        if images.dtype != np.uint8 or images.shape[1:] != (height, width, 3):
+            raise ValueError(f"images must be uint8 (N, {height}, {width}, 3), values 0 to 255, got {images.dtype} "
+                             f"{images.shape}")
+        if not len(images):  # what one image has, without it: not every network takes none
+            one = np.zeros((1, height, width, 3), np.uint8)
+            given = np.zeros((1, 3, height, width), np.float32) if self._takes_maps else None
+            found = self._predict(one, given, device, batch_size)
+            return Prediction(found.labels[:0], found.probabilities[:0], None if found.maps is None else found.maps[:0])
+        return self._predict(images, self._given_maps(images, device), device, batch_size)
+
+    def _predict(self, images: np.ndarray, given: np.ndarray | None, device: str, batch_size: int) -> Prediction:
+        """given: the maps that the model must be given, None where it takes none."""
         model, probabilities, maps = self.model.to(device), [], []
-        given = self._given_maps(images, device)
         held = DeviceData(images, np.zeros(len(images), np.int64), np.arange(len(images)), device=device,
                           maps=given, memory_bytes=2**30)
         for batch in held.evaluation(batch_size=batch_size):
-            if hasattr(model, "with_maps"):
+            if hasattr(model, "with_maps") and self.map_kind:
                 logits, found = model.with_maps(batch.images)
                 maps.append((found * (self.map_unit or 1.0)).float().cpu().numpy())
             else:
@@ -105,9 +124,13 @@ class TrainedModel:
         whole = np.concatenate(probabilities)
         return Prediction(whole.argmax(1), whole, np.concatenate(maps) if maps else given)
 
+    @property
+    def _takes_maps(self) -> bool:
+        return getattr(self.model, "takes_maps", False)
+
     def _given_maps(self, images: np.ndarray, device: str) -> np.ndarray | None:
         """The maps that a model must be given, by the attribution that it was trained with."""
-        if not getattr(self.model, "takes_maps", False):
+        if not self._takes_maps:
             return None
         attribution = getattr(self.approach_settings, "attribution", None) or PartitionSettings()
         return explain_by_own_probabilities(build_attribution(attribution), self.model.a, images, device=device).maps
@@ -116,7 +139,7 @@ class TrainedModel:
         """Write a checkpoint that `load_model` reads."""
         Path(path).write_bytes(save_checkpoint(
             self.model, model_settings=self.model_settings, approach_settings=self.approach_settings,
-            class_names=list(self.class_names), map_scale=self.map_unit))
+            class_names=list(self.class_names), map_scale=self.map_unit, weight=self.weight))
 
 
 def load_model(source: str | Path | bytes) -> TrainedModel:
@@ -126,7 +149,7 @@ def load_model(source: str | Path | bytes) -> TrainedModel:
     """
     loaded = load_checkpoint(source)
     return TrainedModel(loaded.model, loaded.model_settings, tuple(loaded.class_names), loaded.approach_settings,
-                        loaded.map_scale)
+                        loaded.map_scale, weight=loaded.weight)
 
 
 def train_classifier(data: Dataset, model: ModelSettings, training: TrainingSettings = TrainingSettings(),  # noqa: B008
@@ -166,10 +189,12 @@ def train_impactx(a: TrainedModel, data: Dataset, maps: np.ndarray,
     """Stage 2: train IMPACTX around A on the same split, by equation (1) with lambda = weight.
 
     maps: as `explain_dataset` made them; scale: std, max_abs or raw (setting maps.scale); schedule: A's by
-    default. Raises ValueError where it diverges at once.
+    default. Raises ValueError where it diverges at once, and where the maps are not one for each training image, of its
+    size and channels, or not finite.
     """
     if not isinstance(a.model, Classifier):
         raise ValueError(f"stage 2 starts from a classifier of stage 1, and this is {type(a.model).__name__}")
+    check_maps(maps, data.train.images, finite=True)
     s = schedule or a.schedule
     split = make_split(data.train.labels, s.validation_fraction, seed=s.seed, common_fraction=s.validation_fraction,
                        class_names=data.class_names)
@@ -179,7 +204,8 @@ def train_impactx(a: TrainedModel, data: Dataset, maps: np.ndarray,
                                weight=weight, maps=maps, scale=factor, device=device, seed=s.seed,
                                learning_rate=s.learning_rate, batch_size=s.batch_size,
                                augmentation=s.augmentation, on_epoch=_say(progress))
-    return _trained(net, result, a.model_settings, data, s, approach, 1 / factor if isinstance(factor, float) else None)
+    return _trained(net, result, a.model_settings, data, s, approach, 1 / factor if isinstance(factor, float) else None,
+                    weight)
 
 
 def _say(progress: Progress):  # noqa: ANN202
@@ -187,6 +213,7 @@ def _say(progress: Progress):  # noqa: ANN202
 
 
 def _trained(model: nn.Module, result: FitResult, settings: ModelSettings, data: Dataset, schedule: Schedule,
-             approach: ImpactxSettings | None = None, map_unit: float | None = None) -> TrainedModel:
+             approach: ImpactxSettings | None = None, map_unit: float | None = None, weight: float | None = None
+             ) -> TrainedModel:
     return TrainedModel(model.cpu().eval(), settings, data.class_names, approach, map_unit, schedule, result.history,
-                        result.best)
+                        result.best, weight)

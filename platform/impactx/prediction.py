@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +87,9 @@ class ModelChoice:
                 f"{approach}, --repeat {self.repeat}; it has the cells {', '.join(cells)}, the approaches "
                 f"{', '.join(known) or 'none of this cell'}, the repeats {sorted({row['repeat'] for row in mine})}")
         output = Storage(_split(_split(job.root)[0])[0])
-        return _read(output, f"models/{_split(found[0]['checkpoint'])[1]}/{CHECKPOINT}")
+        model = _read(output, f"models/{_split(found[0]['checkpoint'])[1]}/{CHECKPOINT}")
+        # Checkpoints of before they kept lambda: the job knows which one was chosen.
+        return model if model.weight is not None else replace(model, weight=found[0].get("weight"))
 
 
 def _split(address: str) -> tuple[str, str]:
@@ -110,11 +112,12 @@ def read_images(files: Sequence[Path], size: tuple[int, int]) -> np.ndarray:
     pixels, errors = [], []
     for file in files:
         try:
-            image, kind, _ = decode(file)
+            image, kind, _, turned = decode(file)
         except DataError as error:
             errors.append(f"{file} {error}" if file.exists() else f"{file}: no such file")
             continue
-        changes = [f"converted from {kind} to RGB"] if kind else []
+        changes = ["turned as its EXIF orientation says"] if turned else []
+        changes += [f"converted from {kind} to RGB"] if kind else []
         if image.shape[:2] != size:
             height, width = image.shape[:2]
             kept = "" if height * size[1] == width * size[0] else ", its proportions are changed"
@@ -131,7 +134,8 @@ def read_images(files: Sequence[Path], size: tuple[int, int]) -> np.ndarray:
 def predict_files(files: Sequence[Path], choice: ModelChoice, folder: Path, *, device: str = "cpu") -> str:
     """Classify image files and draw each map over its image into `folder`; returns what is to be printed.
 
-    The colours mean the same in every picture of one call. Raises DataError, PredictionError, SheetError,
+    The colours mean the same in every picture of one call. A map that is none, of a decoder that learned nothing, is
+    not drawn, and it is said. Raises DataError, PredictionError, SheetError,
     TrackingError, StorageError.
     """
     model = choice.load()
@@ -143,14 +147,17 @@ def predict_files(files: Sequence[Path], choice: ModelChoice, folder: Path, *, d
         order = np.argsort(-found.probabilities[i], kind="stable")[:TOP]
         ranked = ", ".join(f"{model.class_names[k]} {found.probabilities[i, k]:.3f}" for k in order)
         lines.append(f"{file}: {ranked}" + (f"  -> {pictures[i]}" if pictures else ""))
-    if found.maps is None:
+    if found.maps is None and model.weight == 0:
+        lines.append("no picture: this model was trained with lambda = 0, so its decoder learned no maps and what it "
+                     "makes is noise; a model of the approach impactx with another lambda gives maps")
+    elif found.maps is None:
         lines.append("no picture: this model gives classes only; a model of the approach impactx gives maps as well")
     return "\n".join(lines)
 
 
 def _draw(files: Sequence[Path], images: np.ndarray, model: TrainedModel, found: Prediction, folder: Path
           ) -> list[Path]:
-    assert found.maps is not None
+    assert found.maps is not None and model.map_kind is not None
     folder.mkdir(parents=True, exist_ok=True)
     limit, written = colour_limit(found.maps), []
     for i, file in enumerate(files):
@@ -160,6 +167,6 @@ def _draw(files: Sequence[Path], images: np.ndarray, model: TrainedModel, found:
         label = int(found.labels[i])
         draw_sheet(path, images[i:i + 1], found.maps[i:i + 1],
                    [f"{model.class_names[label]} {found.probabilities[i, label]:.2f}"], limit=limit,
-                   title=file.name)
+                   title=file.name, kind=model.map_kind)
         written.append(path)
     return written

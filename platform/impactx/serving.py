@@ -6,11 +6,18 @@ checkpoint, so the loading machine needs neither Ray nor an installed impactx.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
 
 from impactx.api import TrainedModel, load_model
+
+log = logging.getLogger("impactx")
+# For those who ask over HTTP: MLflow makes uint8 of what JSON holds before anything of ours sees it, so a fraction and
+# a black pixel look alike here.
+IMAGES = ("whole numbers 0 to 255, (N, H, W, 3), RGB; no fractions: of those in a JSON request MLflow cuts off what is "
+          "behind the point, so an image in [0, 1] arrives as a black one")
 
 
 class ServedModel:
@@ -20,10 +27,16 @@ class ServedModel:
         self.model = model
 
     def predict(self, images: Any) -> dict[str, np.ndarray]:
-        """label: int64 (N,); scores: float32 (N, K), probabilities; of IMPACTX map: float32 (N, C, H, W) as well.
+        """label: int64 (N,); scores: float32 (N, K), probabilities; map: float32 (N, C, H, W), where it has maps.
 
-        images: uint8 (N, H, W, 3) of the model's size; MLflow checks it against the signature before.
+        Which it has, and what they are, `models.map_kind` tells; one trained with lambda = 0 has none.
+
+        images: uint8 (N, H, W, 3) of the model's size; MLflow checks it against the signature before. Images without
+        a value above 1 are warned of: they may be fractions, see IMAGES.
         """
+        if np.size(images) and np.max(images) <= 1:
+            log.warning("no pixel of these %d images has a value above 1: if they are not black, send %s", len(images),
+                        IMAGES)
         found = self.model.predict(np.ascontiguousarray(images))
         output = {"label": found.labels, "scores": found.probabilities}
         return output if found.maps is None else output | {"map": found.maps}

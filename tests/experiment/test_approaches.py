@@ -112,6 +112,7 @@ def test_every_final_model_is_kept_as_what_it_is(first):
     kinds = {name: type(loaded(rows[name]).model) for name in rows if name != "baseline"}
     assert kinds == dict.fromkeys(NAMES[:7], Impactx) | {"ensemble": Ensemble, "abn": Abn, "wae": Wae,
                                                          "single_stage": SingleStageImpactx}
+    assert {name: loaded(row).weight for name, row in rows.items()} == {name: row.weight for name, row in rows.items()}
     assert loaded(rows["wae"]).approach_settings.attribution.max_evals == 12
     single = loaded(rows["single_stage"])
     factor = float(single.model.factor)  # 0 where the best epoch is one that had no maps
@@ -119,14 +120,17 @@ def test_every_final_model_is_kept_as_what_it_is(first):
 
 
 def test_the_library_predicts_what_the_test_saw(first):
-    """WAE's maps are computed anew there, in other groups: its probabilities agree within rounding."""
+    """WAE's maps are computed anew there, in other groups: its probabilities agree within rounding.
+
+    lambda0's decoder learned nothing: it has no maps.
+    """
     rows, job, _ = first
     data = job.place.dataset(job.cells[0].dataset.model_dump())
     test = data.load_test()
     for name, row in rows.items():
         found = impactx.load_model(Path(row.checkpoint, "checkpoint.pt")).predict(test.images)
         assert (found.labels == test.labels).mean() == pytest.approx(row.test_accuracy, abs=0.003), name
-        maps = {"baseline": None, "ensemble": None, "abn": (1, 32, 32)}.get(name, (3, 32, 32))
+        maps = {"baseline": None, "ensemble": None, "lambda0": None, "abn": (1, 32, 32)}.get(name, (3, 32, 32))
         assert (found.maps if maps is None else found.maps.shape[1:]) == maps
         assert np.isfinite(found.probabilities).all()
 

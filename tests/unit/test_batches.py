@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from impactx.datasets.batches import DeviceData, draws, move
+from impactx.datasets.batches import DeviceData, check_maps, draws, move
 from impactx.settings import AugmentationSettings
 
 BOTH = AugmentationSettings(flip=True, shift=2)
@@ -175,3 +175,39 @@ def test_batches_are_channels_last_and_the_arrays_stay_as_they_were():
     batch.images.zero_()
     np.testing.assert_array_equal(images, before[0])
     np.testing.assert_array_equal(maps, before[1])
+
+
+def spoilt(maps, value=np.nan):
+    maps = maps.copy()
+    maps[[5, 7], 1, 2, 3] = value
+    return maps
+
+
+@pytest.mark.parametrize("memory", [None, 0], ids=["loaded", "kept"])
+@pytest.mark.parametrize("change, says", [
+    (lambda m: m[:6], r"\(6, 3, 6, 8\) for 10 images of 6x8 pixels.*\(10, 3, 6, 8\)"),
+    (lambda m: np.concatenate([m, m]), r"\(20, 3, 6, 8\) for 10 images"), (lambda m: m[:, :1], r"\(10, 1, 6, 8\) for"),
+    (lambda m: m[:, :, :5], r"\(10, 3, 5, 8\) for"), (lambda m: m[0], r"\(3, 6, 8\) for")])
+def test_maps_of_other_images_are_refused(memory, change, says):
+    images, labels, maps = arrays(10)
+    with pytest.raises(ValueError, match=says):
+        DeviceData(images, labels, np.arange(4), maps=change(maps), memory_bytes=memory)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("memory", [None, 0], ids=["loaded", "kept"])
+def test_maps_that_are_not_finite_are_refused_where_they_are_taken(memory, value):
+    images, labels, maps = arrays(10)
+    maps = spoilt(maps, value)
+
+    def batches(rows, **how):
+        held = DeviceData(images, labels, np.array(rows), maps=maps, memory_bytes=memory, **how)
+        return list(held.evaluation(batch_size=4))
+
+    assert len(batches([4, 6, 9])) == 1  # the others are not looked at
+    with pytest.raises(ValueError, match="maps of 2 images, the first of them image 7,.*not finite"):
+        batches([9, 7, 5])
+    assert not batches([9, 7], pending=True)[0].maps[1].isfinite().all()  # single-stage: there is none yet
+    check_maps(maps, images)
+    with pytest.raises(ValueError, match="maps of 2 images, the first of them image 5,.*not finite"):
+        check_maps(maps, images, finite=True)

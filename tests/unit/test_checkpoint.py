@@ -18,6 +18,7 @@ from impactx.models import (
     build_classifier,
     build_impactx,
     load_checkpoint,
+    map_kind,
     register_kind,
     save_checkpoint,
     weights_fingerprint,
@@ -97,6 +98,19 @@ def test_an_impactx_comes_back_from_a_file(tmp_path, settings, approach, channel
                 assert torch.equal(ours, theirs)
     assert not any(p.requires_grad for p in loaded.model.a.parameters())
     assert all(p.requires_grad for p in loaded.model.trainable_parameters())
+
+
+@pytest.mark.parametrize("lambdas, kept, found", [
+    ([0.2, 0.8], 0.0, 0.0), ([0.0], 0.8, 0.8), ([0.0], None, 0.0), ([0.0, 0.8], None, None), ([0.8], None, 0.8)])
+def test_the_lambda_of_a_training_is_known(lambdas, kept, found):
+    """Checkpoints of before it was kept tell it by their settings where there is but one candidate."""
+    approach = ImpactxSettings(lambdas=lambdas, latent=16)
+    model = build_impactx(approach, LENET, classifier(), seed=2)
+    loaded = load_checkpoint(save_checkpoint(model, model_settings=LENET, approach_settings=approach, weight=kept,
+                                             class_names=NAMES, extra={"unit": "k"}))
+    assert loaded.weight == found and loaded.extra["unit"] == "k"
+    assert map_kind(loaded.model, loaded.weight) == (None if found == 0 else "evidence")
+    assert load_checkpoint(content()).weight is None and map_kind(classifier()) is None
 
 
 def test_float64_comes_back_as_float64():

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from impactx.experiment.approaches.base import Basis
+from impactx.experiment.approaches.single_stage import SingleStageApproach
 from impactx.experiment.claims import Claim, TakenOver
 from impactx.experiment.plan import Cell, Configuration, DataFacts
 from impactx.experiment.units import CHECKPOINT, CLAIM, RUNNING
 from impactx.experiment.work import train_unit
 from impactx.experiment.workplace import Workplace
 from impactx.models import load_checkpoint, weights_fingerprint
-from impactx.settings import ExperimentSettings
+from impactx.settings import ExperimentSettings, SingleStageSettings
 from impactx.storage import Storage
 
 
@@ -34,8 +36,8 @@ def test_the_last_to_come_has_it(tmp_path):
 
 
 @pytest.fixture
-def work(tmp_path):
-    """A small final training, and where it is done."""
+def cell(tmp_path):
+    """A small cell, and where its work is done."""
     settings = ExperimentSettings.model_validate({
         "datasets": {"digits": {"name": "digits", "source": "digits", "subset": 60}},
         "models": {"lenet5": {"name": "lenet5", "architecture": "lenet5"}},
@@ -43,9 +45,14 @@ def work(tmp_path):
     place = Workplace(str(tmp_path / "out"), str(tmp_path), str(tmp_path / "cache"))
     dataset = settings.datasets["digits"]
     data = place.dataset(dataset.model_dump(mode="json"))
-    cell = Cell(settings, dataset, settings.models["lenet5"], DataFacts(
-        data.fingerprint, len(data.train.labels), data.num_classes, data.image_size, data.class_names))
-    return cell.stage1_model(Configuration(0.004, 16, 0.2), 0), place
+    return Cell(settings, dataset, settings.models["lenet5"], DataFacts(
+        data.fingerprint, len(data.train.labels), data.num_classes, data.image_size, data.class_names)), place
+
+
+@pytest.fixture
+def work(cell):
+    """A small final training, and where it is done."""
+    return cell[0].stage1_model(Configuration(0.004, 16, 0.2), 0), cell[1]
 
 
 def files(unit, place):
@@ -56,6 +63,19 @@ def files_belong_together(unit, place):
     result = place.artifacts.result(unit)
     checkpoint = load_checkpoint(place.artifacts.storage.read(f"{unit.folder}/{CHECKPOINT}"))
     return weights_fingerprint(checkpoint.model) == result["weights"]
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.4])
+def test_the_checkpoint_keeps_the_lambda_of_its_training(cell, weight):
+    """The one that was trained, not those that were searched: of lambda = 0 the decoder learned nothing."""
+    configuration, place = Configuration(0.004, 16, 0.2), cell[1]
+    a = cell[0].stage1_model(configuration, 0)
+    approach = SingleStageApproach("single", SingleStageSettings(lambdas=[0.0, 0.4], latent=16, explain_every=9))
+    unit = approach.model(Basis(cell[0], configuration, 0, a, {}), {"lambda": weight})
+    train_unit(unit, place)
+    assert load_checkpoint(place.artifacts.storage.read(f"{unit.folder}/{CHECKPOINT}")).weight == weight
+    train_unit(a, place)
+    assert load_checkpoint(place.artifacts.storage.read(f"{a.folder}/{CHECKPOINT}")).weight is None
 
 
 @pytest.mark.parametrize("epoch", [1, 2, 3])

@@ -23,6 +23,7 @@ import pytest
 from PIL import Image
 
 from impactx.datasets import DataError, load_dataset, locate
+from impactx.datasets.decoding import decode
 from impactx.settings import DatasetSettings
 
 PLATFORM = Path(__file__).resolve().parents[2] / "platform"
@@ -243,6 +244,52 @@ def test_grey_palette_and_transparent_images_become_rgb_and_it_is_said(tmp_path)
     for count, kind in ((2, "grey"), (1, "RGBA"), (1, "palette"), (1, "16-bit grey")):
         assert f"{count} train images of kind {kind} were converted" in told
     assert load(tmp_path).notes == data.notes  # kept with the cache
+
+
+def photo(pixels, orientation, kind="PNG", **options):
+    """An encoded image with an EXIF orientation."""
+    exif, out = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(out, kind, exif=exif, **options)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("orientation, seen", [
+    (1, lambda p: p), (2, lambda p: p[:, ::-1]), (3, lambda p: p[::-1, ::-1]), (4, lambda p: p[::-1]),
+    (5, lambda p: p.swapaxes(0, 1)), (6, lambda p: np.rot90(p, -1)), (7, lambda p: np.rot90(p, 2).swapaxes(0, 1)),
+    (8, lambda p: np.rot90(p)), (0, lambda p: p), (9, lambda p: p)])
+@pytest.mark.parametrize("kind, options", [("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {})])
+def test_an_image_is_turned_as_its_exif_orientation_says(orientation, seen, kind, options):
+    """As the EXIF standard has it: what the stored rows and columns are in the picture that is seen."""
+    found = decode(photo(image(1), orientation, kind, **options))
+    np.testing.assert_array_equal(found.image, seen(image(1)))
+    assert kind == "TIFF" or found.turned == (2 <= orientation <= 8)  # Pillow itself turns a TIFF
+
+
+def test_other_exif_data_and_damaged_ones_change_nothing():
+    exif, out, pixels = Image.Exif(), io.BytesIO(), image(2, (40, 30))
+    exif[0x010F] = "a maker"
+    for data in (exif, b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0nonsense", b"Exif\0\0"):
+        out = io.BytesIO()
+        Image.fromarray(pixels).save(out, "JPEG", exif=data)
+        bare = io.BytesIO()
+        Image.fromarray(pixels).save(bare, "JPEG")
+        found = decode(out.getvalue())
+        np.testing.assert_array_equal(found.image, np.asarray(Image.open(bare)))
+        assert not found.turned and found.kind is None
+
+
+def test_turned_images_are_said_and_the_others_keep_their_fingerprint(tmp_path):
+    for root in ("a", "b"):
+        folders(tmp_path / root)
+    before = load(tmp_path / "a")
+    for name in ("00.png", "01.png"):
+        file = tmp_path / "b/pets/train/cat" / name
+        file.write_bytes(photo(np.asarray(Image.open(file))[::-1], 4))  # stored upside down
+    data = load(tmp_path / "b")
+    assert "2 train images were turned as their EXIF orientation says" in data.notes
+    assert not any("turned" in note for note in before.notes)
+    assert (data.fingerprint, data.test_fingerprint) == (before.fingerprint, before.test_fingerprint)
 
 
 def test_resizing_makes_one_size_and_is_antialiased(tmp_path):

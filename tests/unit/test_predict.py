@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import logging
+import re
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,9 +19,20 @@ from PIL import Image
 from impactx.api import TrainedModel, load_model
 from impactx.command import main
 from impactx.datasets import DataError
-from impactx.models import build_classifier, build_impactx
+from impactx.explain.sheet import draw_sheet
+from impactx.models import build_abn, build_classifier, build_impactx, build_wae, load_checkpoint
 from impactx.prediction import ModelChoice, PredictionError, read_images
-from impactx.settings import ImpactxSettings, ModelSettings
+from impactx.serving import _load_pyfunc
+from impactx.settings import (
+    AbnSettings,
+    AttributionSettings,
+    ImpactxSettings,
+    ModelSettings,
+    PartitionSettings,
+    WaeSettings,
+    parse_attribution,
+)
+from impactx.tracking.models import OF_ATTRIBUTIONS, REQUIREMENTS, requirements, save, signature
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("cat", "dog", "ship", "plane")
@@ -28,6 +43,12 @@ def trained(approach: str, seed: int = 0) -> TrainedModel:
     a = build_classifier(LENET, len(NAMES), (32, 32), seed=seed)
     if approach == "baseline":
         return TrainedModel(a.eval(), LENET, NAMES)
+    if approach == "wae":
+        wae = WaeSettings(attribution=PartitionSettings(max_evals=12, fixed_context=1))
+        return TrainedModel(build_wae(wae, LENET, a, seed=seed).eval(), LENET, NAMES, wae)
+    if approach == "abn":
+        return TrainedModel(build_abn(AbnSettings(), LENET, len(NAMES), (32, 32), seed=seed).eval(), LENET, NAMES,
+                            AbnSettings())
     settings = ImpactxSettings()
     return TrainedModel(build_impactx(settings, LENET, a, seed=seed, channels=3).eval(), LENET, NAMES, settings, 0.5)
 
@@ -110,6 +131,15 @@ def test_images_are_converted_as_a_data_set_does_and_it_is_said(pictures, caplog
     assert "converted from RGBA to RGB; resized from 80x40 to 32x32 pixels, its proportions are changed" in caplog.text
 
 
+def test_a_photograph_is_turned_as_the_camera_was_held(pictures, caplog):
+    caplog.set_level(logging.INFO, "impactx")
+    pixels, exif = np.asarray(Image.open(pictures / "plain.png")), Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.rot90(pixels)).save(pictures / "photo.png", exif=exif)
+    np.testing.assert_array_equal(read_images([pictures / "photo.png"], (32, 32))[0], pixels)
+    assert "photo.png: turned as its EXIF orientation says" in caplog.text
+
+
 def test_every_bad_image_is_named(pictures):
     with pytest.raises(DataError, match=r"(?s)note.txt cannot be read as an image.*absent.png: no such file"):
         read_images([pictures / "plain.png", pictures / "note.txt", pictures / "absent.png"], (32, 32))
@@ -127,11 +157,140 @@ def test_classes_scores_and_pictures(predict, output, pictures, capsys):
             assert drawn.width > drawn.height > 100
 
 
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are saved; saving them also lays their texts out."""
+    from matplotlib.figure import Figure
+
+    saved, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (saved.append(self), save(self, *a, **k)))
+    return saved
+
+
+@pytest.mark.parametrize("approach, colours, label", [
+    ("impactx", "RdBu_r", "against the class  <  value, summed over channels  <  for the class"),
+    ("abn", "viridis", "attention, without a sign: it speaks neither for the class nor against it")])
+def test_a_map_is_drawn_as_what_it_is(predict, figures, tmp_path, approach, colours, label):
+    """Evidence has a sign; ABN's attention, in (0, 1), has none."""
+    trained(approach).save(tmp_path / "net.pt")
+    predict("plain.png", "--model", tmp_path / "net.pt")
+    *panels, bar = figures[0].axes
+    assert bar.get_xlabel() == label
+    for panel in panels[1:3]:
+        drawn = panel.images[-1]
+        assert drawn.get_cmap().name == colours
+        low, high = drawn.get_clim()
+        assert (low, high) == (0, 1) if approach == "abn" else low == -high < 0
+
+
+def test_a_dollar_in_a_name_begins_no_formula(figures, tmp_path):
+    image = np.zeros((1, 32, 32, 3), np.uint8)
+    draw_sheet(tmp_path / "sheet.png", image, np.ones((1, 3, 32, 32), np.float32), ["$y^{$ US$5"], title="$x^{$.png")
+    assert figures[0].axes[0].get_title() == "$y^{$ US$5" and figures[0].get_suptitle() == "$x^{$.png"
+
+
+def test_the_file_and_the_classes_may_have_a_dollar(predict, tmp_path, pictures, capsys):
+    (pictures / "plain.png").rename(pictures / "$x^{$.png")
+    model = trained("impactx")
+    TrainedModel(model.model, LENET, ("$a^{$",) * len(NAMES), model.approach_settings).save(tmp_path / "net.pt")
+    predict("$x^{$.png", "--model", tmp_path / "net.pt")
+    assert "-> predictions/$x^{$-map.png" in capsys.readouterr().out
+    assert (pictures / "predictions/$x^{$-map.png").exists()
+
+
 def test_a_model_without_maps_gives_classes_and_says_so(predict, output, pictures, capsys):
     predict("plain.png", "--model", output / "models/k0")
     out = capsys.readouterr().out
     assert out.startswith("plain.png: ") and "this model gives classes only" in out
     assert not (pictures / "predictions").exists()
+
+
+@pytest.mark.parametrize("how", ["kept", "settings", "job"])
+def test_a_decoder_that_learned_nothing_explains_nothing(predict, tmp_path, pictures, capsys, how):
+    """lambda = 0 by the checkpoint, by an older one's settings, by the job of an older one that searched lambda."""
+    lambdas = {"kept": [0.2, 0.8], "settings": [0.0], "job": [0.0, 0.8]}[how]
+    model = replace(trained("impactx"), approach_settings=ImpactxSettings(lambdas=lambdas))
+    (tmp_path / "models/k").mkdir(parents=True)
+    replace(model, weight=0.0 if how == "kept" else None).save(tmp_path / "models/k/checkpoint.pt")
+    (tmp_path / "jobs/one-1").mkdir(parents=True)
+    (tmp_path / "jobs/one-1/results.json").write_text(json.dumps([
+        {"dataset": "pets", "model": "lenet5", "approach": "lambda0", "repeat": 0, "weight": 0.0,
+         "checkpoint": "/where/models/k"}]))
+    predict("plain.png", "--model", tmp_path / "jobs/one-1")
+    out = capsys.readouterr().out
+    assert "no picture: this model was trained with lambda = 0" in out and out.startswith("plain.png: ")
+    assert not (pictures / "predictions").exists()
+    images, untaught = read_images([pictures / "plain.png"], (32, 32)), replace(model, weight=0.0)
+    assert model.predict(images).maps.shape == (1, 3, 32, 32) and untaught.predict(images).maps is None
+    np.testing.assert_array_equal(model.predict(images).probabilities, untaught.predict(images).probabilities)
+
+
+@pytest.mark.parametrize("weight, served", [(0.8, {"label", "scores", "map"}), (0.0, {"label", "scores"})])
+def test_a_served_model_has_the_outputs_of_its_signature(tmp_path, weight, served):
+    replace(trained("impactx"), weight=weight).save(tmp_path / "net.pt")
+    found = _load_pyfunc(str(tmp_path / "net.pt")).predict(np.zeros((2, 32, 32, 3), np.uint8))
+    assert set(found) == served == set(signature(load_checkpoint(tmp_path / "net.pt")).outputs.input_names())
+
+
+@pytest.mark.parametrize("sent, warned", [(0.5, True), (1.0, True), (2, False), (128.0, False)])
+def test_fractions_in_a_request_are_warned_of_and_documented(tmp_path, caplog, sent, warned):
+    """MLflow makes uint8 of them before the model gets them: whether they were fractions cannot be told there."""
+    from mlflow.models import Model
+    from mlflow.pyfunc.scoring_server import infer_and_parse_data
+
+    trained("impactx").save(tmp_path / "net.pt")
+    save(tmp_path / "served", (tmp_path / "net.pt").read_bytes())
+    about = Model.load(tmp_path / "served")
+    request = {"inputs": np.full((2, 32, 32, 3), sent).tolist()}
+    images = infer_and_parse_data(request, about.get_input_schema())
+    assert images.dtype == np.uint8 and (images == int(sent)).all()
+    with caplog.at_level(logging.WARNING, "impactx"):
+        _load_pyfunc(str(tmp_path / "net.pt")).predict(images)
+    assert ("no pixel of these 2 images has a value above 1" in caplog.text) == warned
+    assert "no fractions" in about.metadata["images"] and about.metadata["map_kind"] == "evidence"
+
+
+@pytest.mark.parametrize("method, needed", [
+    ("integrated_gradients", {"captum"}), ("gradient_shap", {"captum"}), ("occlusion", {"captum"}),
+    ("grad_cam", {"captum"}), ("partition", set()), ("shap_partition", {"shap", "opencv-python-headless"})])
+def test_a_machine_that_serves_gets_what_the_models_attribution_needs(tmp_path, method, needed):
+    """WAE makes a map of each image that it is given; what IMPACTX was taught by, it needs no longer."""
+    def found(model, settings):
+        TrainedModel(model.eval(), LENET, NAMES, settings).save(tmp_path / "net.pt")
+        return dict(line.partition("==")[::2] for line in requirements(load_checkpoint(tmp_path / "net.pt")))
+
+    a, attribution = build_classifier(LENET, len(NAMES), (32, 32), seed=0), parse_attribution({"method": method})
+    wae, own = WaeSettings(attribution=attribution), ImpactxSettings(attribution=attribution)
+    extra = found(build_wae(wae, LENET, a, seed=0), wae)
+    assert set(extra) == set(REQUIREMENTS) | needed
+    assert all(extra[name] == importlib.metadata.version(name) for name in REQUIREMENTS)
+    assert set(found(build_impactx(own, LENET, a, seed=0), own)) == set(REQUIREMENTS)
+
+
+def test_every_attribution_says_what_it_needs():
+    union = get_args(get_args(AttributionSettings)[0])
+    assert set(OF_ATTRIBUTIONS) == {one.model_fields["method"].default for one in union}
+
+
+@pytest.mark.parametrize("approach", ["baseline", "impactx", "abn", "wae"])
+def test_of_no_image_there_is_no_prediction(tmp_path, approach):
+    """The shapes are those that images have, through serving as well."""
+    trained(approach).save(tmp_path / "net.pt")
+    served = _load_pyfunc(str(tmp_path / "net.pt"))
+    some, none = (served.predict(np.zeros((count, 32, 32, 3), np.uint8)) for count in (2, 0))
+    assert some.keys() == none.keys() and set(none) >= {"label", "scores"}
+    for name, found in none.items():
+        assert found.shape == (0, *some[name].shape[1:]) and found.dtype == some[name].dtype
+
+
+@pytest.mark.parametrize("images", [
+    np.zeros((0, 64, 64, 3), np.uint8), np.zeros((2, 64, 64, 3), np.uint8), np.zeros((2, 32, 32, 1), np.uint8),
+    np.zeros((32, 32, 3), np.uint8), np.zeros((2, 32, 32, 3))], ids=lambda a: f"{a.dtype} {a.shape}")
+@pytest.mark.parametrize("approach", ["baseline", "wae"])
+def test_other_arrays_than_images_are_refused(approach, images):
+    got = re.escape(f"got {images.dtype} {images.shape}")
+    with pytest.raises(ValueError, match=rf"must be uint8 \(N, 32, 32, 3\).*{got}"):
+        trained(approach).predict(images)
 
 
 def test_a_mistake_is_one_message(predict, output, capsys):

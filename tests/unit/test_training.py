@@ -11,10 +11,13 @@ import timm
 import torch
 from torch import nn
 
+from impactx.api import TrainedModel, train_impactx
+from impactx.datasets import Dataset, make_split
 from impactx.datasets.batches import DeviceData
-from impactx.models import build_classifier, build_impactx
-from impactx.settings import AugmentationSettings, ImpactxSettings, ModelSettings, TrainingSettings
-from impactx.training import TrainingData, classification_loss, evaluate, fit, impactx_loss
+from impactx.datasets.entry import ImageSet
+from impactx.models import build_classifier, build_impactx, build_wae
+from impactx.settings import AugmentationSettings, ImpactxSettings, ModelSettings, TrainingSettings, WaeSettings
+from impactx.training import TrainingData, classification_loss, evaluate, fit, impactx_loss, train_stage2
 from impactx.training.loop import ResumeError
 
 LENET = ModelSettings(name="lenet5", architecture="lenet5")
@@ -215,6 +218,48 @@ def test_stage_2_without_maps_is_said():
     net, loss, _ = stage2()
     with pytest.raises(ValueError, match="needs a map for every image"):
         fit(net, loss, data(), TrainingSettings(epochs=1), **HOW)
+
+
+BAD_MAPS = [
+    (lambda m: m[:40], r"\(40, 3, 32, 32\) for 60 images"),
+    (lambda m: np.concatenate([m, m]), r"\(120, 3, 32, 32\) for"),
+    (lambda m: m[:, :1], r"\(60, 1, 32, 32\) for"), (lambda m: m[..., :28, :28], r"\(60, 3, 28, 28\) for"),
+    (lambda m: np.full_like(m, np.nan), "maps of 60 images, the first of them image 0,.*not finite")]
+
+
+def whole(tmp_path) -> tuple[Dataset, np.ndarray]:
+    images, labels, maps = arrays()
+    return Dataset("stripes", tuple("abcd"), (32, 32), "", "", [], "", tmp_path, ImageSet(images, labels)), maps
+
+
+@pytest.mark.parametrize("change, says", BAD_MAPS)
+def test_the_front_door_refuses_maps_of_other_images(tmp_path, change, says):
+    stripes, maps = whole(tmp_path)
+    a = TrainedModel(build_classifier(LENET, 4, (32, 32), seed=1).eval(), LENET, stripes.class_names)
+    with pytest.raises(ValueError, match=says):
+        train_impactx(a, stripes, change(maps), TrainingSettings(epochs=1))
+
+
+@pytest.mark.parametrize("taught", ["own", "shuffled"])
+@pytest.mark.parametrize("change, says", BAD_MAPS)
+def test_stage_2_refuses_maps_of_other_images(tmp_path, taught, change, says):
+    """The controls too, whose maps are other images'."""
+    stripes, maps = whole(tmp_path)
+    split = make_split(stripes.train.labels, 0.2, seed=0, common_fraction=0.2)
+    says = says.replace("60 images, the first of them image 0,", ".*")  # of a part, in its order
+    with pytest.raises(ValueError, match=says):
+        train_stage2(stripes, split, LENET, TrainingSettings(epochs=1), weight=0.8, maps=change(maps), scale=1.0,
+                     classifier=build_classifier(LENET, 4, (32, 32), seed=1), approach=ImpactxSettings(maps=taught),
+                     seed=0, learning_rate=0.01, batch_size=8, augmentation=AugmentationSettings())
+
+
+@pytest.mark.parametrize("maps, says", [
+    ((), "none was given"), ((torch.zeros(2, 1, 32, 32),), r"\(2, 1, 32, 32\) were given")])
+def test_wae_without_its_maps_says_so(maps, says):
+    net = build_wae(WaeSettings(latent=16), LENET, build_classifier(LENET, 4, (32, 32), seed=1), seed=2).eval()
+    for score in (net, net.classify):
+        with pytest.raises(ValueError, match=rf"for every image, \(2, 3, 32, 32\) as the images are, and .*{says}"):
+            score(torch.zeros(2, 3, 32, 32), *maps)
 
 
 @pytest.mark.parametrize("settings", [{"optimizer": "adamw", "weight_decay": 0.1}, {"optimizer": "sgd"},

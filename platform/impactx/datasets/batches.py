@@ -65,13 +65,41 @@ def move(planes: Tensor, shift: int, dy: Tensor, dx: Tensor, flip: Tensor | None
     return planes
 
 
+def check_maps(maps: np.ndarray, images: np.ndarray, *, finite: bool = False) -> None:
+    """Raise ValueError where maps, (N, C, H, W), are not one for each of the images, uint8 (N, H, W, C).
+
+    maps: an array or what gives rows as one; finite: their values are looked at too, which reads all of them.
+    """
+    count, height, width, channels = images.shape
+    if tuple(maps.shape) != (count, channels, height, width):
+        raise ValueError(f"maps of shape {tuple(maps.shape)} for {count} images of {height}x{width} pixels: there must "
+                         f"be one map for each image, in their order, {(count, channels, height, width)}; make them of "
+                         "these very images")
+    for start in range(0, count if finite else 0, 1024):  # the array may be larger than memory
+        rows = np.arange(start, min(start + 1024, count))
+        _check_finite(maps[rows], rows)
+
+
+def _check_finite(maps: np.ndarray, rows: np.ndarray) -> None:
+    """rows: the images that the maps belong to, for the message."""
+    finite = np.isfinite(maps)
+    if not finite.all():
+        bad = rows[~finite.all(axis=(1, 2, 3))]
+        raise ValueError(f"the maps of {len(bad)} images, the first of them image {bad[0]}, hold values that are not "
+                         "finite: make them again, or leave these images out")
+
+
 class DeviceData:
     """Some images of a data set (and their maps) on a device, in batches.
 
     images: uint8 (N, H, W, 3); labels: int64 (N,); indices: which of them, int64 (n,);
     maps: float32 (N, C, H, W) aligned with images (an array, or what gives rows as one), or None; scale: per-image
-    or one factor by which maps are multiplied. dtype: of the batches. memory_bytes: where images and maps would need
-    more than this on the device, they are gathered from the given arrays batch by batch; None: no limit.
+    or one factor by which maps are multiplied. pending: maps may be NaN, of images that have none yet. dtype: of the
+    batches. memory_bytes: where images and maps would need more than this on the device, they are gathered from the
+    given arrays batch by batch; None: no limit.
+
+    Raises ValueError where maps are not those of the images (`check_maps`); that those it takes are finite is looked
+    at when they are taken: at once, or batch by batch.
 
     Attributes: labels, and images and maps as (n, H, W, C), all on the device; images and maps are None where
     they are gathered.
@@ -79,12 +107,14 @@ class DeviceData:
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, indices: np.ndarray, *,
                  device: torch.device | str = "cpu", maps: np.ndarray | None = None,
-                 scale: float | np.ndarray = 1.0, dtype: torch.dtype = torch.float32,
+                 scale: float | np.ndarray = 1.0, pending: bool = False, dtype: torch.dtype = torch.float32,
                  memory_bytes: int | None = None) -> None:
+        if maps is not None:
+            check_maps(maps, images)
         self.device, self.dtype = torch.device(device), dtype
         self.indices = np.asarray(indices, dtype=np.int64)
         self.labels = torch.from_numpy(np.asarray(labels)[self.indices].astype(np.int64)).to(self.device)
-        self._host_images, self._host_maps, self._scale = images, maps, scale
+        self._host_images, self._host_maps, self._scale, self._pending = images, maps, scale, pending
         needed = len(self.indices) * (math.prod(images.shape[1:]) + (
             math.prod(maps.shape[1:]) * dtype.itemsize if maps is not None else 0))
         self.loaded = memory_bytes is None or needed <= memory_bytes
@@ -112,7 +142,10 @@ class DeviceData:
         return images, self._scaled(self._host_maps, self._scale, chosen)
 
     def _scaled(self, maps: np.ndarray, scale: float | np.ndarray, chosen: np.ndarray) -> Tensor:
-        own = torch.from_numpy(np.ascontiguousarray(maps[chosen].transpose(0, 2, 3, 1)))
+        taken = maps[chosen]
+        if not self._pending:
+            _check_finite(taken, chosen)
+        own = torch.from_numpy(np.ascontiguousarray(taken.transpose(0, 2, 3, 1)))
         factor = torch.as_tensor(scale if np.ndim(scale) == 0 else np.asarray(scale)[chosen], dtype=self.dtype)
         factor = factor.reshape(-1, *[1] * (3 if factor.ndim else 0))
         return (own.to(self.dtype) * factor).to(self.device)

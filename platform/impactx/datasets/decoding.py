@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .errors import DataError
 
@@ -21,6 +21,7 @@ Raw = bytes | Path | np.ndarray
 
 BLOCK = 32  # images decoded by one task
 THREADS = 8  # at most
+ORIENTATION = 0x0112  # EXIF's tag; 1: as it is stored, 2 to 8: to be mirrored or turned
 
 _NAMES = {"1": "grey", "L": "grey", "LA": "grey with alpha", "La": "grey with alpha", "P": "palette",
           "PA": "palette", "RGBA": "RGBA", "RGBa": "RGBA", "I;16": "16-bit grey", "I;16L": "16-bit grey",
@@ -29,18 +30,21 @@ _NAMES = {"1": "grey", "L": "grey", "LA": "grey with alpha", "La": "grey with al
 
 class Decoded(NamedTuple):
     """image: uint8 (H, W, 3); kind: of image it was made from ("grey", "RGBA", ...), None for plain RGB;
-    resized: its (height, width) before it was resized, None where it was not.
+    resized: its (height, width) before it was resized, None where it was not; turned: its EXIF orientation said that
+    it is to be mirrored or turned, which was done.
     """
 
     image: np.ndarray
     kind: str | None
     resized: tuple[int, int] | None
+    turned: bool = False
 
 
 def decode(raw: Raw, size: int | None = None) -> Decoded:
     """Decode one image.
 
-    Transparent parts are laid over black; 16-bit grey keeps its upper 8 bits; other modes
+    It is turned as its EXIF orientation says (cameras store what they see and note how they were held), and seen as
+    people see it. Transparent parts are laid over black; 16-bit grey keeps its upper 8 bits; other modes
     go through Pillow's conversion. size: side in pixels of the square to which the image is resized
     (bilinear, antialiased; the aspect ratio is not kept), None: as it is.
 
@@ -56,11 +60,12 @@ def decode(raw: Raw, size: int | None = None) -> Decoded:
             image.load()
             kind = None if image.mode == "RGB" and "transparency" not in image.info else (
                 _NAMES.get(image.mode, f"mode {image.mode}"))
+            turned = _upright(image)
             rgb, before = _to_rgb(image), None
             if size is not None and rgb.size != (size, size):
                 before = (rgb.height, rgb.width)
                 rgb = rgb.resize((size, size), Image.Resampling.BILINEAR)
-            return Decoded(np.asarray(rgb), kind, before)
+            return Decoded(np.asarray(rgb), kind, before, turned)
     except DataError:
         raise
     except MemoryError:
@@ -68,6 +73,18 @@ def decode(raw: Raw, size: int | None = None) -> Decoded:
     except Exception as error:  # Pillow's plugins raise nearly any type on damaged data
         reason = "unknown format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise DataError(f"cannot be read as an image ({reason})") from error
+
+
+def _upright(image: Image.Image) -> bool:
+    """Mirror and turn a loaded image, in place, as its EXIF orientation says; True where that was needed."""
+    try:
+        orientation = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # damaged EXIF data say nothing, and the pixels are fine; Pillow raises nearly any type
+        return False
+    if orientation not in range(2, 9):
+        return False
+    ImageOps.exif_transpose(image, in_place=True)
+    return True
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -83,11 +100,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def decode_blocks(raws: Iterable[Raw], where: Callable[[int], str], size: int | None,
-                  kinds: Counter[str], sizes: Counter[tuple[int, int]]) -> Iterator[list[np.ndarray]]:
+                  kinds: Counter[str], sizes: Counter[tuple[int, int]], turned: Counter[bool]
+                  ) -> Iterator[list[np.ndarray]]:
     """Decode many images in their order; yields lists of uint8 (H, W, 3), at most BLOCK each.
 
     where(position) names the image at that position in an error; `kinds` counts what was converted, `sizes` what was
-    resized, by (height, width) before.
+    resized, by (height, width) before, `turned` what was turned by its EXIF orientation.
     No more blocks than threads + 1 are in memory. Raises DataError for the first bad image.
     """
     threads = min(THREADS, _cpus())
@@ -117,6 +135,7 @@ def decode_blocks(raws: Iterable[Raw], where: Callable[[int], str], size: int | 
                     done = waiting.popleft().result()
                     kinds.update(decoded.kind for decoded in done if decoded.kind)
                     sizes.update(decoded.resized for decoded in done if decoded.resized)
+                    turned.update(decoded.turned for decoded in done if decoded.turned)
                     yield [decoded.image for decoded in done]
         finally:
             for future in waiting:

@@ -22,7 +22,9 @@ from .cache import CacheDamaged
 from .errors import DataError
 from .sources import Part
 
-FORMAT = 1  # of the entry and of what decoding does; a new number makes every entry anew
+# Of the entry and of what decoding does; a new number makes every entry anew. 2: EXIF orientations are followed;
+# fingerprints are of the content, so those of images without one stay as they were.
+FORMAT = 2
 PROBES = 64  # images compared with their checksum when an entry is opened
 
 

@@ -33,16 +33,19 @@ def prepare(source: Source, settings: DatasetSettings, folder: Path, say: Callab
     for part, (origin, chosen) in rows.items():
         kinds: Counter[str] = Counter()
         sizes: Counter[tuple[int, int]] = Counter()
+        turned: Counter[bool] = Counter()
 
         def where(position: int, origin: Part = origin, chosen: np.ndarray = chosen) -> str:
             return source.where(origin, int(chosen[position]))
 
-        blocks = decode_blocks(source.images(origin, chosen), where, settings.image_size, kinds, sizes)
+        blocks = decode_blocks(source.images(origin, chosen), where, settings.image_size, kinds, sizes, turned)
         blocks = _one_size(blocks, where, first)
         blocks = _told(blocks, len(chosen), f"{settings.name}: {part} images", say)
         parts[part] = write_part(folder, part, labels[origin][chosen], blocks, names)
         notes += [f"{count} {part} images of kind {kind} were converted to RGB"
                   for kind, count in sorted(kinds.items())]
+        if turned:
+            notes.append(f"{turned.total()} {part} images were turned as their EXIF orientation says")
         if sizes:
             common = ", ".join(f"{height}x{width}" for (height, width), _ in sizes.most_common(3))
             others = " and other sizes" if len(sizes) > 3 else ""

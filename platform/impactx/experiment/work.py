@@ -106,7 +106,7 @@ def train_unit(unit: Unit, place: Workplace, *, device: torch.device | str = "cp
         weights = weights_fingerprint(model)
         files[CHECKPOINT] = save_checkpoint(
             model, model_settings=model_settings, approach_settings=trained.settings, class_names=data.class_names,
-            map_scale=trained.map_scale, extra={"unit": unit.key})
+            map_scale=trained.map_scale, weight=recipe.get("lambda"), extra={"unit": unit.key})
     best = trained.best or (result.best if result.best_epoch else None)
     summary = _plain(dict(trained.extra) | {
         "best": best and dict(best), "best_epoch": result.best_epoch,

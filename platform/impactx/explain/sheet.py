@@ -5,10 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from impactx.models import MapKind
+
 COLOURS = "RdBu_r"  # blue below zero, white at zero, red above
+ATTENTION_COLOURS = "viridis"  # from 0, dark, to 1, bright
 CLIPPED = 99.5  # percentile of the absolute values that gets the strongest colour
 
 
@@ -35,13 +40,13 @@ def check_sheet(path: str | Path) -> None:
 
 
 def draw_sheet(path: str | Path, images: np.ndarray, maps: np.ndarray, names: Sequence[str], *,
-               title: str = "", limit: float | None = None) -> None:
+               title: str = "", limit: float | None = None, kind: MapKind = "evidence") -> None:
     """Draw N examples, two a row.
 
     images: uint8 (N, H, W, 3); maps: float32 (N, C, H, W), summed over their channels; names: N class names.
-    Red speaks for the class, blue against it; the scale is the same for all, symmetric around zero, and ends at
-    `limit`, by default `colour_limit` of these maps. Raises SheetError where matplotlib is not installed or the
-    file cannot be written.
+    evidence: red speaks for the class, blue against it; the scale is the same for all, symmetric around zero, and
+    ends at `limit`, by default `colour_limit` of these maps. attention, which has no sign: the scale is 0 to 1.
+    Raises SheetError where matplotlib is not installed or the file cannot be written.
     """
     check_sheet(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -52,8 +57,10 @@ def draw_sheet(path: str | Path, images: np.ndarray, maps: np.ndarray, names: Se
     if not len(images) == len(maps) == len(names) or not len(images):
         raise ValueError(f"{len(images)} images, {len(maps)} maps and {len(names)} names: the same number is needed")
     values = np.asarray(maps, np.float64).sum(1)
-    limit = limit or colour_limit(maps)
-    scale, across = Normalize(-limit, limit), min(2, len(images))
+    signed = kind == "evidence"
+    limit = (limit or colour_limit(maps)) if signed else 1.0
+    colours, scale = (COLOURS, Normalize(-limit, limit)) if signed else (ATTENTION_COLOURS, Normalize(0, 1))
+    across = min(2, len(images))
     rows = math.ceil(len(images) / across)
     figure = Figure(figsize=(5.5 * across, 1.75 * rows + 1.1), layout="constrained")
     FigureCanvasAgg(figure)
@@ -65,21 +72,23 @@ def draw_sheet(path: str | Path, images: np.ndarray, maps: np.ndarray, names: Se
         column = i % across * 4
         first, second, third = panels[i // across, column:column + 3]
         first.imshow(image, interpolation="nearest")
-        second.imshow(value, cmap=COLOURS, norm=scale, interpolation="nearest")
+        second.imshow(value, cmap=colours, norm=scale, interpolation="nearest")
         grey = image.mean(2) / 255 * 0.7 + 0.3
         third.imshow(grey, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        third.imshow(value, cmap=COLOURS, norm=scale, interpolation="nearest",
-                     alpha=np.clip(np.abs(value) / limit, 0, 1) ** 0.5 * 0.85)
-        first.set_title(name if len(name) <= 24 else name[:23] + "…", fontsize=9)
+        third.imshow(value, cmap=colours, norm=scale, interpolation="nearest",
+                     alpha=np.clip(np.abs(value) / limit, 0, 1) ** (0.5 if signed else 1) * 0.85)
+        # Names are the user's: a $ in one begins no formula.
+        first.set_title(name if len(name) <= 24 else name[:23] + "…", fontsize=9, parse_math=False)
         if i < across:
-            second.set_title("map", fontsize=9, color="0.4")
+            second.set_title("map" if signed else "attention", fontsize=9, color="0.4")
             third.set_title("overlay", fontsize=9, color="0.4")
-    bar = figure.colorbar(ScalarMappable(scale, COLOURS), ax=panels.ravel().tolist(), location="bottom", aspect=60,
+    bar = figure.colorbar(ScalarMappable(scale, colours), ax=panels.ravel().tolist(), location="bottom", aspect=60,
                           shrink=0.6, pad=0.02, extend="both" if np.abs(values).max() > limit else "neither")
-    bar.set_label("against the class  <  value, summed over channels  <  for the class", fontsize=9)
+    bar.set_label("against the class  <  value, summed over channels  <  for the class" if signed else
+                  "attention, without a sign: it speaks neither for the class nor against it", fontsize=9)
     bar.ax.tick_params(labelsize=8)
     if title:
-        figure.suptitle(title, fontsize=10)
+        figure.suptitle(title, fontsize=10, parse_math=False)
     try:
         figure.savefig(path, dpi=130)
     except OSError as error:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from impactx.models.backbones import timm_trunk
 from impactx.models.classifier import Classifier, build_classifier
 from impactx.models.lenet5 import LeNet5Trunk
+from impactx.models.maps import MapKind
 from impactx.models.seeding import seeded
 from impactx.models.weights import first_line
 from impactx.settings import AbnSettings, ModelSettings
@@ -77,6 +78,8 @@ class Abn(nn.Module):
 
     a: a classifier in whose trunk an AttentionBranch sits, at the path `where`.  Everything is trained.
     """
+
+    map_kind: MapKind = "attention"
 
     def __init__(self, a: Classifier, where: str) -> None:
         super().__init__()

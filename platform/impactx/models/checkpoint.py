@@ -32,6 +32,7 @@ from impactx.settings import (
 )
 
 VERSION = 1
+WEIGHT = "lambda"  # in what is extra: checkpoints of before it was kept are read as well
 _KEYS = {"kind", "model", "approach", "class_names", "num_classes", "image_size", "channels", "map_scale",
          "extra", "state"}
 
@@ -53,6 +54,14 @@ class Loaded:
     image_size: tuple[int, int]
     map_scale: float | None
     extra: dict[str, Any]
+
+    @property
+    def weight(self) -> float | None:
+        """The lambda that it was trained with; None: it has none, or an older checkpoint does not say which."""
+        if WEIGHT in self.extra:
+            return self.extra[WEIGHT]
+        candidates = set(getattr(self.approach_settings, "lambdas", ()))
+        return candidates.pop() if len(candidates) == 1 else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,12 +119,12 @@ register_kind("single_stage", Kind(
 
 def save_checkpoint(model: nn.Module, *, model_settings: ModelSettings, class_names: list[str],
                     approach_settings: Settings | None = None, map_scale: float | None = None,
-                    extra: Mapping[str, Any] | None = None) -> bytes:
+                    weight: float | None = None, extra: Mapping[str, Any] | None = None) -> bytes:
     """The checkpoint file's content for a model of a registered kind, from whatever device it is on.
 
     class_names: K names in the order of the labels.  map_scale: what a map of the model is multiplied with to
-    get the attribution's own units (None: it makes no maps, or raw ones).  extra: plain values (None, bool,
-    int, float, str, tensors; lists and dicts of them).
+    get the attribution's own units (None: it makes no maps, or raw ones).  weight: the lambda that it was trained
+    with, None where it has none.  extra: plain values (None, bool, int, float, str, tensors; lists and dicts of them).
     Raises TypeError (a model of no registered kind or still wrapped for training, settings of another class,
     a value in `extra` that is not plain) and ValueError (not K class names, parameters of different float
     types).
@@ -142,7 +151,7 @@ def save_checkpoint(model: nn.Module, *, model_settings: ModelSettings, class_na
         "class_names": [str(name) for name in class_names], "num_classes": model.num_classes,
         "image_size": list(model.image_size), "channels": kind.channels(model),
         "map_scale": None if map_scale is None else float(map_scale),
-        "extra": _plain(dict(extra or {}), "extra"),
+        "extra": _plain(dict(extra or {}) | ({} if weight is None else {WEIGHT: float(weight)}), "extra"),
         "state": state}
     buffer = io.BytesIO()
     torch.save(payload, buffer)

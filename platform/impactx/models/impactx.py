@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from impactx.models.classifier import Classifier, build_trunk
 from impactx.models.decoder import Decoder
+from impactx.models.maps import MapKind
 from impactx.models.seeding import seeded
 from impactx.models.weights import compare_tensors
 from impactx.settings import ImpactxSettings, ModelSettings
@@ -81,6 +82,8 @@ class Impactx(BesideClassifier):
     through both branches, for attributions of IMPACTX itself.  lep, decoder, c: what stage 2 trains; c is one
     linear layer on [m, z].
     """
+
+    map_kind: MapKind = "evidence"
 
     def __init__(self, a: Classifier, lep: LatentExplanationPredictor, decoder: Decoder, c: nn.Linear,
                  m: Literal["logits", "penultimate"]) -> None:

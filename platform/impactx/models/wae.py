@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from impactx.models.classifier import Classifier
 from impactx.models.impactx import BesideClassifier, LatentExplanationPredictor, start_trunk
+from impactx.models.maps import MapKind
 from impactx.models.seeding import seeded
 from impactx.settings import ModelSettings, WaeSettings
 
@@ -24,9 +25,11 @@ class Wae(BesideClassifier):
 
     a: the classifier of stage 1, frozen; encoder: A's architecture with a latent layer, as the LEP, on the scaled
     map; c: one linear layer on [m, z].  factor: by which a map is multiplied; 0: by 1 / its largest absolute value.
+    Raises ValueError where the maps are missing or not of the images' shape.
     """
 
     takes_maps = True
+    map_kind: MapKind = "evidence"  # of those that it must be given
     factor: Tensor
 
     def __init__(self, a: Classifier, encoder: LatentExplanationPredictor, c: nn.Linear,
@@ -36,10 +39,14 @@ class Wae(BesideClassifier):
         self.register_buffer("factor", torch.tensor(factor, dtype=next(a.parameters()).dtype))
         self.freeze()
 
-    def forward(self, x: Tensor, maps: Tensor) -> Tensor:
+    def forward(self, x: Tensor, maps: Tensor | None = None) -> Tensor:
+        if maps is None or maps.shape != x.shape:
+            given = "none was given" if maps is None else f"{tuple(maps.shape)} were given"
+            raise ValueError(f"wae needs a map for every image, {tuple(x.shape)} as the images are, and {given}: make "
+                             "them by the attribution that it was trained with (TrainedModel.predict does it)")
         return self._scores(self.a.preprocess(x), self.encode(maps))
 
-    def classify(self, x: Tensor, maps: Tensor) -> Tensor:
+    def classify(self, x: Tensor, maps: Tensor | None = None) -> Tensor:
         """The same as forward."""
         return self(x, maps)
 

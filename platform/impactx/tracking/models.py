@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from impactx.experiment.tracker import TrackingError
-from impactx.models import Loaded, load_checkpoint
+from impactx.models import Loaded, load_checkpoint, map_kind
+from impactx.serving import IMAGES
 from impactx.tracking.addresses import addresses, redact
 from impactx.tracking.client import connect, search
 from impactx.tracking.record import KEY, clean_tags
@@ -26,6 +27,9 @@ log = logging.getLogger("impactx.tracking")
 LOADER, CHECKPOINT, WEIGHTS = "impactx.serving", "checkpoint.pt", "impactx.weights"
 # What `impactx.serving` imports, directly or not; pinned to the versions here.
 REQUIREMENTS = ("mlflow", "torch", "torchvision", "timm", "numba", "numpy", "pillow", "pyarrow", "pydantic", "filelock")
+# What the attributions import on top, where a model has to be given maps (WAE): it makes one of each image by them.
+OF_ATTRIBUTIONS = dict.fromkeys(("integrated_gradients", "gradient_shap", "occlusion", "grad_cam"), ("captum",)) | {
+    "partition": (), "shap_partition": ("shap", "opencv-python-headless")}
 
 
 def register(client: Any, experiment_id: str, run_key: str, name: str, content: bytes, about: Mapping[str, Any]) -> str:
@@ -79,13 +83,28 @@ def save(folder: Path, content: bytes, **origin: str) -> None:
         checkpoint.write_bytes(content)
         shutil.copytree(Path(__file__).parents[1], source, ignore=shutil.ignore_patterns("__pycache__", "configs"))
         loaded = load_checkpoint(checkpoint)
-        about = {"class_names": loaded.class_names, "map_scale": loaded.map_scale, "kind": loaded.kind}
+        about = {"class_names": loaded.class_names, "map_scale": loaded.map_scale, "kind": loaded.kind,
+                 "map_kind": map_kind(loaded.model, loaded.weight), "images": IMAGES}
         model = Model(artifact_path=origin["location"], model_uuid=origin["model_id"], run_id=origin["run_id"],
                       model_id=origin["model_id"], metadata=about) if origin else Model(metadata=about)
         mlflow.pyfunc.save_model(
             folder, loader_module=LOADER, data_path=str(checkpoint), code_paths=[str(source)], mlflow_model=model,
             signature=signature(loaded), input_example=np.full((1, *loaded.image_size, 3), 128, np.uint8),
-            pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in REQUIREMENTS])
+            pip_requirements=requirements(loaded))
+
+
+def requirements(loaded: Loaded) -> list[str]:
+    """What a machine must have installed to use the model: pinned, or where it is not installed here, its name."""
+    attribution = getattr(loaded.approach_settings, "attribution", None)
+    given = getattr(loaded.model, "takes_maps", False) and attribution is not None
+    return [_pinned(name) for name in (*REQUIREMENTS, *(OF_ATTRIBUTIONS[attribution.method] if given else ()))]
+
+
+def _pinned(name: str) -> str:
+    try:
+        return f"{name}=={importlib.metadata.version(name)}"
+    except importlib.metadata.PackageNotFoundError:  # the nodes that explain had it
+        return name
 
 
 def signature(loaded: Loaded) -> Any:
@@ -94,10 +113,10 @@ def signature(loaded: Loaded) -> Any:
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
 
-    size, model = tuple(loaded.image_size), loaded.model
+    size = tuple(loaded.image_size)
     outputs = [TensorSpec(np.dtype("int64"), (-1,), "label"),
                TensorSpec(np.dtype("float32"), (-1, loaded.num_classes), "scores")]
-    if hasattr(model, "with_maps") or getattr(model, "takes_maps", False):
+    if map_kind(loaded.model, loaded.weight):
         outputs.append(TensorSpec(np.dtype("float32"), (-1, -1, *size), "map"))
     return ModelSignature(Schema([TensorSpec(np.dtype("uint8"), (-1, *size, 3))]), Schema(outputs))
 
@@ -108,7 +127,7 @@ def _registered_model(client: Any, name: str) -> None:
     try:
         client.create_registered_model(name, description=(
             "The final models of one approach in one cell (data set and classifier), repeat 0 of each job; "
-            "a version for each, the same weights only once."))
+            f"a version for each, the same weights only once. Images: {IMAGES}."))
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise

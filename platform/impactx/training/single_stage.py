@@ -164,7 +164,7 @@ def train_single_stage(data: Dataset, split: Split, model: ModelSettings, traini
     net = build_single_stage(approach, model, data.num_classes, data.image_size, seed=seed, channels=data.channels)
     net.to(device, dtype_of(training))
     maps = np.full((len(data.train.labels), data.channels, *data.image_size), np.nan, np.float32)
-    train, validation = device_parts(data, split, training, device, maps)
+    train, validation = device_parts(data, split, training, device, maps, pending=True)
     between = SelfExplanation(data, split, train, maps, attribution=attribution, approach=approach, scale=scale,
                               seed=seed, device=device, memory_bytes=memory_bytes, files=files, rank=rank,
                               world_size=world_size)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from impactx.datasets import Dataset, Split
-from impactx.datasets.batches import DeviceData
+from impactx.datasets.batches import DeviceData, check_maps
 from impactx.models import (
     Abn,
     Classifier,
@@ -47,7 +47,9 @@ def train_stage2(data: Dataset, split: Split, model: ModelSettings, training: Tr
 
     maps: float32 (N, C, H, W), one for each training image, multiplied by scale (see `map_scale`); approach.maps
     says what is taught of them (see `targets_of`); else as `train_stage1`. The classifier itself is left as it is.
+    Raises ValueError where the maps are not those of the images (`check_maps`).
     """
+    check_maps(maps, data.train.images)  # before maps of other images stand for some of them: the controls
     net = build_impactx(approach, model, classifier, seed=seed, channels=maps.shape[1])
     taught, factor = targets_of(approach.maps, maps, scale, data.train.labels, split, seed)
     return net, _fit(net, impactx_loss(weight), data, split, training, device, taught, factor, seed=seed, **how)
@@ -92,11 +94,13 @@ def train_ensemble(data: Dataset, split: Split, model: ModelSettings, training: 
 
 
 def device_parts(data: Dataset, split: Split, training: TrainingSettings, device: torch.device | str,
-                 maps: np.ndarray | Rearranged | None = None, scale: float | np.ndarray = 1.0) -> list[DeviceData]:
-    """Training and validation part on the device, the memory budget shared by their sizes."""
+                 maps: np.ndarray | Rearranged | None = None, scale: float | np.ndarray = 1.0, *,
+                 pending: bool = False) -> list[DeviceData]:
+    """Training and validation part on the device, the memory budget shared by their sizes; the rest: DeviceData's."""
     images = len(split.train) + len(split.validation)
     return [DeviceData(data.train.images, data.train.labels, part, device=device, maps=maps, scale=scale,
-                       dtype=dtype_of(training), memory_bytes=training.memory_mb * 2**20 * len(part) // images)
+                       pending=pending, dtype=dtype_of(training),
+                       memory_bytes=training.memory_mb * 2**20 * len(part) // images)
             for part in (split.train, split.validation)]
 
 
