@@ -6,7 +6,9 @@
 
 Printed are the three classes with the highest scores (probabilities). Of a model that makes maps (IMPACTX) a PNG is
 written for each image: image, map and overlay; red speaks for the class, blue against it, on one scale for all images
-of a call. Images are converted as those of a data set: to RGB, and resized to the model's size.
+of a call. ABN's attention has no sign: it is drawn from 0 to 1. A model trained with lambda = 0 learned no maps, and
+none is drawn. Images are converted as those of a data set: turned as their EXIF orientation says, to RGB, and resized
+to the model's size.
 """
 
 from __future__ import annotations
