@@ -12,12 +12,9 @@ from typing import Any
 import numpy as np
 
 from impactx.api import TrainedModel, load_model
+from impactx.models.preprocess import SERVED_IMAGES
 
 log = logging.getLogger("impactx")
-# For those who ask over HTTP: MLflow makes uint8 of what JSON holds before anything of ours sees it, so a fraction and
-# a black pixel look alike here.
-IMAGES = ("whole numbers 0 to 255, (N, H, W, 3), RGB; no fractions: of those in a JSON request MLflow cuts off what is "
-          "behind the point, so an image in [0, 1] arrives as a black one")
 
 
 class ServedModel:
@@ -32,11 +29,11 @@ class ServedModel:
         Which it has, and what they are, `models.map_kind` tells; one trained with lambda = 0 has none.
 
         images: uint8 (N, H, W, 3) of the model's size; MLflow checks it against the signature before. Images without
-        a value above 1 are warned of: they may be fractions, see IMAGES.
+        a value above 1 are warned of: they may be fractions, see SERVED_IMAGES.
         """
         if np.size(images) and np.max(images) <= 1:
             log.warning("no pixel of these %d images has a value above 1: if they are not black, send %s", len(images),
-                        IMAGES)
+                        SERVED_IMAGES)
         found = self.model.predict(np.ascontiguousarray(images))
         output = {"label": found.labels, "scores": found.probabilities}
         return output if found.maps is None else output | {"map": found.maps}

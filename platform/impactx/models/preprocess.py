@@ -8,6 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# For those who ask over HTTP: MLflow makes uint8 of what JSON holds before anything of ours sees it, so a fraction and
+# a black pixel look alike there.
+SERVED_IMAGES = ("whole numbers 0 to 255, (N, H, W, 3), RGB; no fractions: of those in a JSON request MLflow cuts off "
+                 "what is behind the point, so an image in [0, 1] arrives as a black one")
+
 
 class Preprocess(nn.Module):
     """Images at native size, values in [0, 1] -> what the network wants.

@@ -17,7 +17,7 @@ from typing import Any
 
 from impactx.experiment.tracker import TrackingError
 from impactx.models import Loaded, load_checkpoint, map_kind
-from impactx.serving import IMAGES
+from impactx.models.preprocess import SERVED_IMAGES
 from impactx.tracking.addresses import addresses, redact
 from impactx.tracking.client import connect, search
 from impactx.tracking.record import KEY, clean_tags
@@ -84,7 +84,7 @@ def save(folder: Path, content: bytes, **origin: str) -> None:
         shutil.copytree(Path(__file__).parents[1], source, ignore=shutil.ignore_patterns("__pycache__", "configs"))
         loaded = load_checkpoint(checkpoint)
         about = {"class_names": loaded.class_names, "map_scale": loaded.map_scale, "kind": loaded.kind,
-                 "map_kind": map_kind(loaded.model, loaded.weight), "images": IMAGES}
+                 "map_kind": map_kind(loaded.model, loaded.weight), "images": SERVED_IMAGES}
         model = Model(artifact_path=origin["location"], model_uuid=origin["model_id"], run_id=origin["run_id"],
                       model_id=origin["model_id"], metadata=about) if origin else Model(metadata=about)
         mlflow.pyfunc.save_model(
@@ -127,7 +127,7 @@ def _registered_model(client: Any, name: str) -> None:
     try:
         client.create_registered_model(name, description=(
             "The final models of one approach in one cell (data set and classifier), repeat 0 of each job; "
-            f"a version for each, the same weights only once. Images: {IMAGES}."))
+            f"a version for each, the same weights only once. Images: {SERVED_IMAGES}."))
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
