@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -181,3 +182,22 @@ def test_a_plan_has_as_many_cells_at_once_as_the_job(ray, monkeypatch):
     found = [measuring.plan([], ClusterSettings(**settings), None)
              for settings in ({}, {"cells_at_once": 1}, {"grows_to_cpus": 9}, {"max_concurrent_trials": 1})]
     assert found == [3, 1, 9, 3]
+
+
+def test_it_is_checked_as_soon_as_a_job_connects(ray, monkeypatch, caplog):
+    from impactx.cluster.connection import connected, executor_when_needed
+
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setattr(ray, "init", lambda **options: None)
+    left = []
+    monkeypatch.setattr(ray, "shutdown", lambda: left.append(True))
+    # Two CPUs on one node; "the cluster is too small" for what is on none, though there may be enough in all.
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 6.0, "GPU": 2.0})
+    with pytest.raises(ClusterError, match="trial_cpus = 3"), connected(ClusterSettings(trial_cpus=3)):
+        pass
+    assert left
+    with connected(ClusterSettings()), executor_when_needed(ClusterSettings(trial_cpus=3), None) as executor:
+        assert "all trainings are on CPUs" in caplog.text
+        caplog.clear()
+        executor()
+    assert not caplog.messages, "an explain job trains nothing"

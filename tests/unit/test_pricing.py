@@ -270,6 +270,15 @@ def test_a_budget_bounds_trials_epochs_and_seconds(artifacts):
     assert count == exactly(2) and item.seconds == Range() and epochs == Range()
 
 
+def test_the_longest_trial_may_be_one_that_a_budget_leaves_out(artifacts):
+    (cell,) = cells("grid.max_hours=0.01")
+    item = price_cell(cell, measured([cell]), artifacts).items[0]
+    small, large = (2 / 3 * (steps + 0.2) for steps in (80, 40))
+    assert item.seconds.low == pytest.approx(6 * large), "what begins is trained to its end"
+    assert item.seconds.high == pytest.approx(2 * 30 * (small + large))
+    assert item.alone().low == pytest.approx(6 * large) and item.alone().high == pytest.approx(30 * small)
+
+
 def test_a_budget_that_is_more_than_enough_changes_nothing(artifacts):
     (much,), (none,) = cells("grid.max_hours=1000"), cells()
     one, other = (price_cell(cell, measured([cell]), artifacts) for cell in (much, none))

@@ -264,7 +264,7 @@ def _stage1(cell: Cell, steps: Survey, measured: Measured) -> tuple[Item, Range,
     one = Range(_shortest(cell), _length(cell).high)
     epoch = [_epoch(measured, "trial", cell, STAGE1, configuration_of(unit)) for unit in left]
     seconds = [one * each for each in epoch]
-    whole = sum(seconds, Range())
+    whole, longest = sum(seconds, Range()), _longest(seconds)
     trials, epochs = Range(len(left), len(left)), one * len(left)
     if epoch and budget.seconds < math.inf:
         # At least those begin that still do where all before them took longest; at most those that do where all
@@ -277,14 +277,15 @@ def _stage1(cell: Cell, steps: Survey, measured: Measured) -> tuple[Item, Range,
                        max(budget.begun, min(len(left), perhaps + slots - 1) if budget.seconds else 0))
         # What is under way when the hours are over goes on to its end.
         over = sum(sorted(highs)[-slots:]) if budget.seconds else 0.0
-        whole = Range(max(min(whole.low, budget.seconds), begun.low),
+        whole = Range(max(min(whole.low, budget.seconds), begun.low, sum(lows[:sure])),
                       min(whole.high, max(budget.seconds + over, begun.high)))
+        longest = Range(lows[0], longest.high)  # the longest may be among those that never begin
         epochs = Range(max(one.low * trials.low, whole.low / max(epoch)),
                        min(one.high * trials.high, whole.high / min(epoch)))
     text = f"{trials.say(counted)} of {len(steps.stage1.units)} trials left"
     if budget.seconds < math.inf:
         text += f", as {duration(budget.seconds)} of training are left (grid.max_hours)"
-    return _item("stage 1", text, "trial", whole, trials.high, measured, _longest(seconds)), trials, epochs
+    return _item("stage 1", text, "trial", whole, trials.high, measured, longest), trials, epochs
 
 
 def _longest(pieces: Sequence[Range]) -> Range:
