@@ -61,7 +61,7 @@ COMPOSE ?= $(DOCKER) compose
 DEVICE ?= gpu
 export SECRETS ?= $(CURDIR)/docker/secrets
 export IMAGE ?= impactx:latest
-export WORKERS ?= 2
+export WORKERS ?= $(if $(GPU),1,2)
 export WORKER_CPUS ?= $(shell n=$$(( $$(getconf _NPROCESSORS_ONLN) / $(WORKERS) )); echo $$(( n > 0 ? n : 1 )))
 CLUSTER := $(COMPOSE) --file docker/compose.yaml $(if $(GPU),--file docker/compose.gpu.yaml)
 

@@ -22,7 +22,7 @@ ACTORS = "MapWorker"
 TWO = [Pool("cpu", "cpu", 2, {"num_cpus": 0.7}, {"CPU": 1})]
 # What a cluster of CPU and GPU machines gets; the second pool holds the GPU that only the scheduler knows.
 MIXED = [Pool("cpu", "cpu", 1, {"num_cpus": 0.7}, {"CPU": 1}),
-         Pool("gpu", "cpu", 1, {"num_cpus": 0.1, "num_gpus": 1}, {"GPU": 1})]
+         Pool("gpu", "cpu", 1, {"num_cpus": 0, "num_gpus": 1}, {"GPU": 1})]
 
 
 def whole():
@@ -143,6 +143,29 @@ def test_two_pools_at_once_and_a_worker_that_stands_still_does_not_hold_up_the_e
     same_maps(one, two, maps)
     until(lambda: not any(line.startswith(f"ray::{ACTORS}") for line in descendants(os.getpid()).values()),
           "the end of the actor that stood still")
+
+
+def test_actors_that_wait_for_nodes_hold_up_nobody(explained, fresh):
+    """A cluster that may grow, and does not: those that there is room for make all maps, then the others are ended."""
+    one, two, maps, _ = explained[0], *fresh
+    two.ray(explain_gpu_actors=0, grows_to_cpus=6).explain(task(maps), ignore)
+    same_maps(one, two, maps)
+
+
+@pytest.mark.timeout(300)
+def test_an_actor_on_a_gpu_begins_where_others_wait_for_cpus(explained, fresh):
+    one, two, maps, store = explained[0], *fresh
+    many = Pool("cpu", "cpu", 6, {"num_cpus": 1}, {"CPU": 1})  # they fill the node, and four wait
+
+    def act():
+        until(lambda: len([line for line in descendants(os.getpid()).values() if line.startswith(f"ray::{ACTORS}")]) > 2
+              or not store.missing(), "three actors on two CPUs and a GPU")
+        assert store.missing()
+
+    join = in_background(act)
+    explain_on_pools(maps, two.place, [many, MIXED[1]], 3, ignore, Shares(lambda: {"CPU": 6, "GPU": 1}), "cell")
+    join()
+    same_maps(one, two, maps)
 
 
 def of_node(node):

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
+from impactx.configuration import load_settings
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCKER = ROOT / "docker"
 BIN = Path(sys.executable).parent
@@ -75,7 +77,35 @@ def test_every_service_is_limited_and_rotates_its_log(cluster):
         assert not service.get("privileged") and service["restart"] == "unless-stopped" and service["init"], name
         assert ":" in service["image"], f"{name}: an image without a version"
     for name in ("head", "worker"):
-        assert int(cluster["services"][name]["shm_size"]) >= 512 * 2**20, "Ray's objects do not fit Docker's 64 MB"
+        service = cluster["services"][name]
+        assert int(service["shm_size"]) >= 512 * 2**20, "Ray's objects do not fit Docker's 64 MB"
+        assert object_store(service) * 1.5 < int(service["shm_size"]), name
+
+
+def object_store(service: dict[str, Any]) -> int:
+    """The bytes of a node's object store."""
+    return int(re.search(r"--object-store-memory=(\d+)(\s|$)", service["command"][-1])[1])
+
+
+def test_the_object_store_and_the_memory_that_holds_it_are_settings():
+    services = composed(SHM_SIZE="3g", HEAD_OBJECT_STORE="700000000", WORKER_OBJECT_STORE="2000000000")["services"]
+    assert {int(services[name]["shm_size"]) for name in ("head", "worker")} == {3 * 2**30}
+    assert [object_store(services[name]) for name in ("head", "worker")] == [700_000_000, 2_000_000_000]
+
+
+def test_every_variable_of_the_compose_file_is_in_the_guide():
+    text = "".join(path.read_text() for path in DOCKER.glob("compose*.yaml"))
+    names = set(re.findall(r"\$\{([A-Z0-9_]+)", re.sub("^#.*", "", text, flags=re.M)))
+    guide = (ROOT / "docs" / "cluster.md").read_text()
+    assert len(names) > 12 and not [name for name in names if not re.search(f"`{name}[`=]", guide)]
+
+
+def test_the_guide_names_the_containers_that_begin_as_root(cluster):
+    root = {name for name, service in cluster["services"].items() if service.get("cap_add") or service.get("user")}
+    (line,) = re.findall(r"^\* \*\*Containers\*\* .*(?:\n  .*)*", (ROOT / "docs" / "cluster.md").read_text(), re.M)
+    assert root == {"postgres", "s3"} and {name for name in cluster["services"] if f"`{name}`" in line} == root
+    for capability in {name for service in cluster["services"].values() for name in service.get("cap_add", [])}:
+        assert capability in line
 
 
 def test_nothing_is_published_beyond_this_machine_unless_asked(cluster):
@@ -110,6 +140,32 @@ def test_workers_scale_by_one_number_and_get_gpus_by_a_second_file():
     assert worker["resources"]["reservations"]["devices"] == [
         {"capabilities": ["gpu"], "driver": "nvidia", "count": -1}]
     assert all("reservations" not in services[name]["deploy"]["resources"] for name in set(services) - {"worker"})
+
+
+def made(*variables: str) -> list[str]:
+    """WORKERS and WORKER_CPUS as the Makefile sets them here."""
+    done = subprocess.run(["make", "--no-print-directory", "--eval", "show: ; @echo $(WORKERS) $(WORKER_CPUS)", "show",
+                           *variables], cwd=ROOT, text=True, capture_output=True, check=True,
+                          env={"PATH": os.environ["PATH"]})
+    return done.stdout.split()
+
+
+def test_workers_that_see_the_gpus_are_one_a_machine_unless_asked():
+    assert made()[0] == "2" and made("GPU=1")[0] == "1" and made("GPU=1", "WORKERS=3")[0] == "3"
+
+
+def test_more_workers_leave_those_that_run_as_they_are():
+    def worker(*variables: str) -> str:
+        workers, cpus = made(*variables)
+        return subprocess.run([BIN / "docker-compose", "--file", DOCKER / "compose.yaml", "config", "--hash", "worker"],
+                              text=True, capture_output=True, check=True, env={
+                                  "PATH": os.environ["PATH"], "HOME": "/nonexistent", "WORKERS": workers,
+                                  "WORKER_CPUS": cpus}).stdout
+
+    # Compose starts a container anew where this differs.
+    assert worker("WORKERS=2", "WORKER_CPUS=3") == worker("WORKERS=4", "WORKER_CPUS=3")
+    assert worker("WORKERS=4", "WORKER_CPUS=3") != worker("WORKERS=4", "WORKER_CPUS=2")
+    assert "WORKERS=4 WORKER_CPUS=" in (ROOT / "docs" / "cluster.md").read_text(), "the guide says both"
 
 
 def test_secrets_are_drawn_anew_kept_and_closed_to_others(tmp_path):
@@ -161,8 +217,14 @@ def test_the_kuberay_manifest_runs_the_same_command_with_a_token():
     documents = list(yaml.safe_load_all((DOCKER / "kuberay" / "rayjob.yaml").read_text()))
     (job,) = [d for d in documents if d["kind"] == "RayJob"]
     spec = job["spec"]
-    assert spec["entrypoint"].startswith("python jobs/full_grid.py")
+    assert spec["entrypoint"].startswith("python jobs/full_grid.py ")
+    settings = load_settings("full_grid", spec["entrypoint"].split()[2:], ROOT / "configs").cluster
     cluster = spec["rayClusterSpec"]
+    (group,) = cluster["workerGroupSpecs"]
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    most = [group["maxReplicas"] * int(limits[name]) for name in ("cpu", "nvidia.com/gpu")]
+    assert cluster["enableInTreeAutoscaling"] and [settings.grows_to_cpus, settings.grows_to_gpus] == most
+    assert settings.trial_gpus and settings.use_gpu
     assert cluster["authOptions"] == {"mode": "token"}
     pins = (ROOT / "constraints.txt").read_text()
     assert f"ray=={cluster['rayVersion']}\n" in pins

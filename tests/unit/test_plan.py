@@ -51,7 +51,8 @@ def changed(*overrides: str, **how) -> set[str]:
 
 @pytest.mark.parametrize("override", [
     "output=/elsewhere", "data_root=/data", "cache=/cache", "name=other", "cluster.trial_cpus=2", "cluster.threads=3",
-    "cluster.use_gpu=true", "tracking.enabled=false", "training.eval_batch_size=7", "training.compile=always",
+    "cluster.use_gpu=true", "cluster.trial_gpus=0.25", "model=[lenet5,mobilenet]",
+    "tracking.enabled=false", "training.eval_batch_size=7", "training.compile=always",
     "training.keep_trial_weights=true", "training.memory_mb=64", "repeats=5", "maps.shard_size=7",
     "grid.select_on=own", "datasets.digits.path=/there", "cluster.explain_memory_mb=64"])
 def test_where_and_by_what_it_is_done_changes_no_key(override):

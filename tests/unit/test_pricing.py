@@ -11,9 +11,20 @@ from impactx.configuration import load_settings
 from impactx.experiment.approaches import Basis
 from impactx.experiment.plan import Cell, Configuration, DataFacts
 from impactx.experiment.price_list import price_list
-from impactx.experiment.pricing import JUDGING, MAPS, Measured, Probe, Range, Slots, price_cell, probes_of
+from impactx.experiment.pricing import (
+    JUDGING,
+    MAPS,
+    CellPrice,
+    Item,
+    Measured,
+    Probe,
+    Range,
+    Slots,
+    price_cell,
+    probes_of,
+)
 from impactx.experiment.rates import STAGE1, TrainingRate
-from impactx.experiment.units import Artifacts
+from impactx.experiment.units import RUNNING, Artifacts
 from impactx.explain.store import MapStore, StoreError, StoreSpec
 from impactx.models import build_abn, build_classifier, build_impactx, build_single_stage
 from impactx.models.ensemble import Ensemble
@@ -69,6 +80,11 @@ def finish_maps(cell: Cell, artifacts: Artifacts, repeats=(0, 1)) -> list[Basis]
     return bases
 
 
+def exactly(number: int) -> Range:
+    """No range."""
+    return Range(number, number)
+
+
 def best(accuracy: float) -> dict[str, float]:
     return {"common_accuracy": accuracy, "val_accuracy": accuracy, "val_loss": 1.0}
 
@@ -98,7 +114,7 @@ def test_cells_that_are_alike_are_measured_once():
 def test_what_is_left_is_counted_and_priced(artifacts):
     (cell,) = cells()
     price = price_cell(cell, measured([cell]), artifacts)
-    assert price.trials == 4 + 2 and price.evaluations == Range(200_000, 200_000)
+    assert price.trials == exactly(4 + 2) and price.evaluations == Range(200_000, 200_000)
     assert price.map_bytes == 2 * 1000 * 3 * 32 * 32 * 4
     # Six epochs at least, thirty at most: 4 + 2 trials and 2 x 2 trainings.
     assert price.epochs == Range(6 * 10, 30 * 10)
@@ -106,12 +122,15 @@ def test_what_is_left_is_counted_and_priced(artifacts):
     found = {item.name: item for item in price.items}
     assert found["stage 1"].seconds.low == pytest.approx(6 * 2 * (small + large))
     assert found["stage 1"].seconds.high == pytest.approx(30 * 2 * (small + large))
-    assert found["stage 1"].alone().low == pytest.approx(found["stage 1"].seconds.low / 4)
-    assert found["final models"].seconds.low == pytest.approx(6 * 4 * min(small, large))
-    assert found["final models"].seconds.high == pytest.approx(30 * 4 * max(small, large))
+    assert found["stage 1"].alone().low == pytest.approx(6 * small), "four slots, four trials: as long as the longest"
+    assert found["stage 1"].alone().high == pytest.approx(30 * small)
+    for name in ("A's trainings", "final models"):
+        assert found[name].seconds.low == pytest.approx(6 * 2 * min(small, large))
+        assert found[name].seconds.high == pytest.approx(30 * 2 * max(small, large))
+        assert found[name].slots == 2, "A's come before maps and searches, the others after: not four at once"
     assert found["impactx's search"].slots == 2, "two trials cannot use four slots"
     assert found["maps on CPUs"].alone().low == pytest.approx(2000 / 15), "a store of two shards keeps two actors busy"
-    text = price_list([price], measured([cell]))
+    text = price_list([price], measured([cell]), 3)
     assert "4 of 4 trials left" in text and "60 to 300 epochs" in text and "200,000 evaluations" in text
     assert "24.6 MB" in text
 
@@ -120,13 +139,14 @@ def test_what_exists_costs_nothing(artifacts):
     (cell,) = cells()
     finish_maps(cell, artifacts, repeats=[0])
     price = price_cell(cell, measured([cell]), artifacts)
-    assert price.exists == "4 trials, A repeat 0, maps repeat 0" and price.trials == 2
+    assert price.exists == "4 trials, A repeat 0, maps repeat 0" and price.trials == exactly(2)
     assert price.evaluations == Range(100_000, 100_000)
     found = {item.name: item for item in price.items}
     large = 2 / 3 * 40.2
     assert found["stage 1"].seconds == Range(0, 0)
-    assert found["final models"].seconds.low == pytest.approx(6 * 3 * large), "the selected point is known now"
-    assert found["final models"].seconds.high == pytest.approx(30 * 3 * large)
+    for name, left in (("A's trainings", 1), ("final models", 2)):
+        assert found[name].seconds.low == pytest.approx(6 * left * large), "the selected point is known now"
+        assert found[name].seconds.high == pytest.approx(30 * left * large)
 
 
 def test_finished_work_of_stage_2_costs_nothing(artifacts):
@@ -144,13 +164,13 @@ def test_finished_work_of_stage_2_costs_nothing(artifacts):
     # A model of a point that may not be the selected one is not counted as done.
     artifacts.finish(lost := approach.model(bases[0], {"lambda": 0.4}), {"weights": "x" * 64})
     price, found = priced()
-    assert price.trials == 1 and found["impactx's search"].seconds.low == pytest.approx(6 * large)
+    assert price.trials == exactly(1) and found["impactx's search"].seconds.low == pytest.approx(6 * large)
     assert "1 trials of impactx" in price.exists and lost.name not in price.exists
     assert found["final models"].seconds.low == pytest.approx(6 * 2 * large)
 
     artifacts.finish(second, {"best": best(0.7), "weights": None})
     price, found = priced()
-    assert price.trials == 0 and "impactx's search" not in found
+    assert price.trials == exactly(0) and "impactx's search" not in found
     assert price.epochs == Range(6 * 2, 30 * 2), "lambda = 0.8 is selected, and trained in no repeat"
     finals = [approach.model(basis, {"lambda": 0.8}) for basis in bases]
     artifacts.finish(finals[0], {"weights": "y0" * 32})
@@ -216,14 +236,62 @@ def test_maps_that_a_training_makes_itself_are_priced(artifacts):
         assert (some.low - none.low, some.high - none.high) == pytest.approx((expected.low, expected.high))
 
 
-def test_a_budget_that_is_spent_leaves_no_trial(artifacts):
-    (cell,) = cells("grid.max_hours=1")
-    unit = cell.stage1_trials()[2]
-    artifacts.finish(unit, {"best": best(0.5), "weights": None, "seconds": 3000})
-    assert price_cell(cell, measured([cell]), artifacts).trials == 3 + 2
-    artifacts.finish(unit, {"best": best(0.5), "weights": None, "seconds": 3600})
-    price = price_cell(cell, measured([cell]), artifacts)
-    assert price.trials == 2 and price.exists == "1 trials"
+def test_a_budget_bounds_trials_epochs_and_seconds(artifacts):
+    (cell,) = cells("grid.max_hours=1", "grid.batch_size=[20]",
+                    f"grid.learning_rate={[0.001 * k for k in range(1, 21)]}")
+    trials = cell.stage1_trials()
+    artifacts.finish(trials[2], {"best": best(0.5), "weights": None, "seconds": 3000})
+
+    def stage1():
+        price = price_cell(cell, measured([cell]), artifacts)
+        later = 2 + 2 * 2  # trials and trainings of both repeats' A and IMPACTX
+        return price.items[0], price.trials, price.epochs + Range(-6, -30) * later
+
+    # 600 s are left, of 19 trials of 161 to 804 s in four slots: another begins after one of the longest, or three of
+    # the shortest beside three that have trained nothing yet; four at most go on when the hours are over.
+    epoch = 2 / 3 * 40.2
+    item, count, epochs = stage1()
+    assert count == Range(1 + 2, 7 + 2)
+    assert item.what == "1 to 7 of 20 trials left, as 10 min 00 s of training are left (grid.max_hours)"
+    assert (item.seconds.low, item.seconds.high) == pytest.approx((600, 600 + 4 * 30 * epoch))
+    assert (epochs.low, epochs.high) == pytest.approx((600 / epoch, (600 + 4 * 30 * epoch) / epoch))
+    assert item.alone().high == pytest.approx((600 + 4 * 30 * epoch) / 4 + 30 * epoch * 3 / 4)
+    # Those that were begun go on, however many they are.
+    for unit in trials[-9:]:
+        artifacts.storage.write(f"{unit.folder}/{RUNNING}", b"")
+    item, count, epochs = stage1()
+    assert count == Range(9 + 2, 9 + 2) and (epochs.low, epochs.high) == pytest.approx((9 * 6, 9 * 30))
+    assert (item.seconds.low, item.seconds.high) == pytest.approx((9 * 6 * epoch, 9 * 30 * epoch))
+    artifacts.finish(trials[2], {"best": best(0.5), "weights": None, "seconds": 3600})
+    assert stage1() == (replace(item, what=item.what.replace("10 min 00 s", "0.0 s")), count, epochs)
+    for unit in trials[-9:]:
+        artifacts.storage.delete(f"{unit.folder}/{RUNNING}")
+    item, count, epochs = stage1()
+    assert count == exactly(2) and item.seconds == Range() and epochs == Range()
+
+
+def test_the_longest_trial_may_be_one_that_a_budget_leaves_out(artifacts):
+    (cell,) = cells("grid.max_hours=0.01")
+    item = price_cell(cell, measured([cell]), artifacts).items[0]
+    small, large = (2 / 3 * (steps + 0.2) for steps in (80, 40))
+    assert item.seconds.low == pytest.approx(6 * large), "what begins is trained to its end"
+    assert item.seconds.high == pytest.approx(2 * 30 * (small + large))
+    assert item.alone().low == pytest.approx(6 * large) and item.alone().high == pytest.approx(30 * small)
+
+
+def test_a_budget_that_is_more_than_enough_changes_nothing(artifacts):
+    (much,), (none,) = cells("grid.max_hours=1000"), cells()
+    one, other = (price_cell(cell, measured([cell]), artifacts) for cell in (much, none))
+    assert one.trials == other.trials and one.epochs == other.epochs
+    assert (one.items[0].seconds.low, one.items[0].seconds.high) == pytest.approx(
+        (other.items[0].seconds.low, other.items[0].seconds.high))
+
+
+def test_no_step_is_shorter_than_its_longest_piece():
+    item = Item("stage 1", "", "trial", Range(100, 700), 64, 70, Range(9, 60))
+    assert item.alone() == Range(9, 700 / 64 + 60 * 63 / 64), "64 slots share few trials of unequal length"
+    assert replace(item, pieces=5, slots=5).alone() == Range(20, 60), "all at once: as long as the longest"
+    assert replace(item, longest=Range()).alone() == Range(100 / 64, 700 / 64)
 
 
 def test_judging_is_counted_and_priced(artifacts):
@@ -242,14 +310,14 @@ def test_judging_is_counted_and_priced(artifacts):
     expected = (a + net + Range(passes, passes)) * (2 * 100 / 7.5)
     assert (item.seconds.low, item.seconds.high) == pytest.approx((expected.low, expected.high))
     assert item.slots == 4 and item.cpu_hours(measured([cell])).low == pytest.approx(expected.low / 3600)
-    text = price_list([price], measured([cell]))
+    text = price_list([price], measured([cell]), 3)
     assert "judging:           maps of 4 of 4 models on 100 test images" in text
     (one,) = cells(JUDGED, "evaluation.approaches=[baseline]", "evaluation.orders=[predicted]")
     assert price_cell(one, measured([one]), artifacts).evaluations == Range(1, 1) * (
         200_000 + 2 * 100 * (100 + 1 + 64 * 3))
     (all_images,) = cells("evaluation.map_images=5000")
     assert "on 300 test images" in price_list([price_cell(all_images, measured([all_images]), artifacts)],
-                                              measured([all_images]))
+                                              measured([all_images]), 3)
 
 
 def test_several_workers_hold_several_times_as_much(artifacts):
@@ -317,11 +385,9 @@ def test_what_the_plan_knows_of_a_model_is_true():
 
 def test_strategies_cost_less(artifacts):
     (cell,) = cells("grid.strategy=random", "grid.max_trials=3")
-    assert price_cell(cell, measured([cell]), artifacts).trials == 3 + 2
+    assert price_cell(cell, measured([cell]), artifacts).trials == exactly(3 + 2)
     (cell,) = cells("grid.strategy=asha", "grid.grace_epochs=2")
     assert price_cell(cell, measured([cell]), artifacts).epochs == Range(2 * 4 + 6 * 6, 30 * 10)
-    (cell,) = cells("grid.max_hours=0.01")
-    assert price_cell(cell, measured([cell]), artifacts).items[0].seconds.high == pytest.approx(36)
 
 
 def test_gpus_are_priced_by_the_part_that_is_held(artifacts):
@@ -329,16 +395,36 @@ def test_gpus_are_priced_by_the_part_that_is_held(artifacts):
     rates = measured([cell], gpus=0.25)
     item = price_cell(cell, rates, artifacts).items[0]
     assert item.gpu_hours(rates).low == pytest.approx(item.cpu_hours(rates).low / 4)
-    assert "GPU-hours" in price_list([price_cell(cell, rates, artifacts)], rates)
+    assert "GPU-hours" in price_list([price_cell(cell, rates, artifacts)], rates, 3)
 
 
 def test_cells_that_share_a_cluster_take_no_longer_than_one_by_one(artifacts):
     two = cells(names=("one", "two"))
     rates = measured(two)
-    one = price_list([price_cell(two[0], rates, artifacts)], rates)
-    both = price_list([price_cell(cell, rates, artifacts) for cell in two], rates)
+    one = price_list([price_cell(two[0], rates, artifacts)], rates, 3)
+    both = price_list([price_cell(cell, rates, artifacts) for cell in two], rates, 3)
     assert one != both and both.count("alone on this cluster") == 2
     sums = "{} trials, {} to {} epochs, {} evaluations, maps of at most {} MB"
     assert both.count("  together: " + sums.format(6, 60, 300, "200,000", 24.6)) == 2
     assert "in all: " + sums.format(12, 120, 600, "400,000", 49.2) in both
     assert both.count(" CPU-hours, 0.00 GPU-hours") == 3
+
+
+def test_cells_take_as_long_as_their_number_at_once_and_the_trials_of_all_allow(artifacts):
+    cell, slots = cells()[0], {"trial": Slots(2, 1, 0), "model": Slots(8, 1, 0)}
+    rates = Measured(slots, 8, 0)
+
+    def price(trials: float, models: float) -> CellPrice:
+        return CellPrice(cell, [Item("stage 1", "", "trial", Range(trials, trials), 2, 2),
+                                Item("final models", "", "model", Range(models, models), 2, 2)],
+                         exactly(1), Range(), Range(), 0, "")
+
+    def whole(at_once: int, *prices: CellPrice) -> str:
+        return price_list(prices, rates, at_once).partition("in all: ")[2].splitlines()[2].strip().partition(" on")[0]
+
+    four = [price(20, 60)] * 4  # each 10 s and 30 s, with two slots
+    assert whole(1, *four) == "2 min 40 s", "one after the other: the sum"
+    assert whole(2, *four) == "1 min 20 s to 2 min 40 s"
+    assert whole(3, *four) == "53.3 s to 2 min 40 s"
+    assert whole(9, *four) == "40.0 s to 2 min 40 s", "the trials of all in two slots, as long as one cell"
+    assert whole(9, *[price(60, 20)] * 4) == "2 min 00 s to 2 min 40 s", "max_concurrent_trials is of all cells"

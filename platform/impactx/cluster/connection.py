@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import impactx
+from impactx.cluster.capacity import ClusterError, check
 from impactx.settings import ClusterSettings
 
 if TYPE_CHECKING:
@@ -21,15 +22,12 @@ if TYPE_CHECKING:
 log = logging.getLogger("impactx")
 
 
-class ClusterError(RuntimeError):
-    """The cluster cannot do what is asked; the message says what it has and what is missing."""
-
-
 @contextlib.contextmanager
-def connected(settings: ClusterSettings) -> Iterator[dict[str, float]]:
+def connected(settings: ClusterSettings, trains: bool = True) -> Iterator[dict[str, float]]:
     """Connect (to settings.address, RAY_ADDRESS, or a local cluster of this machine); yields its resources.
 
-    Raises ClusterError where an address does not answer or a trial or worker fits on no node.
+    trains: whether the job does, or only makes maps. Raises ClusterError where an address does not answer or what
+    the job needs does not fit (capacity.check).
     """
     # Results are plain files: Ray's own reports of usage and of Train's migration are noise for the user.
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
@@ -78,7 +76,7 @@ def connected(settings: ClusterSettings) -> Iterator[dict[str, float]]:
         _restore(handler)
     try:
         resources = ray.cluster_resources()
-        _check(settings, resources)
+        check(settings, ray.nodes(), trains)
         log.info("cluster: %g CPUs, %g GPUs, %d node(s)%s", resources.get("CPU", 0), resources.get("GPU", 0),
                  sum(node["Alive"] for node in ray.nodes()), f" at {address}" if address else ", on this machine")
         yield resources
@@ -93,27 +91,14 @@ def _restore(handler: Any) -> None:
 
 @contextlib.contextmanager
 def executor_when_needed(settings: ClusterSettings, place: Workplace) -> Iterator[Callable[[], RayExecutor]]:
-    """Yields a function that connects and gives an executor: a job that finds all its work done starts no cluster."""
+    """Yields a function that connects and gives an executor for maps: a job that finds all its work done starts no
+    cluster."""
     with contextlib.ExitStack() as stack:
         def executor() -> RayExecutor:
-            stack.enter_context(connected(settings))
+            stack.enter_context(connected(settings, trains=False))
             from impactx.cluster.executor import RayExecutor
             from impactx.experiment.tracker import NoTracker
 
             return RayExecutor(settings, place, NoTracker())
 
         yield executor
-
-
-def _check(settings: ClusterSettings, resources: dict[str, float]) -> None:
-    have = {"CPU": resources.get("CPU", 0), "GPU": resources.get("GPU", 0)}
-    gpus = 1.0 if settings.use_gpu else 0.0
-    wanted = {"cluster.trial_workers x trial_cpus": ("CPU", settings.trial_workers * settings.trial_cpus),
-              "cluster.trial_workers x trial_gpus": ("GPU", settings.trial_workers * settings.trial_gpus),
-              "cluster.train_workers x train_cpus": ("CPU", settings.train_workers * settings.train_cpus),
-              "cluster.train_workers x use_gpu": ("GPU", settings.train_workers * gpus),
-              "cluster.explain_gpu_actors": ("GPU", settings.explain_gpu_actors or 0)}
-    wrong = [f"{name} asks for {amount:g} {kind}, the cluster has {have[kind]:g}"
-             for name, (kind, amount) in wanted.items() if amount > have[kind]]
-    if wrong:
-        raise ClusterError("the cluster is too small: " + "; ".join(wrong))

@@ -8,11 +8,12 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
 
+from impactx.cluster import capacity
 from impactx.cluster.devices import alone, device_of
 from impactx.cluster.pool import explain_on_pools, pools_of
 from impactx.cluster.search import tune_search
@@ -37,14 +38,6 @@ from impactx.experiment.workplace import Workplace
 from impactx.settings import ClusterSettings
 
 
-def _room(workers: Workers, have: Mapping[str, float]) -> int:
-    """How many trainings with such workers a cluster that has these CPUs and GPUs holds at once, at least 1."""
-    fits = int(have.get("CPU", 0) // (workers.count * workers.cpus))
-    if workers.gpus:
-        fits = min(fits, int(have.get("GPU", 0) // (workers.count * workers.gpus)))
-    return max(1, fits)
-
-
 class RayExecutor:
     """See experiment.executor.Executor. Connect to a cluster first (`connection.connected`)."""
 
@@ -60,10 +53,7 @@ class RayExecutor:
         """What there is to share now, or what the cluster may grow to; asked of Ray once a second."""
         now, s = time.monotonic(), self.settings
         if now - self._asked >= 1:
-            have = ray.cluster_resources()
-            self._asked, self._have = now, {
-                "CPU": max(have.get("CPU", 0.0), s.grows_to_cpus or 0),
-                "GPU": max(have.get("GPU", 0.0), s.grows_to_gpus or 0)}
+            self._asked, self._have = now, capacity.grown(s, ray.cluster_resources())
         return self._have | ({"trials": s.max_concurrent_trials} if s.max_concurrent_trials else {})
 
     def _workers(self, count: int, cpus: float, gpus: float) -> Workers:
@@ -89,17 +79,12 @@ class RayExecutor:
                         limits=limits)
 
     def cells_at_once(self) -> int:
-        """A setting, or one for each trial that fits: with more cells than that, each trial would be a process of its
-        own, since what one cell lets go of another takes. At least 3, or a cell's maps would wait for no good reason.
-        """
-        s = self.settings
-        workers = self._workers(s.trial_workers, s.trial_cpus, s.trial_gpus)
-        return s.cells_at_once or max(3, _room(workers, self._capacity()))
+        """See capacity.cells_at_once."""
+        return capacity.cells_at_once(self.settings, self._capacity())
 
     def trainings_at_once(self) -> int:
         """As many as the cluster has room for."""
-        s = self.settings
-        return _room(self._workers(s.train_workers, s.train_cpus, float(s.use_gpu)), self._capacity())
+        return capacity.trainings_at_once(self.settings, self._capacity())
 
     def train(self, task: Task, on_epoch: OnEpoch) -> dict[str, Any]:
         """A model by Ray Train on train_workers workers."""
@@ -115,7 +100,7 @@ class RayExecutor:
             store, made = open_store(task.unit, self.place), (0, 0.0)
             if store.missing():
                 with self.shares.asking():
-                    made = explain_on_pools(task.unit, self.place, pools_of(self.settings, ray.cluster_resources()),
+                    made = explain_on_pools(task.unit, self.place, pools_of(self.settings, self._capacity()),
                                      self.settings.max_failures, on_shards, self.shares, task.parent_key)
             result = finish_maps(task.unit, self.place, time.perf_counter() - started, *made)
             log_maps(run, task.unit, result)
@@ -136,7 +121,7 @@ class RayExecutor:
         def work() -> dict[str, Any]:
             return how(task, place, tracker, device=device_of(gpus))
 
-        with self._held(task, {"CPU": cpus, "GPU": gpus}):
+        with self._held(task, {"CPU": cpus, "GPU": capacity.blocked(gpus)}):
             return ray.get(work.remote())
 
     @contextlib.contextmanager

@@ -13,6 +13,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from impactx.cluster.capacity import MAKER_ON_GPU, ClusterError, cells_at_once, grown, makers, processes
 from impactx.cluster.devices import alone
 from impactx.cluster.errors import portable
 from impactx.experiment.plan import Cell
@@ -68,9 +69,7 @@ def places(nodes: Sequence[dict[str, Any]], cpus: float, gpus: float, limit: int
             kinds.setdefault(kind, []).append(node)
     found = []
     for (have_cpus, have_gpus, _), same in kinds.items():
-        fits = int((have_cpus + 1e-9) // cpus) if not gpus else min(
-            int((have_cpus + 1e-9) // cpus), int((have_gpus + 1e-9) // gpus))
-        if fits:
+        if fits := processes(cpus, gpus, {"CPU": have_cpus, "GPU": have_gpus}):
             found.append(Place(same[0]["NodeID"], "cuda" if gpus else "cpu", cpus, gpus, fits, fits * len(same),
                                workers))
     total, most = sum(p.in_all for p in found), None if limit is None else limit * workers
@@ -83,14 +82,23 @@ def places(nodes: Sequence[dict[str, Any]], cpus: float, gpus: float, limit: int
 
 
 def slots_of(settings: ClusterSettings) -> dict[str, list[Place]]:
-    """Where trials, final trainings, maps (on CPUs, on GPUs) and judgements are done on the connected cluster."""
+    """Where trials, final trainings, maps (on CPUs, on GPUs) and judgements are done on the connected cluster.
+
+    Raises ClusterError where nothing can be measured as a node that would hold it is not there yet.
+    """
     s, nodes = settings, ray.nodes()
-    cpus = s.explain_cpu_actors, s.explain_gpu_actors
+    on_cpus, on_gpus = makers(s, grown(s, ray.cluster_resources()))
     found = {"trial": places(nodes, s.trial_cpus, s.trial_gpus, s.max_concurrent_trials, s.trial_workers),
              "model": places(nodes, s.train_cpus, float(s.use_gpu), workers=s.train_workers),
-             "maps on CPUs": places(nodes, 1, 0, cpus[0]) if cpus[0] != 0 else [],
-             "maps on GPUs": places(nodes, 0.1, 1, cpus[1]) if cpus[1] != 0 else [],
+             "maps on CPUs": places(nodes, 1, 0, on_cpus) if on_cpus else [],
+             "maps on GPUs": places(nodes, *MAKER_ON_GPU, on_gpus) if on_gpus else [],
              JUDGING: places(nodes, *alone(s))}
+    nowhere = [name for name in ("trial", "model", JUDGING) if not found[name]]
+    nowhere += [MAPS] if not (found["maps on CPUs"] or found["maps on GPUs"]) else []
+    if nowhere:
+        raise ClusterError(f"--plan measures on the nodes that are there, and none of them has room for "
+                           f"{', '.join(nowhere)}: start one of those that cluster.grows_to_cpus = {s.grows_to_cpus} "
+                           f"and grows_to_gpus = {s.grows_to_gpus} count on")
     return {name: where for name, where in found.items() if where}
 
 
@@ -131,7 +139,8 @@ def _done_in(slot: str, probe: Probe) -> bool:
 def plan(cells: Sequence[Cell], settings: ClusterSettings, place: Workplace) -> str:
     """The price of what is left of these cells on the connected cluster, as text."""
     measured = measure(probes_of(cells), settings, place)
-    return price_list([price_cell(cell, measured, place.artifacts) for cell in cells], measured)
+    return price_list([price_cell(cell, measured, place.artifacts) for cell in cells], measured,
+                      cells_at_once(settings, grown(settings, ray.cluster_resources())))
 
 
 def _gang(where: Place, probes: Sequence[Probe], place: Workplace) -> list[tuple[Probe, list[Any]]]:

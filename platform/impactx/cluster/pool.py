@@ -19,6 +19,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from impactx.cluster.capacity import MAKER_ON_GPU, makers
 from impactx.cluster.explainers import Pool, run_pool
 from impactx.cluster.shard_queue import ShardQueue
 from impactx.cluster.shares import Shares
@@ -32,15 +33,13 @@ POLL_SECONDS = 0.5  # of the progress
 
 
 def pools_of(settings: ClusterSettings, have: dict[str, float]) -> list[Pool]:
-    """The pools that the settings ask for on a cluster with these resources."""
-    cpus = settings.explain_cpu_actors if settings.explain_cpu_actors is not None else int(have.get("CPU", 1))
-    gpus = settings.explain_gpu_actors if settings.explain_gpu_actors is not None else int(have.get("GPU", 0))
-    if cpus + gpus == 0:
-        raise WorkError("cluster.explain_cpu_actors and explain_gpu_actors are both 0: nobody would make maps")
+    """The pools that the settings ask for on a cluster that has these resources, or may come to them: actors that it
+    has no room for yet wait in Ray's queue, by which a cluster that may grow knows that it should."""
+    cpus, gpus = makers(settings, have)
     # Ray Data's own tasks need CPUs as well: actors ask for a little less than a CPU, or the pool starves.
     whole = min(have.get("CPU", 1) / max(cpus, 1), 1)
     pools = [Pool("cpu", "cpu", cpus, {"num_cpus": 0.75 * whole}, {"CPU": whole}),
-             Pool("gpu", "cuda", gpus, {"num_cpus": 0.1, "num_gpus": 1}, {"GPU": 1})]
+             Pool("gpu", "cuda", gpus, dict(zip(("num_cpus", "num_gpus"), MAKER_ON_GPU, strict=True)), {"GPU": 1})]
     return [pool for pool in pools if pool.actors]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from impactx.cluster.capacity import blocked
 from impactx.cluster.errors import is_final, portable
 from impactx.cluster.monitor import Monitor
 from impactx.experiment.executor import Task, tracked_training
@@ -57,8 +58,8 @@ class Workers:
 
     @property
     def amounts(self) -> dict[str, float]:
-        """What all of them hold together."""
-        return {"CPU": self.count * self.cpus, "GPU": self.count * self.gpus}
+        """What all of them keep from others."""
+        return {"CPU": self.count * self.cpus, "GPU": self.count * blocked(self.gpus)}
 
 
 def train_on_workers(task: Task, place: Workplace, tracker: Tracker, workers: Workers,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -31,7 +32,13 @@ class Budget:
             self._ended += result["seconds"]
 
     @property
+    def left(self) -> float:
+        """Seconds: infinitely many without a limit."""
+        with self._lock:
+            return math.inf if self._limit is None else max(
+                0.0, self._limit - (self._ended + sum(self._under_way.values())))
+
+    @property
     def spent(self) -> bool:
         """Whether nothing is left."""
-        with self._lock:
-            return self._limit is not None and self._ended + sum(self._under_way.values()) >= self._limit
+        return not self.left

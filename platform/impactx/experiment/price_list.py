@@ -20,8 +20,8 @@ def _hours(value: float) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:,.0f}"
 
 
-def price_list(prices: Sequence[CellPrice], measured: Measured) -> str:
-    """The prices as text, cell by cell and in all."""
+def price_list(prices: Sequence[CellPrice], measured: Measured, cells_at_once: int) -> str:
+    """The prices as text, cell by cell and in all. cells_at_once: that the job has under way."""
     lines = ["measured:", *measured.lines(), ""]
     for price in prices:
         lines += [price.cell.name + f"   (exists: {price.exists})"]
@@ -34,18 +34,29 @@ def price_list(prices: Sequence[CellPrice], measured: Measured) -> str:
         alone = sum((item.alone() for item in price.items), Range())
         lines.append(f"  alone on this cluster as it is now: {alone.say(duration)}")
     items = [item for price in prices for item in price.items]
-    cpus = sum((item.cpu_hours(measured) for item in items), Range())
-    gpus = sum((item.gpu_hours(measured) for item in items), Range())
-    alone = [sum((item.alone() for item in price.items), Range()) for price in prices]
-    # At best cells fill each other's gaps: then the devices bound it, or the longest cell; at worst none does.
-    least = max([cpus.low * HOUR / measured.cpus, gpus.low * HOUR / measured.gpus if measured.gpus else 0.0,
-                 *(one.low for one in alone)])
-    whole = Range(least, sum(one.high for one in alone))
+    whole = _whole(prices, items, measured, min(cells_at_once, len(prices)))
     first, *more = _sums(prices, items, measured)
     return "\n".join(lines + [
         "", f"in all: {first}", *(f"        {line}" for line in more),
         f"        {whole.say(duration)} on this cluster as it is now, without start-up "
         "times (about 15 s a final training) and what several workers of one training exchange"])
+
+
+def _whole(prices: Sequence[CellPrice], items: Sequence[Item], measured: Measured, at_once: int) -> Range:
+    """Seconds of these cells, so many of which are under way at once.
+
+    At best cells fill each other's gaps: then it is bound by the devices, by the slots of each kind (of trials the
+    settings may allow fewer than fit, of all cells together), by the longest cell, and by how many go side by side.
+    At worst no cell gains by the others.
+    """
+    cpus = sum(item.cpu_hours(measured).low for item in items)
+    gpus = sum(item.gpu_hours(measured).low for item in items)
+    by_slot = {slot: sum(item.seconds.low for item in items if item.slot == slot) / have.count
+               for slot, have in measured.slots.items()}
+    alone = [sum((item.alone() for item in price.items), Range()) for price in prices]
+    least = max([cpus * HOUR / measured.cpus, gpus * HOUR / measured.gpus if measured.gpus else 0.0,
+                 *by_slot.values(), *(one.low for one in alone), sum(one.low for one in alone) / at_once])
+    return Range(least, sum(one.high for one in alone))
 
 
 def _sums(prices: Sequence[CellPrice], items: Sequence[Item], measured: Measured) -> list[str]:
@@ -54,7 +65,8 @@ def _sums(prices: Sequence[CellPrice], items: Sequence[Item], measured: Measured
         (price.epochs for price in prices), (price.evaluations for price in prices)))
     cpus = sum((item.cpu_hours(measured) for item in items), Range())
     gpus = sum((item.gpu_hours(measured) for item in items), Range())
-    return [f"{sum(price.trials for price in prices)} trials, {epochs.say(counted)} epochs, "
+    trials = sum((price.trials for price in prices), Range())
+    return [f"{trials.say(counted)} trials, {epochs.say(counted)} epochs, "
             f"{evaluations.say(counted)} evaluations, maps of at most "
             f"{_bytes(sum(price.map_bytes for price in prices))}",
             f"{cpus.say(_hours)} CPU-hours, {gpus.say(_hours)} GPU-hours"]

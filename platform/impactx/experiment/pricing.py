@@ -6,6 +6,7 @@ once stage 1 is over (the selected batch size and split) is a range as well.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from impactx.experiment.survey import (
 )
 from impactx.experiment.units import Artifacts, Unit
 from impactx.settings import AttributionSettings
+from impactx.timing import duration
 
 MAPS, JUDGING = "maps", "judging"
 HOUR = 3600.0
@@ -171,13 +173,19 @@ def _mean(values: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class Item:
-    """A step of a cell: how much of it there is, how much is left, and what that costs."""
+    """A step of a cell: how much of it there is, how much is left, and what that costs.
+
+    seconds: of all slots together; slots: that are busy at once, on average; pieces: that are done one by one in a
+    slot, at most; longest: seconds of the longest of them, nothing where the average knows of it already.
+    """
 
     name: str
     what: str
     slot: str
-    seconds: Range  # of all slots together
-    slots: float  # that are busy at once, on average
+    seconds: Range
+    slots: float
+    pieces: float
+    longest: Range = Range()
 
     def cpu_hours(self, measured: Measured) -> Range:
         """CPUs held, times hours."""
@@ -188,8 +196,17 @@ class Item:
         return self.seconds * (measured.slots[self.slot].gpus / HOUR)
 
     def alone(self) -> Range:
-        """Seconds on the whole cluster."""
-        return self.seconds * (1 / self.slots)
+        """Seconds on the whole cluster.
+
+        At best the slots share it evenly, but for the longest piece; at worst that one begins last (Graham 1966), or
+        each round of pieces takes as long as it.
+        """
+        low, high = self.seconds.low / self.slots, self.seconds.high / self.slots
+        if not self.longest.high:
+            return Range(low, high)
+        rounds = math.ceil(self.pieces / self.slots)
+        return Range(max(low, self.longest.low),
+                     min(high + self.longest.high * (1 - 1 / self.slots), rounds * self.longest.high))
 
 
 @dataclass(frozen=True)
@@ -198,7 +215,7 @@ class CellPrice:
 
     cell: Cell
     items: list[Item]
-    trials: int
+    trials: Range
     epochs: Range
     evaluations: Range  # forward passes of an image, to make maps and to judge them
     map_bytes: int
@@ -207,24 +224,24 @@ class CellPrice:
 
 def price_cell(cell: Cell, measured: Measured, artifacts: Artifacts) -> CellPrice:
     """Count what is left of a cell and price it."""
-    steps, length, shortest = survey(cell, artifacts), _length(cell), _shortest(cell)
-    left, searches = steps.stage1.left, {name: step for name, step in steps.searches.items() if step.left}
+    steps = survey(cell, artifacts)
+    searches = {name: step for name, step in steps.searches.items() if step.left}
     searched = sum(len(step.left) for step in searches.values())
     trainings = sum(len(step.left) for step in steps.models.values())
-    stage1 = _item("stage 1", f"{len(left)} of {len(steps.stage1.units)} trials left", "trial", _stage1_seconds(
-        cell, left, measured), len(left), measured)
+    stage1, trials, epochs = _stage1(cell, steps, measured)
     maps, evaluations, images = _map_items(
         cell, [(unit, shards_left(cell, unit, artifacts)) for unit in steps.stores.left], measured)
     judging, passes = _judging(cell, steps, measured)
+    others = [name for name in steps.models if name != BASELINE]
     for name, step in steps.models.items():
         if own := _own(cell, name, steps.points):
             of_search = len(searches[name].left) if name in searches else 0
             passes += own.maps * (own.evaluations * (len(step.left) + of_search))
     return CellPrice(
-        cell, [stage1, _models(cell, steps, trainings, measured), *maps,
-               *(_search(cell, name, step, steps.points, measured) for name, step in searches.items()), *judging],
-        len(left) + searched,
-        Range(shortest, length.high) * len(left) + length * (trainings + searched),
+        cell, [stage1, _models(cell, "A's trainings", [BASELINE], steps, measured), *maps,
+               *(_search(cell, name, step, steps.points, measured) for name, step in searches.items()),
+               *([_models(cell, "final models", others, steps, measured)] if others else []), *judging],
+        trials + Range(searched, searched), epochs + _length(cell) * (trainings + searched),
         Range(evaluations, evaluations) + passes, images * math.prod(cell.facts.image_size) * 3 * 4,
         ", ".join([f"{len(steps.stage1.made)} trials", *steps.exists()]))
 
@@ -241,12 +258,38 @@ def _shortest(cell: Cell) -> float:
     return min(grid.grace_epochs, low) if grid.strategy == "asha" else low
 
 
-def _stage1_seconds(cell: Cell, left: Sequence[Unit], measured: Measured) -> Range:
-    seconds, most = Range(), (cell.settings.grid.max_hours or math.inf) * HOUR
-    for unit in left:
-        epoch = _epoch(measured, "trial", cell, STAGE1, configuration_of(unit))
-        seconds += Range(_shortest(cell) * epoch, _length(cell).high * epoch)
-    return Range(min(seconds.low, most), min(seconds.high, most))
+def _stage1(cell: Cell, steps: Survey, measured: Measured) -> tuple[Item, Range, Range]:
+    """Stage 1's item, and its trials and their epochs: fewer than are left where the budget ends before them."""
+    left, budget, slots = steps.stage1.left, steps.hours, measured.slots["trial"].count
+    one = Range(_shortest(cell), _length(cell).high)
+    epoch = [_epoch(measured, "trial", cell, STAGE1, configuration_of(unit)) for unit in left]
+    seconds = [one * each for each in epoch]
+    whole, longest = sum(seconds, Range()), _longest(seconds)
+    trials, epochs = Range(len(left), len(left)), one * len(left)
+    if epoch and budget.seconds < math.inf:
+        # At least those begin that still do where all before them took longest; at most those that do where all
+        # before them took shortest, but for as many as are under way and have trained nothing yet.
+        begun = sum(seconds[:budget.begun], Range())
+        lows, highs = sorted(each.low for each in seconds), [each.high for each in seconds]
+        sure, perhaps = (sum(spent < budget.seconds for spent in itertools.accumulate(ends[:-1], initial=0.0))
+                         for ends in (highs, lows))
+        trials = Range(max(budget.begun, sure),
+                       max(budget.begun, min(len(left), perhaps + slots - 1) if budget.seconds else 0))
+        # What is under way when the hours are over goes on to its end.
+        over = sum(sorted(highs)[-slots:]) if budget.seconds else 0.0
+        whole = Range(max(min(whole.low, budget.seconds), begun.low, sum(lows[:sure])),
+                      min(whole.high, max(budget.seconds + over, begun.high)))
+        longest = Range(lows[0], longest.high)  # the longest may be among those that never begin
+        epochs = Range(max(one.low * trials.low, whole.low / max(epoch)),
+                       min(one.high * trials.high, whole.high / min(epoch)))
+    text = f"{trials.say(counted)} of {len(steps.stage1.units)} trials left"
+    if budget.seconds < math.inf:
+        text += f", as {duration(budget.seconds)} of training are left (grid.max_hours)"
+    return _item("stage 1", text, "trial", whole, trials.high, measured, longest), trials, epochs
+
+
+def _longest(pieces: Sequence[Range]) -> Range:
+    return Range(max((each.low for each in pieces), default=0.0), max((each.high for each in pieces), default=0.0))
 
 
 def _training(cell: Cell, what: str, slot: str, points: Sequence[Configuration], measured: Measured) -> Range:
@@ -280,19 +323,20 @@ def _own(cell: Cell, what: str, points: Sequence[Configuration]) -> OwnMaps | No
 
 
 def _search(cell: Cell, name: str, trials: Step, points: Sequence[Configuration], measured: Measured) -> Item:
-    n = len(trials.left)
-    return _item(f"{name}'s search", f"{n} of {len(trials.units)} trials left", "trial",
-                 _training(cell, name, "trial", points, measured) * n, n, measured)
+    n, each = len(trials.left), _training(cell, name, "trial", points, measured)
+    return _item(f"{name}'s search", f"{n} of {len(trials.units)} trials left", "trial", each * n, n, measured, each)
 
 
-def _models(cell: Cell, steps: Survey, trainings: int, measured: Measured) -> Item:
-    seconds = Range()
-    for name, step in steps.models.items():
-        what = STAGE1 if name == BASELINE else name
-        seconds += _training(cell, what, "model", steps.points, measured) * len(step.left)
-    names = ", ".join("A" if name == BASELINE else name for name in steps.models)
-    return _item("final models", f"{trainings} trainings ({names}; {cell.settings.repeats} repeats)", "model", seconds,
-                 trainings, measured)
+def _models(cell: Cell, title: str, names: Sequence[str], steps: Survey, measured: Measured) -> Item:
+    """Final trainings that are done at once: A's by themselves, as maps and searches come between them and the rest."""
+    pieces = []
+    for name in names:
+        if left := steps.models[name].left:
+            what = STAGE1 if name == BASELINE else name
+            pieces += [_training(cell, what, "model", steps.points, measured)] * len(left)
+    named = ", ".join("A" if name == BASELINE else name for name in names)
+    return _item(title, f"{len(pieces)} trainings ({named}; {cell.settings.repeats} repeats)", "model",
+                 sum(pieces, Range()), len(pieces), measured, _longest(pieces))
 
 
 def _map_items(cell: Cell, stores: Sequence[tuple[Unit, list[int]]], measured: Measured
@@ -327,13 +371,15 @@ def _judging(cell: Cell, steps: Survey, measured: Measured) -> tuple[list[Item],
         return [], Range()
     maps, morf = ([passes for judgement in left for passes in judgement.maps(size)],
                   [judgement.morf(size) for judgement in left])
-    seconds = sum((_passes_seconds(cell, passes, measured) for passes in [*maps, *morf]), Range())
+    pieces = [sum((_passes_seconds(cell, passes, measured) for passes in [*judgement.maps(size), judgement.morf(size)]),
+                  Range()) for judgement in left]
     of_maps, of_morf = (sum((Range(one.least, one.most) for one in some), Range()) for some in (maps, morf))
     text = (f"maps of {len(left)} of {len(steps.judgements.units)} models on {left[0].images:,} test images, "
             f"{of_maps.say(counted)} evaluations, and {counted(of_morf.high)} forward passes of MoRF")
     # A cell judges no more models at once than it trains.
-    at_once = min(len(left), measured.slots["model"].count)
-    return [_item("judging", text, JUDGING, seconds, at_once, measured)], of_maps + of_morf
+    at_once = max(1, min(len(left), measured.slots["model"].count, measured.slots[JUDGING].count))
+    return [Item("judging", text, JUDGING, sum(pieces, Range()), at_once, len(left), _longest(pieces))
+            ], of_maps + of_morf
 
 
 def _passes_seconds(cell: Cell, passes: Passes, measured: Measured) -> Range:
@@ -352,5 +398,6 @@ def _validation(cell: Cell, point: Configuration) -> int:
     return round(cell.facts.train_images * point.validation_fraction)
 
 
-def _item(name: str, what: str, slot: str, seconds: Range, pieces: float, measured: Measured) -> Item:
-    return Item(name, what, slot, seconds, max(1, min(pieces, measured.slots[slot].count)))
+def _item(name: str, what: str, slot: str, seconds: Range, pieces: float, measured: Measured,
+          longest: Range = Range()) -> Item:
+    return Item(name, what, slot, seconds, max(1, min(pieces, measured.slots[slot].count)), pieces, longest)

@@ -6,6 +6,7 @@ up until then, and so are units that depend on it: they are as many and as large
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,15 +95,25 @@ class Judgement:
 
 
 @dataclass(frozen=True)
+class Hours:
+    """What is left of stage 1's budget: seconds of training before no other trial is begun (infinitely many without
+    one), and how many trials, the first of those that are left, were begun and go on whatever is left."""
+
+    seconds: float = math.inf
+    begun: int = 0
+
+
+@dataclass(frozen=True)
 class Survey:
     """The steps of a cell.
 
-    points: the configurations that may be the selected one: one once stage 1 is over; models: final trainings by
-    approach, A's first; searches: trials by approach, where it has a search of its own; judged: the size of
-    judgements, by the unit's key.
+    hours: what stage 1's budget has left; points: the configurations that may be the selected one: one once stage 1 is
+    over; models: final trainings by approach, A's first; searches: trials by approach, where it has a search of its
+    own; judged: the size of judgements, by the unit's key.
     """
 
     stage1: Step
+    hours: Hours
     points: list[Configuration]
     models: dict[str, Step]
     stores: Step
@@ -134,7 +145,7 @@ def survey(cell: Cell, artifacts: Artifacts | None = None) -> Survey:
         return Step(list(units), [unit for unit in units if known and unit.folder in results],
                     [unit for unit in units if not known or unit.folder not in results])
 
-    stage1, chosen = _stage1(cell, artifacts, step(cell.stage1_trials()), results)
+    stage1, hours, chosen = _stage1(cell, artifacts, step(cell.stage1_trials()), results)
     points = [configuration_of(unit) for unit in ([chosen] if chosen else stage1.units)]
     a = step([cell.stage1_model(points[0], repeat) for repeat in range(cell.settings.repeats)], chosen is not None)
     bases = [cell.basis(points[0], unit, results.get(unit.folder, {"weights": f"of repeat {repeat}"}), repeat)
@@ -162,22 +173,26 @@ def survey(cell: Cell, artifacts: Artifacts | None = None) -> Survey:
                 images = images_judged(e, facts.test_images or e.map_images, facts.num_classes)
                 judged[unit.key] = Judgement(unit, named.get(name), taught.get(unit.inputs.get("maps", "")), images)
     judgements = step([judgement.unit for judgement in judged.values()], chosen is not None)
-    return Survey(stage1, points, models, stores, searches, judgements, judged)
+    return Survey(stage1, hours, points, models, stores, searches, judgements, judged)
 
 
 def _stage1(cell: Cell, artifacts: Artifacts | None, trials: Step, results: Mapping[str, Mapping[str, Any]]
-            ) -> tuple[Step, Unit | None]:
-    """Stage 1 without trials that were stopped early or that the budget left out, and the unit that is selected."""
+            ) -> tuple[Step, Hours, Unit | None]:
+    """Stage 1 without trials that were stopped early or that the budget left out, what the budget has left, and the
+    unit that is selected."""
+    limit, hours = cell.settings.grid.max_hours, Hours()
     if artifacts is None:
-        return trials, None
+        return trials, Hours(Budget(limit).left), None
     stopped = {unit.folder: found for unit in trials.left if (found := artifacts.stopped(unit)) is not None}
     made = [unit for unit in trials.units if unit.folder in results or unit.folder in stopped]
     left = [unit for unit in trials.left if unit.folder not in stopped]
-    hours = cell.settings.grid.max_hours
-    if hours is not None and Budget(hours, [*(results[unit.folder] for unit in trials.made), *stopped.values()]).spent:
-        left = [unit for unit in left if artifacts.begun(unit)]
+    if limit is not None:  # as cell_run does it
+        begun = [unit for unit in left if artifacts.begun(unit)]
+        budget = Budget(limit, [*(results[unit.folder] for unit in trials.made), *stopped.values()])
+        left = begun if budget.spent else begun + [unit for unit in left if unit not in begun]
+        hours = Hours(budget.left, len(begun))
     found = Step(trials.units, made, left)
-    return found, _selected(found, results, cell.selection_metric)
+    return found, hours, _selected(found, results, cell.selection_metric)
 
 
 def _selected(search: Step, results: Mapping[str, Mapping[str, Any]], metric: str) -> Unit | None:

@@ -50,22 +50,25 @@ class ClusterSettings(Settings):
     num_cpus: int | None = Field(None, ge=1, description="of a local cluster; None: all")
     trial_cpus: float = Field(1, gt=0, description="of one worker of a trial")
     trial_gpus: float = Field(0, ge=0, le=1, description=(
-        "of one worker of a trial: several share a GPU at a fraction; for several GPUs raise trial_workers"))
+        "of one worker of a trial; 0: CPUs only; several share a GPU at a fraction, which is of one GPU (0.4: two on "
+        "each); for several GPUs raise trial_workers"))
     trial_workers: int = Field(1, ge=1, description=(
         "data-parallel workers of one trial, each with trial_cpus and trial_gpus; more than 1: by Ray Train"))
     max_concurrent_trials: int | None = Field(None, ge=1, description="of all cells together; None: what fits")
     cells_at_once: int | None = Field(None, ge=1, description=(
         "cells under way at once, which share the cluster; 1: one cell after the other; None: as many as trials that "
-        "fit at once when the job begins, at least 3"))
+        "fit at once when the job begins and max_concurrent_trials allows, at least 3"))
     grows_to_cpus: int | None = Field(None, ge=1, description=(
-        "of a cluster that starts nodes on demand: how many CPUs it may come to, so that as much work is asked for; "
-        "None: it stays as it is"))
+        "of a cluster that starts nodes on demand: how many CPUs it may come to, so that as much work (trials, "
+        "trainings, actors of maps) is asked for; None: it stays as it is"))
     grows_to_gpus: int | None = Field(None, ge=1, description="the same for GPUs")
     train_workers: int = Field(1, ge=1, description="data-parallel workers of a final training (Ray Train)")
     train_cpus: float = Field(1, gt=0, description="CPUs of one such worker")
     use_gpu: bool = Field(False, description="final trainings on GPUs")
-    explain_cpu_actors: int | None = Field(None, ge=0, description="None: one a CPU of the cluster")
-    explain_gpu_actors: int | None = Field(None, ge=0, description="None: one a GPU of the cluster")
+    explain_cpu_actors: int | None = Field(None, ge=0, description=(
+        "None: one a CPU of the cluster, or of what it may come to"))
+    explain_gpu_actors: int | None = Field(None, ge=0, description=(
+        "None: one a GPU of the cluster, or of what it may come to"))
     explain_memory_mb: int = Field(512, ge=64, description="working memory of one actor's mask batches")
     threads: int = Field(1, ge=1, description="of torch in each process; results on a CPU may depend on it")
     max_failures: int = Field(3, ge=0, description="of one trial or training before it counts as failed")
