@@ -152,7 +152,7 @@ def test_maps_are_asked_for_on_nodes_that_are_not_there_yet(ray, monkeypatch):
     seen = []
     monkeypatch.setattr(module, "open_store", lambda unit, place: SimpleNamespace(missing=lambda: [0]))
     monkeypatch.setattr(module, "explain_on_pools", lambda unit, place, pools, *more: seen.append(
-        {pool.name: (pool.actors, pool.resources) for pool in pools}))
+        {pool.name: (pool.actors, pool.resources) for pool in pools}) or (0, 0.0))
     monkeypatch.setattr(module, "finish_maps", lambda *anything: {})
     monkeypatch.setattr(module, "log_maps", lambda *anything: None)
     task = SimpleNamespace(unit=None, parent_key="cell", open_run=lambda tracker: contextlib.nullcontext())
