@@ -11,8 +11,9 @@ from statistics import fmean
 import pytest
 from lab import Lab, ignore, task
 
+from impactx.experiment.measured import MAPS, made_of
 from impactx.experiment.plan import Configuration
-from impactx.experiment.pricing import MAPS, made_of, probes_of
+from impactx.experiment.pricing import probes_of
 from impactx.experiment.rates import STAGE1
 from impactx.experiment.threads import run_all
 

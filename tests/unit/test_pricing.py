@@ -9,20 +9,10 @@ import pytest
 
 from impactx.configuration import load_settings
 from impactx.experiment.approaches import Basis
+from impactx.experiment.measured import JUDGING, MAPS, Measured, Probe, Slots
 from impactx.experiment.plan import Cell, Configuration, DataFacts
 from impactx.experiment.price_list import price_list
-from impactx.experiment.pricing import (
-    JUDGING,
-    MAPS,
-    CellPrice,
-    Item,
-    Measured,
-    Probe,
-    Range,
-    Slots,
-    price_cell,
-    probes_of,
-)
+from impactx.experiment.pricing import CellPrice, Item, Range, price_cell, probes_of
 from impactx.experiment.rates import STAGE1, TrainingRate
 from impactx.experiment.units import RUNNING, Artifacts
 from impactx.explain.store import MapStore, StoreError, StoreSpec

@@ -16,9 +16,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from impactx.cluster.capacity import MAKER_ON_GPU, ClusterError, cells_at_once, grown, makers, processes
 from impactx.cluster.devices import alone
 from impactx.cluster.errors import portable
+from impactx.experiment.measured import JUDGING, MAPS, Measured, Probe, Slots
 from impactx.experiment.plan import Cell
 from impactx.experiment.price_list import price_list
-from impactx.experiment.pricing import JUDGING, MAPS, Measured, Probe, Slots, price_cell, probes_of
+from impactx.experiment.pricing import price_cell, probes_of
 from impactx.experiment.rates import measure_maps, measure_training
 from impactx.experiment.workplace import Workplace
 from impactx.settings import ClusterSettings

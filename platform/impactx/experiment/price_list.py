@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from impactx.experiment.pricing import HOUR, CellPrice, Item, Measured, Range, counted
+from impactx.experiment.measured import Measured
+from impactx.experiment.pricing import HOUR, CellPrice, Item, Range, counted
 from impactx.timing import duration
 
 
