@@ -201,7 +201,7 @@ class MlflowTracker:
                 f"trials:     {runs}&viewStateShareKey={view}",
                 f"comparison: {runs}&viewStateShareKey={view}&compareRunsMode=CHART",
                 *([f"models:     {base}/#/models, such as {'/'.join(('models:', *model))}"
-                   for model in list(self._models.items())[-1:]])]
+                   for model in sorted(self._models.items(), key=lambda model: model[0].endswith(".impactx"))[-1:]])]
 
 
 class MlflowRun(ContextRun):
