@@ -398,3 +398,10 @@ def test_of_several_cells_a_line_says_of_which_it_is(finished):
     export["evidence"]["cells"][0]["missing"] = ["impactx repeat 0: gone"]
     text = html_of_the_box(build_report(export, lambda folder: None)["report.html"])
     assert "digits × lenet5: impactx repeat 0: gone" in text
+
+
+def test_a_column_without_a_value_is_in_the_file_alone(finished):
+    files = report(finished[0])
+    page = text_of(files["report.html"])
+    # The paper knows nothing of digits.
+    assert "paper %" in files["table2.csv"].decode() and "paper %" not in page and "time a model" in page

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Literal
 
+from impactx.report.numbers import NONE
+
 
 @dataclass(frozen=True)
 class Text:
@@ -52,7 +54,7 @@ class Table:
         """The table as a file; what is a typographer's minus or a dash for "none" on the page is plain there."""
         stream = io.StringIO()
         csv.writer(stream, lineterminator="\n").writerows(
-            [["" if cell == "–" else cell.replace("−", "-") for cell in row] for row in (self.head, *self.rows)])
+            [["" if cell == NONE else cell.replace("−", "-") for cell in row] for row in (self.head, *self.rows)])
         return stream.getvalue().encode()
 
 
@@ -105,9 +107,12 @@ def html(block: Block) -> str:
 
 
 def _table(table: Table) -> str:
+    # A column without a single value is in the file, and no use to a reader.
+    columns = [i for i in range(len(table.head)) if not table.rows or any(row[i] != NONE for row in table.rows)]
+
     def row(cells: Sequence[str], tag: str, strong: bool = False) -> str:
-        inner = "".join(f'<{tag}{" class=number" if i in table.numeric else ""}>{escape(cell)}</{tag}>'
-                        for i, cell in enumerate(cells))
+        inner = "".join(f'<{tag}{" class=number" if i in table.numeric else ""}>{escape(cells[i])}</{tag}>'
+                        for i in columns)
         return f"<tr{' class=strong' if strong else ''}>{inner}</tr>"
 
     caption = f"<caption>{escape(table.caption)}</caption>" if table.caption else ""

@@ -28,7 +28,7 @@ table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabula
 caption { text-align: left; padding: 0 0 8px; caption-side: top; }
 th, td { padding: 6px 12px 6px 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line);
   white-space: nowrap; }
-td:last-child { white-space: normal; }
+td:last-child:not(.number) { white-space: normal; }
 th { border-bottom: 1.5px solid var(--ink); font-weight: 600; white-space: normal; vertical-align: bottom; }
 .number { text-align: right; } tr.strong td { font-weight: 650; }
 figure { margin: 18px 0 26px; } img { max-width: 100%; height: auto; display: block; }
