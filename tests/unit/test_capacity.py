@@ -200,4 +200,4 @@ def test_it_is_checked_as_soon_as_a_job_connects(ray, monkeypatch, caplog):
         assert "all trainings are on CPUs" in caplog.text
         caplog.clear()
         executor()
-    assert not caplog.messages, "an explain job trains nothing"
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING], "an explain job trains nothing"
