@@ -12,7 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from impactx.configuration import DEFAULT_PRESET, ConfigurationError, configs_folder, groups, load_settings, presets
+from impactx.configuration import (
+    DEFAULT_PRESET,
+    ConfigurationError,
+    configs_folder,
+    groups,
+    load_settings,
+    presets,
+)
 from impactx.settings import ExperimentSettings, ExplainSettings, ModelSettings
 
 log = logging.getLogger("impactx")

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 import pytest
 
+from impactx.cluster.access import private_cluster
+
 sys.path.insert(0, str(Path(__file__).parent))  # the tests' own lab.py
 
 
+@pytest.fixture(scope="session", autouse=True)
+def token() -> Path:
+    """The file of the token of every cluster that these tests start themselves; jobs draw their own."""
+    with private_cluster() as path:
+        yield path
+
+
 @pytest.fixture(scope="session")
-def cluster():
+def cluster(token):
     """A running cluster (ray.cluster_utils) that is connected to: 2 CPUs, one GPU that only the scheduler knows."""
-    os.environ["RAY_AUTH_MODE"] = "disabled"
     from ray.cluster_utils import Cluster
 
     from impactx.cluster.connection import connected
     from impactx.settings import ClusterSettings
 
-    how = {"num_cpus": 2, "num_gpus": 1, "include_dashboard": False, "object_store_memory": 128 * 2**20}
+    how = {"num_cpus": 2, "num_gpus": 1, "include_dashboard": False, "object_store_memory": 128 * 2**20,
+           "dashboard_agent_listen_port": 0}  # the usual port is for the clusters of jobs under test
     for last in (False, False, True):  # Ray gives a node 30 s to start, which a busy machine may exceed
         try:
             node = Cluster(initialize_head=True, head_node_args=how)

@@ -30,7 +30,6 @@ class Nodes:
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
 
-        os.environ["RAY_AUTH_MODE"] = "disabled"
         how = {"include_dashboard": False, "object_store_memory": 128 * 2**20}
         self._cluster = Cluster(initialize_head=True, head_node_args=how | {"num_cpus": 0})
         self.address = self._cluster.address

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from lab import descendants, gone, until
 
+from impactx.cluster.access import SEVERAL_MACHINES
+
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, str(ROOT / "jobs" / "full_grid.py"), "--preset", "demo"]
 # Steps long enough to be met under way; on an idle machine each is a second or two.
@@ -33,11 +35,12 @@ class Job:
         self.output = output
         output.mkdir(parents=True, exist_ok=True)
         self._log = log or output.parent / f"{output.name}-{time.monotonic_ns()}.log"
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
+        environment = {k: v for k, v in os.environ.items() if k.startswith("RAY_AUTH_") or k == SEVERAL_MACHINES
+                       or not k.startswith(("RAY_", "MLFLOW_"))}
         with open(self._log, "w", encoding="utf8") as stream:
             self.process = subprocess.Popen(
                 [*COMMAND, f"output={output}", f"cache={cache}", *TINY, *more], stdout=stream, stderr=subprocess.STDOUT,
-                env=environment | {"RAY_AUTH_MODE": "disabled"}, cwd=output.parent,
+                env=environment, cwd=output.parent,
                 # A shell's background job ignores Ctrl-C, and so would whatever the tests start there.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 

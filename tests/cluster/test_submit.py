@@ -13,6 +13,7 @@ import sys
 import sysconfig
 import tempfile
 import urllib.request
+from http.client import HTTPResponse
 from pathlib import Path
 
 import pytest
@@ -38,8 +39,9 @@ class Head:
         self.address = f"http://127.0.0.1:{free_port()}"
         self._agent = free_port()  # the usual port may be another cluster's
         self.folder = Path(tempfile.mkdtemp(prefix="ix-"))  # short: Ray puts sockets below it
-        keep = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_")) and k != "PYTHONPATH"}
-        self.environment = keep | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0",
+        keep = {k: v for k, v in os.environ.items() if k.startswith("RAY_AUTH_")
+                or not k.startswith(("RAY_", "MLFLOW_")) and k != "PYTHONPATH"}
+        self.environment = keep | {"RAY_USAGE_STATS_ENABLED": "0",
                                    "PATH": f"{python.parent}:{os.environ['PATH']}"}
         with open(folder / "head.log", "wb") as log:
             self.process = subprocess.Popen(
@@ -53,9 +55,15 @@ class Head:
     def _answers(self) -> bool:
         places = f"{self.address}/api/version", f"http://127.0.0.1:{self._agent}/api/healthz"
         try:
-            return all(urllib.request.urlopen(place, timeout=5).status == 200 for place in places)
+            return all(self._open(place).status == 200 for place in places)
         except OSError:
             return False
+
+    def _open(self, address: str) -> HTTPResponse:
+        """Get an address as somebody who has the token."""
+        token = Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+        request = urllib.request.Request(address, headers={"Authorization": f"Bearer {token}"})
+        return urllib.request.urlopen(request, timeout=30)
 
     def submit(self, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
         """`ray job submit`; waits for the job."""
@@ -64,7 +72,7 @@ class Head:
 
     def jobs(self) -> list[dict]:
         """What the dashboard knows of the submitted jobs."""
-        with urllib.request.urlopen(f"{self.address}/api/jobs/", timeout=30) as answer:
+        with self._open(f"{self.address}/api/jobs/") as answer:
             return [job for job in json.load(answer) if job["type"] == "SUBMISSION"]
 
     def end(self) -> None:

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 import impactx
-from impactx import AugmentationSettings, DatasetSettings, ModelSettings, PartitionSettings, Schedule, TrainingSettings
+from impactx import (
+    AugmentationSettings,
+    DatasetSettings,
+    ModelSettings,
+    PartitionSettings,
+    Schedule,
+    TrainingSettings,
+)
 from impactx.explain.attribution import build_attribution
 from impactx.explain.partition import partition_shap
 

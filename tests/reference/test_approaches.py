@@ -26,7 +26,13 @@ from impactx.models import (
     build_wae,
 )
 from impactx.models.logits import Logits
-from impactx.settings import AbnSettings, ModelSettings, SingleStageSettings, WaeSettings, parse_attribution
+from impactx.settings import (
+    AbnSettings,
+    ModelSettings,
+    SingleStageSettings,
+    WaeSettings,
+    parse_attribution,
+)
 
 sys.path.insert(0, str(Path(__file__).parent))
 from partition_twin import partition_values  # noqa: E402

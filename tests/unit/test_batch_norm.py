@@ -14,7 +14,13 @@ from torch import nn
 
 from impactx.datasets.batches import DeviceData
 from impactx.models import build_abn, build_classifier, build_impactx
-from impactx.settings import AbnSettings, AugmentationSettings, ImpactxSettings, ModelSettings, TrainingSettings
+from impactx.settings import (
+    AbnSettings,
+    AugmentationSettings,
+    ImpactxSettings,
+    ModelSettings,
+    TrainingSettings,
+)
 from impactx.training import TrainingData, classification_loss, fit, impactx_loss
 from impactx.training.batch_norm import JoinedBatchNorm, counted, join_batch_norms
 from impactx.training.losses import abn_loss

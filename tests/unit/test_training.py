@@ -16,8 +16,21 @@ from impactx.datasets import Dataset, make_split
 from impactx.datasets.batches import DeviceData
 from impactx.datasets.entry import ImageSet
 from impactx.models import build_classifier, build_impactx, build_wae
-from impactx.settings import AugmentationSettings, ImpactxSettings, ModelSettings, TrainingSettings, WaeSettings
-from impactx.training import TrainingData, classification_loss, evaluate, fit, impactx_loss, train_stage2
+from impactx.settings import (
+    AugmentationSettings,
+    ImpactxSettings,
+    ModelSettings,
+    TrainingSettings,
+    WaeSettings,
+)
+from impactx.training import (
+    TrainingData,
+    classification_loss,
+    evaluate,
+    fit,
+    impactx_loss,
+    train_stage2,
+)
 from impactx.training.loop import ResumeError
 
 LENET = ModelSettings(name="lenet5", architecture="lenet5")

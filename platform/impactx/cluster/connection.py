@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import impactx
+from impactx.cluster.access import private_cluster, read_authentication
 from impactx.cluster.capacity import ClusterError, check
 from impactx.settings import ClusterSettings
 
@@ -39,8 +40,6 @@ def connected(settings: ClusterSettings, trains: bool = True) -> Iterator[dict[s
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
     # Ctrl-C ends the job; Tune would only end the search, and the best of what is there would be selected.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-    import ray
-
     # Trials report to the output and to MLflow; Tune's own files, which this warns of, are not written.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     address = settings.address or os.environ.get("RAY_ADDRESS")
@@ -53,27 +52,41 @@ def connected(settings: ClusterSettings, trains: bool = True) -> Iterator[dict[s
         # The package travels with the job, so every worker runs the driver's code, installed or not.
         options |= {"address": address, "runtime_env": {"env_vars": variables, "py_modules": [str(package)]}}
     else:
-        # Loopback and for this process alone: no dashboard, no token. A running cluster is asked for by name.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         paths = (str(package.parent), os.environ.get("PYTHONPATH"))
         variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         options |= {"address": "local", "num_cpus": settings.num_cpus, "include_dashboard": False,
                     "runtime_env": {"env_vars": variables}, "object_store_memory": 256 * 2**20}
-    try:
+    with contextlib.nullcontext() if address else private_cluster():
+        read_authentication()
         try:
-            ray.init(**options)
-        except Exception as error:
-            # Ray gives its processes 30 s to start, which a busy machine may exceed.
-            if address or "timed out" not in str(error):
-                raise
-            log.warning("the local Ray cluster did not start in time (%s): tried once more",
-                        str(error).strip().splitlines()[0])
-            ray.shutdown()
-            ray.init(**options)
-    except Exception as error:  # Ray raises whatever comes, bare Exception included
-        raise ClusterError(f"no Ray cluster at {address or 'this machine'}: {error}") from error
-    finally:
-        _restore(handler)
+            _start(options)
+        except Exception as error:  # Ray raises whatever comes, bare Exception included
+            raise ClusterError(f"no Ray cluster at {address or 'this machine'}: {error}") from error
+        finally:
+            _restore(handler)
+        yield from _checked(settings, address, trains)
+
+
+def _start(options: dict[str, Any]) -> None:
+    """Connect or start; a local cluster is tried twice, for Ray gives its processes 30 s, which is little on a busy
+    machine."""
+    import ray
+
+    try:
+        ray.init(**options)
+    except Exception as error:
+        if options["address"] != "local" or "timed out" not in str(error):
+            raise
+        log.warning("the local Ray cluster did not start in time (%s): tried once more",
+                    str(error).strip().splitlines()[0])
+        ray.shutdown()
+        ray.init(**options)
+
+
+def _checked(settings: ClusterSettings, address: str | None, trains: bool) -> Iterator[dict[str, float]]:
+    """Yield the connected cluster's resources once they are known to be enough; disconnect after that."""
+    import ray
+
     try:
         resources = ray.cluster_resources()
         check(settings, ray.nodes(), trains)

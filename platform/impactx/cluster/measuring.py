@@ -13,7 +13,14 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from impactx.cluster.capacity import MAKER_ON_GPU, ClusterError, cells_at_once, grown, makers, processes
+from impactx.cluster.capacity import (
+    MAKER_ON_GPU,
+    ClusterError,
+    cells_at_once,
+    grown,
+    makers,
+    processes,
+)
 from impactx.cluster.devices import alone
 from impactx.cluster.errors import portable
 from impactx.experiment.measured import JUDGING, MAPS, Measured, Probe, Slots

@@ -12,10 +12,10 @@ A new kind of source is one module in `sources/` with a subclass of `sources.bas
 in `sources.find_source`.
 """
 
-from .dataset import Dataset, load_dataset, locate
-from .entry import ImageSet
-from .errors import DataError
-from .splits import Split, make_split, stratified_draw
+from impactx.datasets.dataset import Dataset, load_dataset, locate
+from impactx.datasets.entry import ImageSet
+from impactx.datasets.errors import DataError
+from impactx.datasets.splits import Split, make_split, stratified_draw
 
 __all__ = ["DataError", "Dataset", "ImageSet", "Split", "load_dataset", "locate", "make_split",
            "stratified_draw"]

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
-from .errors import DataError
+from impactx.datasets.errors import DataError
 
 T = TypeVar("T")
 

@@ -8,14 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..fetching import is_remote, node_cache
-from ..settings import DatasetSettings
-from .cache import CacheDamaged, fetch
-from .entry import FORMAT, ImageSet, open_part, read_meta
-from .errors import DataError
-from .preparation import prepare
-from .remote import local_files, locate_remote
-from .sources import Source, find_source
+from impactx.datasets.cache import CacheDamaged, fetch
+from impactx.datasets.entry import FORMAT, ImageSet, open_part, read_meta
+from impactx.datasets.errors import DataError
+from impactx.datasets.preparation import prepare
+from impactx.datasets.remote import local_files, locate_remote
+from impactx.datasets.sources import Source, find_source
+from impactx.fetching import is_remote, node_cache
+from impactx.settings import DatasetSettings
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from .errors import DataError
+from impactx.datasets.errors import DataError
 
 Raw = bytes | Path | np.ndarray
 """An image as a source hands it over: encoded bytes, a file, or uint8 of shape (H, W, 3)."""

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from .cache import CacheDamaged
-from .errors import DataError
-from .sources import Part
+from impactx.datasets.cache import CacheDamaged
+from impactx.datasets.errors import DataError
+from impactx.datasets.sources import Part
 
 # Of the entry and of what decoding does; a new number makes every entry anew. 2: EXIF orientations are followed;
 # fingerprints are of the content, so those of images without one stay as they were.

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..settings import DatasetSettings
-from .decoding import decode_blocks
-from .entry import write_meta, write_part
-from .errors import DataError
-from .sources import Part, Source
-from .splits import stratified_draw
+from impactx.datasets.decoding import decode_blocks
+from impactx.datasets.entry import write_meta, write_part
+from impactx.datasets.errors import DataError
+from impactx.datasets.sources import Part, Source
+from impactx.datasets.splits import stratified_draw
+from impactx.settings import DatasetSettings
 
 SECONDS_BETWEEN_LINES = 2.0
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..fetching import fetch_folder, is_remote, node_cache
-from ..settings import DatasetSettings
-from ..storage import Storage, StorageError
-from .errors import DataError
-from .sources.downloaded import LAYOUT
+from impactx.datasets.errors import DataError
+from impactx.datasets.sources.downloaded import LAYOUT
+from impactx.fetching import fetch_folder, is_remote, node_cache
+from impactx.settings import DatasetSettings
+from impactx.storage import Storage, StorageError
 
 
 def local_files(settings: DatasetSettings, data_root: str | Path, cache: str | Path | None

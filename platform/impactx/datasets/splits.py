@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .errors import DataError
+from impactx.datasets.errors import DataError
 
 # Streams that must not coincide although they share a seed.
 _VALIDATION, _DRAW = 1, 2

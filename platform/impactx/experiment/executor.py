@@ -18,7 +18,14 @@ import numpy as np
 from impactx.experiment.paper import published
 from impactx.experiment.tracker import Run, Tracker
 from impactx.experiment.units import CHECKPOINT, MAP_SCORES, Unit, WorkError
-from impactx.experiment.work import ShardWorker, evaluate_unit, finish_maps, open_store, split_of, train_unit
+from impactx.experiment.work import (
+    ShardWorker,
+    evaluate_unit,
+    finish_maps,
+    open_store,
+    split_of,
+    train_unit,
+)
 from impactx.experiment.workplace import Workplace
 from impactx.settings import DatasetSettings
 

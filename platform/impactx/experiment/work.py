@@ -26,7 +26,13 @@ from impactx.explain.scores import completeness_gaps
 from impactx.explain.store import PRECISION_ERROR, MapStore, StoreError, StoreSpec
 from impactx.explain.weighted import explain_by_own_probabilities
 from impactx.models import save_checkpoint, weights_fingerprint
-from impactx.settings import DatasetSettings, ModelSettings, TrainingSettings, parse_approach, parse_attribution
+from impactx.settings import (
+    DatasetSettings,
+    ModelSettings,
+    TrainingSettings,
+    parse_approach,
+    parse_attribution,
+)
 from impactx.training import train_stage1
 from impactx.training.loop import Metrics, ResumeError
 

@@ -129,7 +129,10 @@ def build_attribution(settings: AttributionSettings) -> Attribution:
 
         return ShapPartitionAttribution(settings)
     if settings.method in ("integrated_gradients", "gradient_shap"):
-        from impactx.explain.gradients import GradientShapAttribution, IntegratedGradientsAttribution
+        from impactx.explain.gradients import (
+            GradientShapAttribution,
+            IntegratedGradientsAttribution,
+        )
 
         return (IntegratedGradientsAttribution(settings) if settings.method == "integrated_gradients"
                 else GradientShapAttribution(settings))

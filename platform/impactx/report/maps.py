@@ -9,7 +9,16 @@ import numpy as np
 
 from impactx.explain.sheet import COLOURS, colour_limit
 from impactx.report.blocks import Block, Figure, Section, Table, Text
-from impactx.report.map_words import LEAST, OWN, RANDOM, estimated, order_name, sentence, signed, signed_bounds
+from impactx.report.map_words import (
+    LEAST,
+    OWN,
+    RANDOM,
+    estimated,
+    order_name,
+    sentence,
+    signed,
+    signed_bounds,
+)
 from impactx.report.numbers import NONE, percent
 from impactx.report.results import named, of_cell
 from impactx.report.style import INK, SOFT, figure, plain, png, shown

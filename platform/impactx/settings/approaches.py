@@ -11,7 +11,15 @@ from pydantic import (
 )
 
 from impactx.settings.attribution import AttributionSettings
-from impactx.settings.base import BatchSize, Lambda, LearningRate, Positive, Settings, axis, expand_range
+from impactx.settings.base import (
+    BatchSize,
+    Lambda,
+    LearningRate,
+    Positive,
+    Settings,
+    axis,
+    expand_range,
+)
 
 
 class _ApproachBase(Settings):

@@ -9,7 +9,15 @@ from pydantic import (
     model_validator,
 )
 
-from impactx.settings.base import BatchSize, Fraction, LearningRate, Positive, Settings, axis, expand_range
+from impactx.settings.base import (
+    BatchSize,
+    Fraction,
+    LearningRate,
+    Positive,
+    Settings,
+    axis,
+    expand_range,
+)
 
 
 class AugmentationSettings(Settings):

@@ -40,7 +40,14 @@ from impactx.tracking.record import (
     points_of,
 )
 from impactx.tracking.views import save_view, view_key
-from impactx.tracking.writer import FLUSH_SECONDS, KILLED_SECONDS, PATIENCE_SECONDS, Op, Writer, writer_for
+from impactx.tracking.writer import (
+    FLUSH_SECONDS,
+    KILLED_SECONDS,
+    PATIENCE_SECONDS,
+    Op,
+    Writer,
+    writer_for,
+)
 
 log = logging.getLogger("impactx.tracking")
 

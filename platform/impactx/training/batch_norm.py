@@ -27,7 +27,9 @@ def join_batch_norms(model: nn.Module, device: torch.device) -> list[JoinedBatch
     if not any(isinstance(layer, _BatchNorm) for layer in model.modules()):
         return []
     if device.type == "cuda":
-        from timm.layers import convert_sync_batchnorm  # torch's converter drops the activation in BatchNormAct2d
+        from timm.layers import (
+            convert_sync_batchnorm,  # torch's converter drops the activation in BatchNormAct2d
+        )
 
         convert_sync_batchnorm(model)
         return []

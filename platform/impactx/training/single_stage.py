@@ -23,7 +23,12 @@ from impactx.explain.attribution import build_attribution
 from impactx.explain.store import StoreError, largest_scale, map_scale
 from impactx.models import SingleStageImpactx, build_single_stage
 from impactx.models.logits import Logits
-from impactx.settings import AttributionSettings, ModelSettings, SingleStageSettings, TrainingSettings
+from impactx.settings import (
+    AttributionSettings,
+    ModelSettings,
+    SingleStageSettings,
+    TrainingSettings,
+)
 from impactx.training.loop import FitResult, Metrics, ResumeError, TrainingData
 from impactx.training.losses import single_stage_loss
 from impactx.training.stages import device_parts, dtype_of, fit_best

@@ -22,7 +22,13 @@ from impactx.models import (
     build_impactx,
     build_wae,
 )
-from impactx.settings import AbnSettings, ImpactxSettings, ModelSettings, TrainingSettings, WaeSettings
+from impactx.settings import (
+    AbnSettings,
+    ImpactxSettings,
+    ModelSettings,
+    TrainingSettings,
+    WaeSettings,
+)
 from impactx.training.loop import FitResult, Metrics, TrainingData, evaluate, fit
 from impactx.training.losses import Loss, abn_loss, classification_loss, impactx_loss, wae_loss
 from impactx.training.targets import Rearranged, targets_of

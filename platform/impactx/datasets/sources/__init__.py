@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...settings import DatasetSettings
-from ..errors import DataError
-from .base import Part, Source
-from .digits import DigitsSource
-from .downloaded import TorchvisionSource
-from .folder import FolderSource, has_class_folders
-from .parquet import ParquetSource, find_parquet, parquet_names
+from impactx.datasets.errors import DataError
+from impactx.datasets.sources.base import Part, Source
+from impactx.datasets.sources.digits import DigitsSource
+from impactx.datasets.sources.downloaded import TorchvisionSource
+from impactx.datasets.sources.folder import FolderSource, has_class_folders
+from impactx.datasets.sources.parquet import ParquetSource, find_parquet, parquet_names
+from impactx.settings import DatasetSettings
 
 __all__ = ["Part", "Source", "find_source"]
 

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..decoding import Raw
-from ..errors import DataError
+from impactx.datasets.decoding import Raw
+from impactx.datasets.errors import DataError
 
 Part = Literal["train", "test"]
 Say = Callable[[str], None]

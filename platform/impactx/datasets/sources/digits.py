@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..decoding import Raw, decode
-from .base import Part, Source
+from impactx.datasets.decoding import Raw, decode
+from impactx.datasets.sources.base import Part, Source
 
 SIZE = 32
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from ..decoding import Raw
-from ..errors import DataError
-from .base import Part, Say, Source, file_identity
+from impactx.datasets.decoding import Raw
+from impactx.datasets.errors import DataError
+from impactx.datasets.sources.base import Part, Say, Source, file_identity
 
 # Folder, and the files without which torchvision refuses to read (its own list, kept here so that a
 # warm start need not import torchvision).

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from ..decoding import Raw
-from ..errors import DataError
-from .base import Part, Source, file_identity
+from impactx.datasets.decoding import Raw
+from impactx.datasets.errors import DataError
+from impactx.datasets.sources.base import Part, Source, file_identity
 
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "fine_label", "labels")

@@ -10,7 +10,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from impactx.experiment.units import Unit
-from impactx.settings import ApproachSettings, AttributionSettings, ModelSettings, Settings, TrainingSettings
+from impactx.settings import (
+    ApproachSettings,
+    AttributionSettings,
+    ModelSettings,
+    Settings,
+    TrainingSettings,
+)
 
 if TYPE_CHECKING:
     import numpy as np
