@@ -16,6 +16,7 @@ test: $(VENV)/.installed lint
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check platform jobs tests docker
+	$(BIN)/mypy
 
 unit: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/unit
