@@ -8,8 +8,8 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import cast
 
 import ray
 
@@ -20,26 +20,26 @@ from impactx.cluster.search import tune_search
 from impactx.cluster.shares import Amounts, Shares
 from impactx.cluster.training import Workers, train_on_workers
 from impactx.cluster.trial import Report
-from impactx.experiment.executor import (
+from impactx.experiment.steps.base import Context, Result
+from impactx.experiment.steps.maps import Maps, MapsResult
+from impactx.experiment.steps.training import TrainingResult
+from impactx.experiment.workplace import Workplace
+from impactx.run.executor import (
     UNLIMITED,
     Limits,
     OnEpoch,
+    OnMaps,
     OnResult,
-    OnShards,
     Task,
-    log_maps,
-    tracked_evaluation,
-    tracked_judgement,
-    tracked_training,
+    log_result,
+    tracked,
 )
-from impactx.experiment.tracker import Tracker
-from impactx.experiment.work import finish_maps, open_store
-from impactx.experiment.workplace import Workplace
+from impactx.run.tracker import Tracker
 from impactx.settings import ClusterSettings
 
 
 class RayExecutor:
-    """See experiment.executor.Executor. Connect to a cluster first (`connection.connected`)."""
+    """See run.executor.Executor. Connect to a cluster first (`connection.connected`)."""
 
     def __init__(self, settings: ClusterSettings, place: Workplace, tracker: Tracker) -> None:
         self.settings, self.place, self.tracker = settings, place, tracker
@@ -69,7 +69,7 @@ class RayExecutor:
             if workers.count > 1:
                 train_on_workers(task, place, tracker, workers, report)
             else:
-                tracked_training(task, place, tracker, device=device_of(s.trial_gpus), report=report)
+                tracked(task, Context(place, device_of(s.trial_gpus), on_epoch=report), tracker)
 
         # A trial over several workers only waits for them: its own process needs next to nothing.
         held = {"CPU": s.trial_cpus, "GPU": s.trial_gpus} if workers.count == 1 else {"CPU": 0.01}
@@ -82,44 +82,39 @@ class RayExecutor:
         """See capacity.cells_at_once."""
         return capacity.cells_at_once(self.settings, self._capacity())
 
-    def trainings_at_once(self) -> int:
+    def steps_at_once(self) -> int:
         """As many as the cluster has room for."""
         return capacity.trainings_at_once(self.settings, self._capacity())
 
-    def train(self, task: Task, on_epoch: OnEpoch) -> dict[str, Any]:
+    def train(self, task: Task, on_epoch: OnEpoch) -> TrainingResult:
         """A model by Ray Train on train_workers workers."""
         s = self.settings
         workers = self._workers(s.train_workers, s.train_cpus, float(s.use_gpu))
         with self._held(task, workers.amounts):
-            return train_on_workers(task, self.place, self.tracker, workers, lambda row: on_epoch(task.unit, row))
+            return train_on_workers(task, self.place, self.tracker, workers, lambda row: on_epoch(task.step, row))
 
-    def explain(self, task: Task, on_shards: OnShards) -> dict[str, Any]:
+    def explain(self, task: Task, on_maps: OnMaps) -> MapsResult:
         """Maps by Ray Data actor pools."""
+        step = cast(Maps, task.step)
         with task.open_run(self.tracker) as run, self._unless_stopped():
             started = time.perf_counter()
-            store, made = open_store(task.unit, self.place), (0, 0.0)
+            store, made = step.open_store(self.place), (0, 0.0)
             if store.missing():
+                pools = pools_of(self.settings, self._capacity())
                 with self.shares.asking():
-                    made = explain_on_pools(task.unit, self.place, pools_of(self.settings, self._capacity()),
-                                     self.settings.max_failures, on_shards, self.shares, task.parent_key)
-            result = finish_maps(task.unit, self.place, time.perf_counter() - started, *made)
-            log_maps(run, task.unit, result)
+                    made = explain_on_pools(step, self.place, pools, self.settings.max_failures, on_maps,
+                                            self.shares, task.owner)
+            result = step.finish(self.place, time.perf_counter() - started, *made)
+            log_result(run, step, result, self.place)
             return result
 
-    def evaluate(self, task: Task) -> dict[str, Any]:
-        """The test set in one Ray task."""
-        return self._in_one_task(task, tracked_evaluation)
-
-    def judge(self, task: Task) -> dict[str, Any]:
-        """The maps of a model in one Ray task."""
-        return self._in_one_task(task, tracked_judgement)
-
-    def _in_one_task(self, task: Task, how: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    def process(self, task: Task) -> Result:
+        """A step in one Ray task."""
         (cpus, gpus), place, tracker = alone(self.settings), self.place, self.tracker
 
         @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=self.settings.max_failures)
-        def work() -> dict[str, Any]:
-            return how(task, place, tracker, device=device_of(gpus))
+        def work() -> Result:
+            return tracked(task, Context(place, device_of(gpus)), tracker)
 
         with self._held(task, {"CPU": cpus, "GPU": capacity.blocked(gpus)}):
             return ray.get(work.remote())
@@ -128,11 +123,11 @@ class RayExecutor:
     def _held(self, task: Task, amounts: Amounts) -> Iterator[None]:
         """Wait for the turn of the task's cell, and hold these amounts for it."""
         with self._unless_stopped():
-            self.shares.wait(task.parent_key, task.run_key, amounts)
+            self.shares.wait(task.owner, task.run.key, amounts)
             try:
                 yield
             finally:
-                self.shares.give(task.parent_key, amounts)
+                self.shares.give(task.owner, amounts)
 
     @contextlib.contextmanager
     def _unless_stopped(self) -> Iterator[None]:

@@ -14,11 +14,11 @@ import ray
 from impactx.cluster.devices import device_of
 from impactx.cluster.errors import portable
 from impactx.cluster.shard_queue import WAIT
-from impactx.experiment.units import Unit
+from impactx.experiment.steps.maps import Maps
 from impactx.experiment.workplace import Workplace
 
 if TYPE_CHECKING:
-    from impactx.experiment.work import ShardWorker
+    from impactx.experiment.steps.maps import ShardWorker
 
 POLL_SECONDS = 0.5  # of free actors that wait for others to be late
 
@@ -38,8 +38,8 @@ class Pool:
 class Explainer:
     """The actor of a pool: opens model and images once, then makes shards until none is left."""
 
-    def __init__(self, unit: Unit, place: Workplace, queue: Any, device: str) -> None:
-        self._what, self._queue, self._gpus = (unit, place, device), queue, float(device == "cuda")
+    def __init__(self, step: Maps, place: Workplace, queue: Any, device: str) -> None:
+        self._what, self._queue, self._gpus = (step, place, device), queue, float(device == "cuda")
         self._worker: ShardWorker | None = None  # opened at work: what an actor's constructor raises, Ray repeats
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -51,12 +51,12 @@ class Explainer:
                     time.sleep(POLL_SECONDS)
                     continue
                 if self._worker is None:
-                    from impactx.experiment.work import ShardWorker
+                    from impactx.experiment.steps.maps import ShardWorker
 
                     device_of(self._gpus)
                     self._worker = ShardWorker(*self._what)
-                about = self._worker.make(shard)
-                ray.get(self._queue.done.remote(ticket, shard, int(about["maps"]), about["seconds"]))
+                report = self._worker.make(shard)
+                ray.get(self._queue.done.remote(ticket, shard, report.maps, report.seconds))
                 made += 1
         except ray.exceptions.RayError:
             raise  # the queue is gone, and with it the job
@@ -65,7 +65,7 @@ class Explainer:
         return {"made": [made]}
 
 
-def run_pool(unit: Unit, place: Workplace, queue: Any, pool: Pool) -> None:
+def run_pool(step: Maps, place: Workplace, queue: Any, pool: Pool) -> None:
     """Let a group of actors work until their tickets are spent. queue: the ShardQueue, an actor."""
     from ray.data import ActorPoolStrategy, DataContext
     from ray.data import from_items as dataset_from_items
@@ -73,5 +73,5 @@ def run_pool(unit: Unit, place: Workplace, queue: Any, pool: Pool) -> None:
     DataContext.get_current().enable_progress_bars = False
     rows = [{"ticket": f"{pool.name}-{k}"} for k in range(pool.actors)]
     dataset_from_items(rows, override_num_blocks=len(rows)).map_batches(
-        Explainer, fn_constructor_args=(unit, place, queue, pool.device), batch_size=1,
+        Explainer, fn_constructor_args=(step, place, queue, pool.device), batch_size=1,
         compute=ActorPoolStrategy(size=pool.actors, max_tasks_in_flight_per_actor=1), **pool.resources).materialize()

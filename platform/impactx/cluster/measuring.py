@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -23,11 +22,11 @@ from impactx.cluster.capacity import (
 )
 from impactx.cluster.devices import alone
 from impactx.cluster.errors import portable
-from impactx.experiment.measured import JUDGING, MAPS, Measured, Probe, Slots
-from impactx.experiment.plan import Cell
-from impactx.experiment.price_list import price_list
-from impactx.experiment.pricing import price_cell, probes_of
-from impactx.experiment.rates import measure_maps, measure_training
+from impactx.costs.measured import JUDGING, MAPS, Measured, Probe, Slots
+from impactx.costs.price_list import price_list
+from impactx.costs.pricing import price_cell, probes_of
+from impactx.costs.rates import measure_maps, measure_training
+from impactx.experiment.cell import Cell
 from impactx.experiment.workplace import Workplace
 from impactx.settings import ClusterSettings
 
@@ -56,12 +55,13 @@ class Prober:
     def run(self, probe: Probe, place: Workplace, where: Place) -> Any:
         """A rate, or the error that there is none."""
         try:
-            if probe.made:
-                approach = None if probe.what == MAPS else probe.what
-                return measure_maps(probe.cell, place, *json.loads(probe.made), where.device, approach)
+            if probe.making is not None:
+                subject = None if probe.subject == MAPS else probe.subject
+                return measure_maps(probe.cell, place, probe.making.attribution,
+                                    probe.making.target, where.device, subject)
             # A worker's share of a batch, two images at least (datasets.batches).
             share = min(probe.batch_size, max(2, math.ceil(probe.batch_size / where.workers)))
-            return measure_training(probe.cell, place, probe.what, share, where.device)
+            return measure_training(probe.cell, place, probe.subject, share, where.device)
         except Exception as error:
             return portable(error)
 
@@ -124,7 +124,7 @@ def measure(probes: Sequence[Probe], settings: ClusterSettings, place: Workplace
     known: dict[tuple[Place, Probe], list[Any]] = {}
     for name, where in slots.items():
         # What is measured by what it stands for: to judge a model, maps are made as they are for a store.
-        wanted = {probe: replace(probe, what=MAPS) if probe.what == JUDGING else probe
+        wanted = {probe: replace(probe, subject=MAPS) if probe.subject == JUDGING else probe
                   for probe in probes if _done_in(name, probe)}
         for one in where:
             missing = list(dict.fromkeys(run for run in wanted.values() if (one, run) not in known))
@@ -133,14 +133,18 @@ def measure(probes: Sequence[Probe], settings: ClusterSettings, place: Workplace
                     f"{one.gpus:g} GPU at once")
                 known |= {(one, run): found for run, found in _gang(one, missing, place)}
             for probe, run in wanted.items():
-                measured.add(name, probe, one.in_all, known[one, run])
+                rates = known[one, run]
+                if probe.making is None:
+                    measured.add_training(name, probe, one.in_all, rates)
+                else:
+                    measured.add_maps(name, probe, one.in_all, rates)
     return measured
 
 
 def _done_in(slot: str, probe: Probe) -> bool:
     """Whether what a probe measures is done in such slots."""
-    if probe.what in (MAPS, JUDGING):
-        return slot.startswith(probe.what)
+    if probe.subject in (MAPS, JUDGING):
+        return slot.startswith(probe.subject)
     return slot in ("trial", "model")
 
 

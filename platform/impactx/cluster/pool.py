@@ -23,10 +23,10 @@ from impactx.cluster.capacity import MAKER_ON_GPU, makers
 from impactx.cluster.explainers import Pool, run_pool
 from impactx.cluster.shard_queue import ShardQueue
 from impactx.cluster.shares import Shares
-from impactx.experiment.executor import OnShards
-from impactx.experiment.units import Unit, WorkError
-from impactx.experiment.work import open_store
+from impactx.experiment.steps.base import StepError
+from impactx.experiment.steps.maps import Maps
 from impactx.experiment.workplace import Workplace
+from impactx.run.executor import OnMaps
 from impactx.settings import ClusterSettings
 
 POLL_SECONDS = 0.5  # of the progress
@@ -99,11 +99,11 @@ class Workforce:
             self.ended(ref)
 
 
-def explain_on_pools(unit: Unit, place: Workplace, pools: Sequence[Pool], max_failures: int, on_shards: OnShards,
+def explain_on_pools(step: Maps, place: Workplace, pools: Sequence[Pool], max_failures: int, on_maps: OnMaps,
                      shares: Shares, owner: str) -> tuple[int, float]:
-    """Make the missing shards of a maps unit. Returns, when they are there, how many maps that were, and the seconds
+    """Make the missing shards of a store. Returns, when they are there, how many maps that were, and the seconds
     of the actors that made them, added up. Raises what an actor raised."""
-    store = open_store(unit, place)
+    store = step.open_store(place)
     missing = store.missing()
     before = store.spec.images - sum(len(store.shard_indices(k)) for k in missing)
     # What must not be lost with a worker's machine lives on the driver's: without the driver there is no job anyway.
@@ -112,7 +112,7 @@ def explain_on_pools(unit: Unit, place: Workplace, pools: Sequence[Pool], max_fa
     # Each group has a process of its own, which owns its actors: to end it ends them, whatever they are at.
     run = ray.remote(num_cpus=0, max_retries=max_failures, scheduling_strategy=here)(run_pool)
     forces = [Workforce(replace(pool, actors=min(pool.actors, len(missing))), shares, owner,
-                        lambda group: run.remote(unit, place, queue, group)) for pool in pools]
+                        lambda group: run.remote(step, place, queue, group)) for pool in pools]
     shown = 0
     try:
         while True:
@@ -122,7 +122,7 @@ def explain_on_pools(unit: Unit, place: Workplace, pools: Sequence[Pool], max_fa
                 raise error
             if made > shown:
                 shown = made
-                on_shards(made, before, store.spec.images)
+                on_maps(made, before, store.spec.images)
             if complete:
                 return ray.get(queue.worked.remote())
             for force in forces:
@@ -137,7 +137,7 @@ def explain_on_pools(unit: Unit, place: Workplace, pools: Sequence[Pool], max_fa
             for ref in ray.wait(list(running), timeout=POLL_SECONDS)[0]:
                 ray.get(ref)  # raises what went wrong in Ray itself
                 if not running[ref].ended(ref) and ray.get(queue.state.remote())[1:] == (False, None):
-                    raise WorkError(f"{unit.name}: the pool ended, and {len(store.missing())} shards are missing")
+                    raise StepError(f"{step.name}: the pool ended, and {len(store.missing())} shards are missing")
     finally:
         for force in forces:
             for ref in force.running:

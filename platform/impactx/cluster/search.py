@@ -15,9 +15,9 @@ from ray.tune.search import Searcher
 
 from impactx.cluster.shares import Amounts, Closed, Shares
 from impactx.cluster.trial import Shared, TrainTrial, trial_class
-from impactx.experiment.executor import Limits, OnEpoch, OnResult, Task
-from impactx.experiment.units import Unit
+from impactx.experiment.steps.training import TrainingResult, Trial
 from impactx.experiment.workplace import Workplace
+from impactx.run.executor import Limits, OnEpoch, OnResult, Task
 
 _REGISTERING = threading.Lock()  # Tune's registry of trainables is not made for several threads
 
@@ -31,7 +31,7 @@ class Turns(Searcher):
     """
 
     def __init__(self, waiting: list[Task], shares: Shares, owner: str, need: Amounts,
-                 may_begin: Callable[[Unit], bool]) -> None:
+                 may_begin: Callable[[Trial], bool]) -> None:
         """waiting: the next one last; tasks are taken away from it, all of them where the next may not begin. The
         caller has taken one slot for the owner."""
         super().__init__()
@@ -51,12 +51,12 @@ class Turns(Searcher):
             if not self._shares.take(self._owner, self._wish, self._need):
                 return None
             self._slots += 1
-        if not self._may_begin(self._waiting[-1].unit):
+        if not self._may_begin(self._waiting[-1].step):
             self._waiting.clear()
             return self._finished()
         self._running.add(trial_id)
         self._begun = True
-        return {"unit": self._waiting.pop().unit.key}
+        return {"step": self._waiting.pop().step.key}
 
     def _finished(self) -> str:
         self.over.set()
@@ -95,12 +95,13 @@ class Halving(ASHAScheduler):
     """Tune's ASHA for one search, whose Tuners share it, and which begins with the trials that ended earlier."""
 
     def __init__(self, limits: Limits) -> None:
-        about = limits.halving
-        super().__init__(time_attr="epoch", metric=about["metric"], mode="max", max_t=about["epochs"],
-                         grace_period=about["grace_epochs"], reduction_factor=about["reduction"],
+        halving = limits.halving
+        assert halving is not None
+        super().__init__(time_attr="epoch", metric=halving.metric, mode="max", max_t=halving.epochs,
+                         grace_period=halving.grace_epochs, reduction_factor=halving.reduction,
                          stop_last_trials=False)  # at its last epoch a training ends by itself
         self._lock = threading.Lock()
-        for number, history in enumerate(limits.known):
+        for number, history in enumerate(limits.histories):
             earlier = SimpleNamespace(trial_id=f"earlier-{number}")
             self.on_trial_add(None, earlier)
             for row in history:
@@ -122,9 +123,9 @@ class _Left(BaseException):
 class _Reports(tune.Callback):
     """Hands Tune's events on to the experiment, and ends Tune where the job ends."""
 
-    def __init__(self, units: dict[str, Unit], place: Workplace, on_result: OnResult, on_epoch: OnEpoch,
+    def __init__(self, trials: dict[str, Trial], place: Workplace, on_result: OnResult, on_epoch: OnEpoch,
                  shares: Shares) -> None:
-        self._units, self._place, self._on_result, self._on_epoch = units, place, on_result, on_epoch
+        self._trials, self._place, self._on_result, self._on_epoch = trials, place, on_result, on_epoch
         self._shares = shares
 
     def __getstate__(self) -> dict[str, Any]:
@@ -140,19 +141,21 @@ class _Reports(tune.Callback):
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
         """An epoch is done, or the trial."""
         if "val_accuracy" in result:
-            self._on_epoch(self._units[trial.config["unit"]], result)
+            self._on_epoch(self._trials[trial.config["step"]], result)
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """The trial ended; its result is in the output, or it says why there is none, or the search stopped it."""
-        unit, last = self._units[trial.config["unit"]], trial.last_result
-        result = self._place.artifacts.result(unit)
+        step, last = self._trials[trial.config["step"]], trial.last_result
+        result = self._place.artifacts.result(step)
         if result is None and "epoch" in last:  # a training that ended by itself says so in a row of its own
-            result = {"stopped": True, "epochs": int(last["epoch"]), "best": None, "last": last}
-        self._on_result(unit, result, last.get("error"))
+            result = self._place.artifacts.stopped(step) or TrainingResult(
+                seconds=0, best=None, best_epoch=0, epochs=int(last["epoch"]), history=[], diverged=False,
+                weights=None, train_images=0, validation_images=0, seconds_this_process=0, stopped=True)
+        self._on_result(step, result, last.get("error"))
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """The trial was tried often enough."""
-        self._on_result(self._units[trial.config["unit"]], None,
+        self._on_result(self._trials[trial.config["step"]], None,
                         _last_line(trial.error_file) or "its process died; see Ray's logs")
 
 
@@ -164,13 +167,13 @@ def tune_search(tasks: Sequence[Task], place: Workplace, train: TrainTrial, *, s
     need: what a trial counts for in the shares; held: what its actor asks Ray for; scratch: a folder for Tune's own
     bookkeeping. Raises what went wrong in Tune itself, and Closed when the job leaves its cluster.
     """
-    owner, waiting = tasks[0].parent_key, list(reversed(tasks))
-    shared = Shared(ray.put({task.unit.key: task for task in tasks}), train)
-    reports = _Reports({task.unit.key: task.unit for task in tasks}, place, on_result, on_epoch, shares)
-    scheduler = Halving(limits) if limits.halving else None
+    owner, waiting = tasks[0].owner, list(reversed(tasks))
+    shared = Shared(ray.put({task.step.key: task for task in tasks}), train)
+    reports = _Reports({task.step.key: task.step for task in tasks}, place, on_result, on_epoch, shares)
+    scheduler = Halving(limits) if limits.halving is not None else None
     threads: list[threading.Thread] = []
     errors: list[BaseException] = []
-    while waiting and not errors and limits.may_begin(waiting[-1].unit):
+    while waiting and not errors and limits.may_begin(waiting[-1].step):
         shares.wait(owner, "search", need)
         turns = Turns(waiting, shares, owner, need, limits.may_begin)
         name = f"search-{time.time_ns()}"

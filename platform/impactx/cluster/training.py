@@ -14,10 +14,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from impactx.cluster.capacity import blocked
 from impactx.cluster.errors import is_final, portable
 from impactx.cluster.monitor import Monitor
-from impactx.experiment.executor import Task, tracked_training
-from impactx.experiment.tracker import Tracker
-from impactx.experiment.units import WorkError
+from impactx.experiment.steps.base import Context, StepError
+from impactx.experiment.steps.training import TrainingResult
 from impactx.experiment.workplace import Workplace
+from impactx.run.executor import Task, tracked
+from impactx.run.tracker import Tracker
 
 
 def _train_worker(config: dict[str, Any]) -> None:
@@ -36,8 +37,8 @@ def _train_worker(config: dict[str, Any]) -> None:
         monitor.epoch.remote(row)
 
     try:
-        tracked_training(config["task"], config["place"], config["tracker"], device=device, rank=rank,
-                         world_size=world, report=report)
+        tracked(config["task"], Context(config["place"], str(device), rank, world, report),
+                config["tracker"])
     except Exception as error:
         if is_final(error):
             ray.get(monitor.fail.remote(portable(error)))
@@ -63,7 +64,7 @@ class Workers:
 
 
 def train_on_workers(task: Task, place: Workplace, tracker: Tracker, workers: Workers,
-                      on_row: Callable[[dict[str, float]], object]) -> dict[str, Any]:
+                      on_row: Callable[[dict[str, float]], object]) -> TrainingResult:
     """One training by Ray Train's TorchTrainer; its artifacts lie in the output when it returns."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -77,7 +78,7 @@ def train_on_workers(task: Task, place: Workplace, tracker: Tracker, workers: Wo
         train_loop_config={"task": task, "place": place, "tracker": tracker, "monitor": monitor},
         scaling_config=ScalingConfig(num_workers=workers.count, use_gpu=bool(workers.gpus),
                                      resources_per_worker=resources),
-        run_config=RunConfig(name=f"train-{task.unit.key}-{time.time_ns()}", storage_path=workers.scratch,
+        run_config=RunConfig(name=f"train-{task.step.key}-{time.time_ns()}", storage_path=workers.scratch,
                              failure_config=FailureConfig(max_failures=workers.max_failures)))
     errors: list[BaseException] = []
 
@@ -100,7 +101,7 @@ def train_on_workers(task: Task, place: Workplace, tracker: Tracker, workers: Wo
             on_row(row)
     if failure or errors:
         raise failure or errors[0]
-    result = place.artifacts.result(task.unit)
+    result = place.artifacts.result(task.step)
     if result is None:
-        raise WorkError(f"{task.unit.name}: the training ended without a result")
+        raise StepError(f"{task.step.name}: the training ended without a result")
     return result

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from ray import tune
 
 from impactx.cluster.errors import is_final, portable
-from impactx.experiment.executor import Task
+from impactx.run.executor import Task
 
 END_SECONDS = 300.0  # for a training that is told to stop: its epoch's files and its run are completed
 Report = Callable[[dict[str, float]], bool]  # an epoch's metrics; whether the trial is to stop
@@ -20,7 +20,7 @@ TrainTrial = Callable[[Task, Report], Any]
 
 @dataclass(frozen=True)
 class Shared:
-    """What all trials of a search have in common: the tasks by their units' keys (a reference in Ray's object store),
+    """What all trials of a search have in common: the tasks by their steps' keys (a reference in Ray's object store),
     and how one of them is trained."""
 
     tasks: Any
@@ -52,7 +52,7 @@ class TrialActor(tune.Trainable):
         return True
 
     def _begin(self, config: dict[str, Any]) -> None:
-        self._unit = config["unit"]
+        self._step = config["step"]
         self._rows: queue.SimpleQueue[dict[str, Any] | Exception] = queue.SimpleQueue()
         self._go, self._stop = threading.Semaphore(0), threading.Event()
         self._thread: threading.Thread | None = None
@@ -78,7 +78,7 @@ class TrialActor(tune.Trainable):
             return self._stop.is_set()
 
         try:
-            self.shared.train(ray.get(self.shared.tasks)[self._unit], report)
+            self.shared.train(ray.get(self.shared.tasks)[self._step], report)
         except Exception as error:
             if is_final(error):
                 self._rows.put({"done": True, "error": f"{type(error).__name__}: {error}"})

@@ -1,11 +1,7 @@
-"""Where an explained model comes from: a unit's checkpoint, a checkpoint file, timm with weights, or an import path.
+"""Where the model that is explained comes from, and how a process opens it.
 
-A source is plain data, so it travels with a unit to every process; each opens the model for itself:
-
-    {"kind": "unit", "folder": "models/<key>"}                  of the same output
-    {"kind": "checkpoint", "path": "/a/checkpoint.pt" or "s3://..."}
-    {"kind": "timm", "model": ModelSettings, "num_classes": K, "image_size": [H, W]}
-    {"kind": "import", "path": "package.module:function", "folder": where it is looked for as well}
+A source is plain, typed data, so it travels with a step to every process, which opens the model for
+itself: a step's checkpoint, a checkpoint file, a timm model with weights, or a user's own function.
 """
 
 from __future__ import annotations
@@ -13,24 +9,23 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from impactx.experiment.source_code import code_fingerprint
-from impactx.experiment.units import WorkError
-from impactx.models import (
+from impactx.approaches.checkpoint import (
     CheckpointError,
-    Classifier,
     Loaded,
-    Preprocess,
     load_checkpoint,
-    seeded,
     weights_fingerprint,
 )
+from impactx.code import code_fingerprint
+from impactx.experiment.steps.base import Record, StepError
+from impactx.models import Classifier, Preprocess, seeded
 from impactx.models.backbones import check_architecture, normalisation
 from impactx.models.logits import Logits
 from impactx.models.weights import WeightsError, first_line, load_trunk_file
@@ -38,59 +33,139 @@ from impactx.settings import ModelSettings
 from impactx.storage import Storage
 
 if TYPE_CHECKING:
+    from impactx.experiment.steps.maps import ExplainedModel
     from impactx.experiment.workplace import Workplace
 
 
-def open_model(source: Mapping[str, Any], place: Workplace, weights: str | None = None) -> nn.Module:
-    """The model to be explained: float (B, 3, H, W) in [0, 1] -> logits (B, K); on the CPU, in eval mode, frozen.
+class StepSource(Record):
+    """The checkpoint of a step of the same output, in its folder."""
 
-    weights: the fingerprint that it must have, None for whatever is found. Raises WorkError where the model cannot
-    be had or is another one.
+    kind: Literal["step"] = "step"
+    folder: str
+
+    def __str__(self) -> str:
+        return self.folder
+
+
+class CheckpointSource(Record):
+    """A checkpoint file of impactx: a local path or an s3:// address."""
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    path: str
+
+    def __str__(self) -> str:
+        return self.path
+
+
+class TimmSource(Record):
+    """A whole timm model, its classification layer included.
+
+    Its weights are random, the hub's, or a file's.
     """
-    return open_source(source, place, weights)[0]
+
+    kind: Literal["timm"] = "timm"
+    model: ModelSettings
+    num_classes: int
+    image_size: tuple[int, int]
+
+    def __str__(self) -> str:
+        return f"timm {self.model.architecture}, weights {self.model.weights}"
 
 
-def open_source(source: Mapping[str, Any], place: Workplace, weights: str | None = None
-                ) -> tuple[nn.Module, str, dict[str, Any]]:
-    """As `open_model`, with the weights' fingerprint and what a recipe says of the model beside them."""
-    kind, model, about = source["kind"], None, {}
-    if kind == "unit" and weights is not None:
-        model, about = _of_checkpoint(place.checkpoint(source["folder"], weights))
-    elif kind == "checkpoint":
-        model, about = _of_checkpoint(_read_checkpoint(source["path"]))
-    elif kind == "timm":
-        settings = ModelSettings.model_validate(source["model"])
-        height, width = source["image_size"]
-        model = timm_classifier(settings, source["num_classes"], (height, width))
-        about = {"timm": settings.architecture, "input_size": settings.input_size}
-    elif kind == "import":
-        model = imported(source["path"], source["folder"])
-        about = {"import": source["path"], "code": code_fingerprint(source["path"].partition(":")[0], model)}
-    if model is None:
-        raise ValueError(f"no such source of a model: {dict(source)!r}")
-    found = weights_fingerprint(model)
-    if weights is not None and found != weights:
-        raise WorkError(f"the model of {describe(source)} has weights {found} here, the plan's are {weights}: give "
-                        "every node the same files (a function must load its weights, not draw them)")
+class ImportSource(Record):
+    """What a function returns that is called without arguments.
+
+    Attributes:
+        path: `package.module:function`.
+        folder: Where the module is looked for beside Python's own path.
+    """
+
+    kind: Literal["import"] = "import"
+    path: str
+    folder: str
+
+    def __str__(self) -> str:
+        return self.path
+
+
+ModelSource = Annotated[
+    StepSource | CheckpointSource | TimmSource | ImportSource, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model to explain.
+
+    Attributes:
+        module: float32 (B, 3, H, W) in [0, 1] to logits (B, K); on the CPU, in eval mode, frozen.
+        weights: The fingerprint of its weights.
+        explained: What else its maps depend on.
+    """
+
+    module: nn.Module
+    weights: str
+    explained: ExplainedModel
+
+
+def open_model(source: ModelSource, place: Workplace, weights: str) -> nn.Module:
+    """Return the module of a source; its weights must have the given fingerprint.
+
+    Raises:
+        StepError: The model cannot be had, or is another one.
+    """
+    return open_source(source, place, weights).module
+
+
+def open_source(source: ModelSource, place: Workplace, weights: str | None = None) -> OpenedModel:
+    """Open a model.
+
+    Args:
+        source: Where it comes from.
+        place: Where steps leave their checkpoints.
+        weights: The fingerprint that it must have; None for whatever is there.
+
+    Raises:
+        StepError: The model cannot be had, is another one, or cannot be explained.
+    """
+    from impactx.experiment.steps.maps import ExplainedModel
+
+    if isinstance(source, StepSource):
+        if weights is None:
+            raise StepError(f"{source}: the weights of a step's model must be named")
+        model, explained = _of_checkpoint(place.checkpoint(source.folder, weights))
+    elif isinstance(source, CheckpointSource):
+        model, explained = _of_checkpoint(_read_checkpoint(source.path))
+    elif isinstance(source, TimmSource):
+        model = timm_classifier(source.model, source.num_classes, source.image_size)
+        explained = ExplainedModel(architecture=source.model.architecture, kind="timm",
+                                   input_size=source.model.input_size)
+    else:
+        model = imported(source.path, source.folder)
+        modules = {source.path.partition(":")[0],
+                   *(kind.__module__ for part in model.modules() for kind in type(part).__mro__)}
+        explained = ExplainedModel(kind=source.path, code=code_fingerprint(modules).digest)
+    present = weights_fingerprint(model)
+    if weights is not None and present != weights:
+        raise StepError(
+            f"the model of {source} has weights {present} here, the plan's are {weights}: give "
+            "every node the same files (a function must load its weights, not draw them)")
     if getattr(model, "takes_maps", False):
-        raise WorkError(f"the model of {describe(source)} needs a map for every image, so it has no score of an image "
-                        "alone that could be explained: explain the classifier that it was built around")
-    usable = model if kind in ("timm", "import") or isinstance(model, Classifier) else Logits(model)
-    return usable.eval().requires_grad_(False), found, about
+        raise StepError(
+            f"the model of {source} needs a map for every image, so it has no score of an image "
+            "alone that could be explained: explain the classifier that it was built around")
+    plain = isinstance(source, (TimmSource, ImportSource)) or isinstance(model, Classifier)
+    module = model if plain else Logits(model)
+    return OpenedModel(module.eval().requires_grad_(False), present, explained)
 
 
-def describe(source: Mapping[str, Any]) -> str:
-    """A source in a few words."""
-    if source["kind"] == "timm":
-        return f"timm {source['model']['architecture']}, weights {source['model']['weights']}"
-    return str(source.get("path") or source.get("folder"))
+def _of_checkpoint(loaded: Loaded) -> tuple[nn.Module, ExplainedModel]:
+    from impactx.experiment.steps.maps import ExplainedModel
 
-
-def _of_checkpoint(loaded: Loaded) -> tuple[nn.Module, dict[str, Any]]:
-    # The same as a plan says of A: maps of an experiment's model are found again by whoever explains it.
+    # The same as a plan says of A, so that maps of an experiment's model are found again.
     settings = loaded.model_settings
-    about = {"architecture": settings.architecture, "input_size": settings.input_size}
-    return loaded.model, about if loaded.kind == "classifier" else about | {"kind": loaded.kind}
+    return loaded.model, ExplainedModel(
+        architecture=settings.architecture, input_size=settings.input_size,
+        kind=None if isinstance(loaded.model, Classifier) else loaded.kind)
 
 
 def _read_checkpoint(path: str) -> Loaded:
@@ -98,15 +173,22 @@ def _read_checkpoint(path: str) -> Loaded:
     try:
         return load_checkpoint(Storage(folder or "/").read(name) if "://" in path else path)
     except FileNotFoundError as error:
-        raise WorkError(f"the checkpoint {path} does not exist") from error
+        raise StepError(f"the checkpoint {path} does not exist") from error
     except CheckpointError as error:
-        raise WorkError(f"{path}: {error}" if "://" in path else str(error)) from error
+        raise StepError(f"{path}: {error}" if "://" in path else str(error)) from error
 
 
-def timm_classifier(settings: ModelSettings, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
-    """A whole timm model, its classification layer included, behind its own resize and normalisation.
+def timm_classifier(settings: ModelSettings, num_classes: int, image_size: tuple[int, int]
+                    ) -> nn.Module:
+    """Return a whole timm model behind its own resize and normalisation.
 
-    weights: random, hub, or a file that holds all tensors of the model with `num_classes` classes. Raises WorkError.
+    Args:
+        settings: weights are random, hub, or a file that holds all tensors of the model.
+        num_classes: Of the classification layer.
+        image_size: Native height and width of the images.
+
+    Raises:
+        StepError: timm has no such model, or the weights cannot be had or do not fit.
     """
     import timm
 
@@ -114,76 +196,97 @@ def timm_classifier(settings: ModelSettings, num_classes: int, image_size: tuple
     try:
         check_architecture(name)
     except ValueError as error:
-        raise WorkError(str(error)) from error
+        raise StepError(str(error)) from error
     if name == "lenet5":
-        raise WorkError("lenet5 is no model of timm: give the checkpoint that impactx wrote, or an import path")
+        raise StepError("lenet5 is no model of timm: give the checkpoint that impactx wrote, or an "
+                        "import path")
     pretrained = settings.weights == "hub"
-    known = getattr(timm.get_pretrained_cfg(name), "num_classes", None)
-    if pretrained and known != num_classes:
-        raise WorkError(f"the hub's weights of {name} know {known} classes, the images have {num_classes}: their "
-                        "labels are others; give a file with weights for these classes")
+    classes = getattr(timm.get_pretrained_cfg(name), "num_classes", None)
+    if pretrained and classes != num_classes:
+        raise StepError(
+            f"the hub's weights of {name} have {classes} classes, the images have {num_classes}: "
+            "their labels are others; give a file with weights for these classes")
     try:
         with seeded(0, "timm"):
             net = timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
     except Exception as error:
         if not pretrained:
             raise
-        raise WorkError(f"the weights of {name} cannot be loaded from the hub ({first_line(error)}): give the file "
-                        "itself") from error
+        raise StepError(f"the weights of {name} cannot be loaded from the hub "
+                        f"({first_line(error)}): give the file itself") from error
     if settings.weights not in ("hub", "random"):
         try:
-            load_trunk_file(net, settings.weights, settings.weights_match, model_name=f"{name} ({num_classes} classes)")
+            load_trunk_file(net, settings.weights, settings.weights_match,
+                            model_name=f"{name} ({num_classes} classes)")
         except (WeightsError, OSError) as error:
-            raise WorkError(str(error)) from error
+            raise StepError(str(error)) from error
     mean, std = normalisation(name)
     size = image_size if settings.input_size is None else (settings.input_size,) * 2
-    return nn.Sequential(Preprocess(image_size, size, settings.mean or mean, settings.std or std), net)
+    prepare = Preprocess(image_size, size, settings.mean or mean, settings.std or std)
+    return nn.Sequential(prepare, net)
 
 
 def imported(path: str, folder: str) -> nn.Module:
-    """The module that package.module:function returns, called without arguments and with torch's seed 0.
+    """Return the module that package.module:function returns, called with torch's seed 0.
 
-    Looked for where Python looks, in the process's working folder, and in `folder`. Raises WorkError.
+    It is looked for where Python looks, in the process's working folder, and in `folder`.
+
+    Raises:
+        StepError: There is no such function, or it returns something else.
     """
     module_name, _, function = path.partition(":")
     if not module_name or not function:
-        raise WorkError(f"--import {path!r}: write it as package.module:function")
+        raise StepError(f"--import {path!r}: write it as package.module:function")
     for place in (folder, os.getcwd()):
         if Path(place).is_dir() and place not in sys.path:
             sys.path.insert(0, place)
     try:
         build: Any = importlib.import_module(module_name)
     except ImportError as error:
-        raise WorkError(f"--import {path}: {error}; looked in {os.getcwd()}, {folder} and Python's own path") from error
+        raise StepError(f"--import {path}: {error}; looked in {os.getcwd()}, {folder} and Python's "
+                        "own path") from error
     for part in function.split("."):
         if not hasattr(build, part):
-            raise WorkError(f"--import {path}: {module_name} has no {function}")
+            raise StepError(f"--import {path}: {module_name} has no {function}")
         build = getattr(build, part)
     with seeded(0, "import"):
         model = build()
     if not isinstance(model, nn.Module):
-        raise WorkError(f"--import {path}: it returned a {type(model).__name__}, and must return a torch.nn.Module")
+        raise StepError(f"--import {path}: it returned a {type(model).__name__}, and must return a "
+                        "torch.nn.Module")
     return model.cpu()
 
 
 @torch.no_grad()
-def check_scores(model: nn.Module, image: Tensor, num_classes: int, source: Mapping[str, Any]) -> int:
-    """Prove on one image (1, 3, H, W) that the model gives finite scores for all classes; returns how many it gives.
+def check_scores(model: nn.Module, image: Tensor, num_classes: int, source: ModelSource) -> int:
+    """Prove on one image that a model gives finite scores for all classes.
 
-    Raises WorkError.
+    Args:
+        model: In eval mode.
+        image: float32 (1, 3, H, W) in [0, 1].
+        num_classes: Of the images.
+        source: Of the model, for messages.
+
+    Returns:
+        How many scores it gives, at least num_classes.
+
+    Raises:
+        StepError: It does not.
     """
     try:
         scores = model(image)
     except Exception as error:
-        raise WorkError(f"the model of {describe(source)} cannot take images of {tuple(image.shape[2:])} pixels: "
-                        f"{first_line(error)}") from error
+        raise StepError(f"the model of {source} cannot take images of {tuple(image.shape[2:])} "
+                        f"pixels: {first_line(error)}") from error
     shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-    if not isinstance(scores, Tensor) or scores.ndim != 2 or len(scores) != 1 or not scores.is_floating_point():
-        raise WorkError(f"the model of {describe(source)} returned {shape} for one image: it must return floating "
-                        "point logits (B, K)")
+    right = isinstance(scores, Tensor) and scores.ndim == 2 and len(scores) == 1
+    if not right or not scores.is_floating_point():
+        raise StepError(f"the model of {source} returned {shape} for one image: it must return "
+                        "floating point logits (B, K)")
     if scores.shape[1] < num_classes:
-        raise WorkError(f"the model of {describe(source)} gives {scores.shape[1]} scores, the images have "
+        raise StepError(f"the model of {source} gives {scores.shape[1]} scores, the images have "
                         f"{num_classes} classes")
     if not torch.isfinite(scores).all():
-        raise WorkError(f"the model of {describe(source)} gives scores that are not finite: {scores[0].tolist()[:10]}")
-    return scores.shape[1]
+        raise StepError(f"the model of {source} gives scores that are not finite: "
+                        f"{scores[0].tolist()[:10]}")
+    return int(scores.shape[1])

@@ -1,6 +1,7 @@
-"""Where units are worked on: the output, the data sets, the checkpoints of others.
+"""Where steps are done: the output, the data sets, the models that other steps left.
 
-Every process of a job gets one, those too that only hand on: what is heavy is imported where it is used.
+Every process of a job gets one, those included that only hand it on, so what is heavy is imported
+where it is used.
 """
 
 from __future__ import annotations
@@ -8,26 +9,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from impactx.datasets import Dataset, load_dataset
-from impactx.experiment.units import CHECKPOINT, Artifacts, WorkError
+from impactx.experiment.artifacts import CHECKPOINT, Artifacts
+from impactx.experiment.steps.base import StepError
 from impactx.settings import DatasetSettings
 from impactx.storage import Storage
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from impactx.explain.store import MapStore
+    from impactx.approaches.checkpoint import Loaded
+    from impactx.explain.maps.store import MapStore
 
 
 @dataclass(frozen=True)
 class Workplace:
-    """Where units are worked on; travels to every process.
+    """Where steps are done; it travels to every process.
 
-    output: root of the artifacts; cache: local folder of decoded images and unpacked maps, or None for
-    the data set's default; threads: of torch in this process; memory_bytes: for batches of masks;
-    storage_patience: seconds for which a full or absent storage is waited for.
+    Attributes:
+        output: Root of the artifacts.
+        data_root: Folder or s3:// address of the data sets.
+        cache: Local folder of decoded images and unpacked maps; None for the data set's default.
+        threads: Of torch, in each process.
+        memory_bytes: Working memory for batches of masked images.
+        storage_patience: Seconds for which a full or absent storage is waited for.
     """
 
     output: str
@@ -42,32 +49,42 @@ class Workplace:
         """The artifacts under the output's root."""
         return Artifacts(Storage(self.output, self.storage_patience))
 
-    def dataset(self, settings: dict[str, Any]) -> Dataset:
-        """The data set, decoded once a node, opened once a process."""
-        return _open_dataset(DatasetSettings.model_validate(settings), self.data_root, self.cache)
+    def dataset(self, settings: DatasetSettings) -> Dataset:
+        """Return a data set, decoded once a node and opened once a process."""
+        return _open_dataset(settings, self.data_root, self.cache)
 
-    def checkpoint(self, folder: str, weights: str) -> Any:
-        """The model that another unit left in its folder (see models.load_checkpoint), with these weights.
+    def checkpoint(self, folder: str, weights: str) -> Loaded:
+        """Return the model that a step left in its folder.
 
-        Raises WorkError, naming the file, where it is absent, damaged or of another model.
+        Args:
+            folder: Of the step that trained it, under the output's root.
+            weights: The fingerprint that its weights must have.
+
+        Raises:
+            StepError: The checkpoint is absent, damaged or another model's; the message names it.
         """
-        from impactx.models import CheckpointError, load_checkpoint, weights_fingerprint
+        from impactx.approaches.checkpoint import (
+            CheckpointError,
+            load_checkpoint,
+            weights_fingerprint,
+        )
 
-        where = self.artifacts.storage.uri(f"{folder}/{CHECKPOINT}")
-        remedy = f"delete the folder {self.artifacts.storage.uri(folder)}, the model is then trained anew"
+        storage = self.artifacts.storage
+        file = storage.uri(f"{folder}/{CHECKPOINT}")
+        remedy = f"delete the folder {storage.uri(folder)}, the model is then trained anew"
         try:
-            loaded = load_checkpoint(self.artifacts.storage.read(f"{folder}/{CHECKPOINT}"))
+            loaded = load_checkpoint(storage.read(f"{folder}/{CHECKPOINT}"))
         except FileNotFoundError:
-            raise WorkError(f"the checkpoint {where} is missing: {remedy}") from None
+            raise StepError(f"the checkpoint {file} is missing: {remedy}") from None
         except CheckpointError as error:
-            raise WorkError(f"the checkpoint {where} cannot be used: {error}: {remedy}") from error
-        if (found := weights_fingerprint(loaded.model)) != weights:
-            raise WorkError(f"the checkpoint {where} is of another model: its weights are {found}, "
-                            f"the plan's {weights}: {remedy}")
+            raise StepError(f"the checkpoint {file} cannot be used: {error}: {remedy}") from error
+        if (present := weights_fingerprint(loaded.model)) != weights:
+            raise StepError(f"the checkpoint {file} is of another model: its weights are {present}, "
+                            f"those of the plan {weights}: {remedy}")
         return loaded
 
     def map_array(self, store: MapStore, data: Dataset) -> np.ndarray:
-        """The maps of a complete store, memory-mapped; unpacked once a node, beside the decoded images."""
+        """Return the maps of a complete store as a memory-mapped array, unpacked once a node."""
         return store.unpack(Path(data.folder).parent / "maps")
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from impactx.experiment.measured import Measured
-from impactx.experiment.pricing import HOUR, CellPrice, Item, Range, counted
+from impactx.costs.measured import Measured
+from impactx.costs.pricing import HOUR, CellPrice, Item, Range, counted
 from impactx.timing import duration
 
 
@@ -28,18 +28,19 @@ def price_list(prices: Sequence[CellPrice], measured: Measured, cells_at_once: i
         lines += [price.cell.name + f"   (exists: {price.exists})"]
         for item in price.items:
             gpus = item.gpu_hours(measured)
-            lines.append(f"  {item.name + ':':18} {item.what}; {item.cpu_hours(measured).say(_hours)} CPU-hours"
-                         + (f", {gpus.say(_hours)} GPU-hours" if gpus.high else ""))
+            lines.append(f"  {item.name + ':':18} {item.text}; {item.cpu_hours(measured).text(_hours)} CPU-hours"
+                         + (f", {gpus.text(_hours)} GPU-hours" if gpus.high else ""))
         lines += [f"  together: {line}" if k == 0 else f"            {line}" for k, line in enumerate(
             _sums([price], price.items, measured))]
+        lines += [f"  not priced: {number} of {title}" for title, number in price.unpriced.items()]
         alone = sum((item.alone() for item in price.items), Range())
-        lines.append(f"  alone on this cluster as it is now: {alone.say(duration)}")
+        lines.append(f"  alone on this cluster as it is now: {alone.text(duration)}")
     items = [item for price in prices for item in price.items]
     whole = _whole(prices, items, measured, min(cells_at_once, len(prices)))
     first, *more = _sums(prices, items, measured)
     return "\n".join(lines + [
         "", f"in all: {first}", *(f"        {line}" for line in more),
-        f"        {whole.say(duration)} on this cluster as it is now, without start-up "
+        f"        {whole.text(duration)} on this cluster as it is now, without start-up "
         "times (about 15 s a final training) and what several workers of one training exchange"])
 
 
@@ -67,7 +68,7 @@ def _sums(prices: Sequence[CellPrice], items: Sequence[Item], measured: Measured
     cpus = sum((item.cpu_hours(measured) for item in items), Range())
     gpus = sum((item.gpu_hours(measured) for item in items), Range())
     trials = sum((price.trials for price in prices), Range())
-    return [f"{trials.say(counted)} trials, {epochs.say(counted)} epochs, "
-            f"{evaluations.say(counted)} evaluations, maps of at most "
+    return [f"{trials.text(counted)} trials, {epochs.text(counted)} epochs, "
+            f"{evaluations.text(counted)} evaluations, maps of at most "
             f"{_bytes(sum(price.map_bytes for price in prices))}",
-            f"{cpus.say(_hours)} CPU-hours, {gpus.say(_hours)} GPU-hours"]
+            f"{cpus.text(_hours)} CPU-hours, {gpus.text(_hours)} GPU-hours"]

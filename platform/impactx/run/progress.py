@@ -22,7 +22,7 @@ class CellLog(logging.LoggerAdapter):
         return f"{self.extra['cell']}: {msg}", kwargs  # type: ignore[index]
 
 
-class Summary:
+class JobProgress:
     """Knows how far every cell is, and says so. Used by many threads."""
 
     def __init__(self, cells: int) -> None:
@@ -58,20 +58,20 @@ class Summary:
                 f"{cell}: {what}{self._trainings(cell)}" for cell, what in self._at.items()) if self._at else ""
 
     @contextlib.contextmanager
-    def said(self, every: float = 60, told: Callable[[str], object] = str) -> Iterator[None]:
+    def logged(self, every: float = 60, tell: Callable[[str], object] = str) -> Iterator[None]:
         """Log the line every so many seconds within the block, also while nothing happens.
 
-        told: called with each line; it must not wait.
+        tell: called with each line; it must not wait.
         """
         over = threading.Event()
 
-        def say() -> None:
+        def repeat() -> None:
             while not over.wait(every):
                 if line := self.line():
                     log.info("%s", line)
-                    told(line)
+                    tell(line)
 
-        thread = threading.Thread(target=say, name="summary", daemon=True)
+        thread = threading.Thread(target=repeat, name="progress", daemon=True)
         thread.start()
         try:
             yield

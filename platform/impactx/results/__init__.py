@@ -1,0 +1,1 @@
+"""What a job left and what it shows: rows, evidence, verdicts, export."""

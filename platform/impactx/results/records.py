@@ -1,0 +1,88 @@
+"""What a job writes down about itself in its folder, as typed records; `impactx.run.journal` writes them.
+
+    jobs/<job>/job.json                       settings; when and by which code it was started
+    jobs/<job>/cells/<data set>.<model>.json  steps in the order of the flow, choices, what failed
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+JOB, CELLS = "job.json", "cells"
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Start(_Entry):
+    """One start of a job: when, by which command, code, machine and versions of libraries."""
+
+    time: str = ""
+    command: str = ""
+    code: str = ""
+    machine: str = ""
+    versions: dict[str, str] = {}
+
+
+class JobRecord(_Entry):
+    """job.json: the experiment's settings as plain data, and all its starts."""
+
+    settings: dict[str, Any]
+    starts: list[Start]
+
+
+class StepRecord(_Entry):
+    """A step of a cell.
+
+    Attributes:
+        group: The title of its group in the flow.
+        search: Whether the group is a search, which selects one of its trials.
+        parameters: What MLflow and the report show of it.
+        inputs: Folders of the steps that it starts from, by what they are to it.
+    """
+
+    kind: str
+    name: str
+    folder: str
+    group: str
+    search: bool
+    parameters: dict[str, Any]
+    inputs: dict[str, str]
+
+
+class CellFacts(_Entry):
+    """What a report must know of a cell; a journal of other facts is another cell's."""
+
+    dataset: str
+    model: str
+    class_names: list[str]
+    image_size: tuple[int, int]
+    train_images: int
+    selection_metric: str
+    fingerprint: str
+
+
+class CellRecord(_Entry):
+    """cells/<data set>.<model>.json.
+
+    Attributes:
+        failed: Reasons by folder, of steps that failed.
+        left_out: Reasons by name, of what the cell goes on without.
+        selected: Folder of the selected trial, by the search's title.
+        error: What ended the cell; None while nothing has.
+    """
+
+    facts: CellFacts
+    steps: list[StepRecord] = []
+    failed: dict[str, str] = {}
+    left_out: dict[str, str] = {}
+    selected: dict[str, str] = {}
+    error: str | None = None
+
+
+def cell_path(job: str, dataset: str, model: str) -> str:
+    """Return where the journal of a cell lies."""
+    return f"jobs/{job}/{CELLS}/{dataset}.{model}.json"

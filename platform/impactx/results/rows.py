@@ -1,0 +1,195 @@
+"""The results table: one row for each final model, and its summary over repeats."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar
+
+from impactx.experiment.artifacts import read_result
+from impactx.experiment.steps.base import Result
+from impactx.experiment.steps.maps import MapsResult
+from impactx.experiment.steps.quality import MapQuality
+from impactx.experiment.steps.test import Test, TestResult
+from impactx.experiment.steps.training import TrainingResult
+from impactx.results.records import CellRecord, StepRecord
+from impactx.storage import Storage
+
+R = TypeVar("R", bound=Result)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One final model that has read the test set. Accuracies are fractions in [0, 1].
+
+    Attributes:
+        weight: Lambda; None where the approach has none.
+        train_seconds: Of the training's epochs.
+        paper_accuracy: The paper's, where it may stand beside ours.
+        checkpoint: The address of the model's folder.
+        test: Folder of the test under the output's root, where its predictions lie.
+        map_quality: Folder of the judgement of the model's maps; None where none was asked for.
+        map_seconds: What a prediction costs beyond the network, where it needs a map of its image:
+            seconds an image of one process.
+        seconds_in_all: Of the processes that made the model, its A and its maps included; None where
+            that is not known.
+        model_folder, weights: Folder of the training under the output's root, and the fingerprint of
+            the weights that it left.
+    """
+
+    dataset: str
+    model: str
+    approach: str
+    repeat: int
+    weight: float | None
+    learning_rate: float
+    batch_size: int
+    validation_fraction: float
+    val_accuracy: float
+    test_accuracy: float
+    test_images: int
+    epochs: int
+    train_seconds: float
+    paper_accuracy: float | None
+    checkpoint: str
+    test: str
+    map_quality: str | None
+    map_seconds: float | None
+    seconds_in_all: float | None
+    model_folder: str
+    weights: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the row as plain data."""
+        return asdict(self)
+
+
+def cell_rows(storage: Storage, record: CellRecord) -> list[Row]:
+    """Return a row for each finished test of a cell, in the order of the flow.
+
+    Args:
+        storage: The job's output.
+        record: The cell's journal.
+
+    Raises:
+        StorageError: A result is damaged or cannot be read.
+    """
+    steps = {step.folder: step for step in record.steps}
+    quality = {step.inputs["model"]: step.folder for step in record.steps
+               if step.kind == MapQuality.kind}
+    rows = []
+    for step in record.steps:
+        if step.kind != Test.kind:
+            continue
+        tested = _result(storage, step.folder, TestResult)
+        model = steps.get(step.inputs["model"])
+        trained = None if model is None else _result(storage, model.folder, TrainingResult)
+        if tested is None or model is None or trained is None or trained.weights is None:
+            continue
+        p = step.parameters
+        rows.append(Row(
+            dataset=record.facts.dataset, model=record.facts.model, approach=p["approach"],
+            repeat=p["repeat"], weight=p.get("lambda"), learning_rate=p["learning_rate"],
+            batch_size=p["batch_size"], validation_fraction=p["validation_fraction"],
+            val_accuracy=trained.score("val_accuracy"), test_accuracy=tested.accuracy,
+            test_images=tested.images, epochs=trained.epochs, train_seconds=trained.seconds,
+            paper_accuracy=p.get("paper_accuracy"), checkpoint=storage.uri(model.folder),
+            test=step.folder, map_quality=quality.get(model.folder),
+            map_seconds=tested.map_seconds,
+            seconds_in_all=_seconds_in_all(storage, model, trained),
+            model_folder=model.folder, weights=trained.weights))
+    return rows
+
+
+def _result(storage: Storage, folder: str, kind: type[R]) -> R | None:
+    try:
+        return read_result(storage, folder, kind)
+    except FileNotFoundError:
+        return None
+
+
+def _seconds_in_all(storage: Storage, model: StepRecord, trained: TrainingResult) -> float | None:
+    """Return the seconds of the processes that made a model, with the A and the maps that it needs."""
+    seconds: list[float | None] = [trained.seconds]
+    if "classifier" in model.inputs:
+        a = _result(storage, model.inputs["classifier"], TrainingResult)
+        seconds.append(a.seconds if a is not None else None)
+    # A model that is trained with lambda = 0 learns nothing from its maps.
+    if "maps" in model.inputs and model.parameters.get("lambda") != 0:
+        maps = _result(storage, model.inputs["maps"], MapsResult)
+        seconds.append(maps.process_seconds if maps is not None else None)
+    known = [value for value in seconds if value is not None]
+    return math.fsum(known) if len(known) == len(seconds) else None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """An approach in a cell, over its repeats. Spreads are sample standard deviations, None for one repeat."""
+
+    dataset: str
+    model: str
+    approach: str
+    weight: float | None
+    repeats: int
+    val_mean: float
+    test_mean: float
+    test_spread: float | None
+    gain_mean: float | None
+    gain_spread: float | None
+    seconds: float
+    paper_accuracy: float | None
+
+
+def results_csv(rows: Sequence[Row]) -> str:
+    """The rows as CSV with a header."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, [f.name for f in fields(Row)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(row.as_dict() for row in rows)
+    return stream.getvalue()
+
+
+def _spread(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def summarise(rows: Sequence[Row]) -> list[Summary]:
+    """Return one summary for each cell and approach, in the rows' order.
+
+    Gains are test accuracies minus the baseline's of the same cell and repeat (paired), None for the baseline.
+    """
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.dataset, row.model, row.approach), []).append(row)
+    found = []
+    for (dataset, model, approach), group in groups.items():
+        base = {r.repeat: r.test_accuracy for r in groups.get((dataset, model, "baseline"), [])}
+        gains = [r.test_accuracy - base[r.repeat] for r in group if r.repeat in base] if approach != "baseline" else []
+        tests = [r.test_accuracy for r in group]
+        found.append(Summary(dataset, model, approach, group[0].weight, len(group),
+                             statistics.fmean(r.val_accuracy for r in group), statistics.fmean(tests), _spread(tests),
+                             statistics.fmean(gains) if gains else None, _spread(gains) if gains else None,
+                             math.fsum(r.train_seconds for r in group), group[0].paper_accuracy))
+    return found
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The summary as aligned text, accuracies in percent, times in seconds a repeat."""
+    head = ("data set", "model", "approach", "lambda", "repeats", "val %", "test %", "gain over A", "paper %",
+            "train s")
+    lines = [head]
+    for s in summarise(rows):
+        plus_minus = f" ± {100 * s.test_spread:.2f}" if s.test_spread is not None else ""
+        gain = "" if s.gain_mean is None else f"{100 * s.gain_mean:+.2f}" + (
+            f" ± {100 * s.gain_spread:.2f}" if s.gain_spread is not None else "")
+        lines.append((s.dataset, s.model, "A (baseline)" if s.approach == "baseline" else s.approach,
+                      "" if s.weight is None else f"{s.weight:g}", str(s.repeats), f"{100 * s.val_mean:.2f}",
+                      f"{100 * s.test_mean:.2f}{plus_minus}", gain,
+                      "" if s.paper_accuracy is None else f"{100 * s.paper_accuracy:.2f}",
+                      f"{s.seconds / s.repeats:.1f}"))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join("  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip() for line in lines)

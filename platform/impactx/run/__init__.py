@@ -1,0 +1,1 @@
+"""Carrying an experiment out: jobs, cells, reuse, the journal, and the executor's protocol."""
