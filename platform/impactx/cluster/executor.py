@@ -1,4 +1,4 @@
-"""The executor that spreads the plan over a Ray cluster: Tune for searches, Train for models, Data for maps."""
+"""The executor on a Ray cluster: Ray Tune for searches, Train for models, Data for maps, tasks else."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 import logging
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import cast
@@ -15,9 +16,8 @@ import ray
 
 from impactx.cluster import capacity
 from impactx.cluster.devices import alone, device_of
-from impactx.cluster.pool import explain_on_pools, pools_of
+from impactx.cluster.maps import explain_on_pools, pools_of
 from impactx.cluster.search import tune_search
-from impactx.cluster.shares import Amounts, Shares
 from impactx.cluster.training import Workers, train_on_workers
 from impactx.cluster.trial import Report
 from impactx.experiment.steps.base import Context, Result
@@ -39,29 +39,24 @@ from impactx.settings import ClusterSettings
 
 
 class RayExecutor:
-    """See run.executor.Executor. Connect to a cluster first (`connection.connected`)."""
+    """See `run.executor.Executor`. Connect to a cluster first (`connection.connected`)."""
 
     def __init__(self, settings: ClusterSettings, place: Workplace, tracker: Tracker) -> None:
         self.settings, self.place, self.tracker = settings, place, tracker
         self._scratch = tempfile.mkdtemp(prefix="impactx-ray-")
         atexit.register(shutil.rmtree, self._scratch, ignore_errors=True)
-        self.shares = Shares(self._capacity)
-        self._stopped = False
-        self._asked, self._have = float("-inf"), dict[str, float]()
+        self._left = threading.Event()
 
     def _capacity(self) -> dict[str, float]:
-        """What there is to share now, or what the cluster may grow to; asked of Ray once a second."""
-        now, s = time.monotonic(), self.settings
-        if now - self._asked >= 1:
-            self._asked, self._have = now, capacity.grown(s, ray.cluster_resources())
-        return self._have | ({"trials": s.max_concurrent_trials} if s.max_concurrent_trials else {})
+        """Return what there is now, or what the cluster may come to."""
+        return capacity.grown(self.settings, ray.cluster_resources())
 
     def _workers(self, count: int, cpus: float, gpus: float) -> Workers:
         return Workers(count, cpus, gpus, self.settings.max_failures, self._scratch)
 
     def search(self, tasks: Sequence[Task], on_result: OnResult, on_epoch: OnEpoch,
                limits: Limits = UNLIMITED) -> None:
-        """Trials by Ray Tune: each in a process that is kept for the next, or over several by Ray Train."""
+        """Train trials by Ray Tune: each in a process that is kept for the next, or over several."""
         s, place, tracker = self.settings, self.place, self.tracker
         workers = self._workers(s.trial_workers, s.trial_cpus, s.trial_gpus)
 
@@ -69,80 +64,72 @@ class RayExecutor:
             if workers.count > 1:
                 train_on_workers(task, place, tracker, workers, report)
             else:
-                tracked(task, Context(place, device_of(s.trial_gpus), on_epoch=report), tracker)
+                context = Context(place, device_of(s.trial_gpus), on_epoch=report)
+                tracked(task, context, tracker)
 
         # A trial over several workers only waits for them: its own process needs next to nothing.
-        held = {"CPU": s.trial_cpus, "GPU": s.trial_gpus} if workers.count == 1 else {"CPU": 0.01}
-        with self._unless_stopped():
-            tune_search(tasks, place, train, shares=self.shares, need=workers.amounts | {"trials": 1}, held=held,
-                        max_failures=s.max_failures, scratch=self._scratch, on_result=on_result, on_epoch=on_epoch,
-                        limits=limits)
+        resources = {"CPU": s.trial_cpus, "GPU": s.trial_gpus} if workers.count == 1 else {
+            "CPU": 0.01}
+        with self._unless_left():
+            tune_search(tasks, place.artifacts, train, resources=resources,
+                        at_once=s.max_concurrent_trials, max_failures=s.max_failures,
+                        scratch=self._scratch, on_result=on_result, on_epoch=on_epoch,
+                        limits=limits, left=self._left)
 
     def cells_at_once(self) -> int:
-        """See capacity.cells_at_once."""
+        """See `capacity.cells_at_once`."""
         return capacity.cells_at_once(self.settings, self._capacity())
 
     def steps_at_once(self) -> int:
-        """As many as the cluster has room for."""
+        """As many as the cluster has room for trainings."""
         return capacity.trainings_at_once(self.settings, self._capacity())
 
     def train(self, task: Task, on_epoch: OnEpoch) -> TrainingResult:
-        """A model by Ray Train on train_workers workers."""
+        """Train a model by Ray Train on train_workers workers."""
         s = self.settings
         workers = self._workers(s.train_workers, s.train_cpus, float(s.use_gpu))
-        with self._held(task, workers.amounts):
-            return train_on_workers(task, self.place, self.tracker, workers, lambda row: on_epoch(task.step, row))
+        with self._unless_left():
+            return train_on_workers(task, self.place, self.tracker, workers,
+                                    lambda row: on_epoch(task.step, row))
 
     def explain(self, task: Task, on_maps: OnMaps) -> MapsResult:
-        """Maps by Ray Data actor pools."""
+        """Make maps by Ray Data actor pools."""
         step = cast(Maps, task.step)
-        with task.open_run(self.tracker) as run, self._unless_stopped():
+        with task.open_run(self.tracker) as run, self._unless_left():
             started = time.perf_counter()
-            store, made = step.open_store(self.place), (0, 0.0)
-            if store.missing():
+            made, seconds = 0, 0.0
+            if step.open_store(self.place).missing():
                 pools = pools_of(self.settings, self._capacity())
-                with self.shares.asking():
-                    made = explain_on_pools(step, self.place, pools, self.settings.max_failures, on_maps,
-                                            self.shares, task.owner)
-            result = step.finish(self.place, time.perf_counter() - started, *made)
+                made, seconds = explain_on_pools(step, self.place, pools, on_maps,
+                                                 self._left.is_set)
+            result = step.finish(self.place, time.perf_counter() - started, made, seconds)
             log_result(run, step, result, self.place)
             return result
 
     def process(self, task: Task) -> Result:
-        """A step in one Ray task."""
+        """Do a step in one Ray task."""
         (cpus, gpus), place, tracker = alone(self.settings), self.place, self.tracker
 
         @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=self.settings.max_failures)
         def work() -> Result:
             return tracked(task, Context(place, device_of(gpus)), tracker)
 
-        with self._held(task, {"CPU": cpus, "GPU": capacity.blocked(gpus)}):
-            return ray.get(work.remote())
+        with self._unless_left():
+            return cast(Result, ray.get(work.remote()))
 
     @contextlib.contextmanager
-    def _held(self, task: Task, amounts: Amounts) -> Iterator[None]:
-        """Wait for the turn of the task's cell, and hold these amounts for it."""
-        with self._unless_stopped():
-            self.shares.wait(task.owner, task.run.key, amounts)
-            try:
-                yield
-            finally:
-                self.shares.give(task.owner, amounts)
-
-    @contextlib.contextmanager
-    def _unless_stopped(self) -> Iterator[None]:
-        """What goes wrong because the job has left its cluster is an interrupt, and no error of the work."""
+    def _unless_left(self) -> Iterator[None]:
+        """What goes wrong because the job has left its cluster is an interrupt, and no error."""
         try:
             yield
         except Exception:
-            if self._stopped:
+            if self._left.is_set():
                 raise KeyboardInterrupt from None
             raise
 
     def stop(self) -> None:
         """Leave the cluster: everything of this job in it ends."""
-        self._stopped = True
-        self.shares.close()
+        self._left.set()
         # Threads of Tune and Train that lose their cluster now would each say so, with a traceback.
         logging.getLogger("ray").setLevel(logging.CRITICAL)
         ray.shutdown()

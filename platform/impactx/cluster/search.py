@@ -1,4 +1,8 @@
-"""A search by Ray Tune: which trial starts when, in one queue with everything else that the job does."""
+"""A search by Ray Tune: its Tuner, its resources, its scheduler and its callbacks.
+
+Ray places the trials of all cells together. A scheduler of our own that shared the cluster between the
+cells was measured against that and given up (docs/LOG.md).
+"""
 
 from __future__ import annotations
 
@@ -6,217 +10,189 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 
-from impactx.cluster.shares import Amounts, Closed, Shares
 from impactx.cluster.trial import Shared, TrainTrial, trial_class
+from impactx.experiment.artifacts import Artifacts
 from impactx.experiment.steps.training import TrainingResult, Trial
-from impactx.experiment.workplace import Workplace
 from impactx.run.executor import Limits, OnEpoch, OnResult, Task
 
 _REGISTERING = threading.Lock()  # Tune's registry of trainables is not made for several threads
 
 
-class Turns(Searcher):
-    """Hands Tune one task after the other, each when it is the owner's turn (see Shares).
+class InOrder(Searcher):
+    """Hands Tune the trials in their order, each once it may begin; after a no there are no more."""
 
-    It holds a slot for each actor that Tune has, the one that Tune keeps for the next trial among them. Where others
-    wait who hold less, it says that it is finished: Tune then lets go of every actor as its trial ends, and the rest
-    of the tasks is for another Tuner.
-    """
-
-    def __init__(self, waiting: list[Task], shares: Shares, owner: str, need: Amounts,
-                 may_begin: Callable[[Trial], bool]) -> None:
-        """waiting: the next one last; tasks are taken away from it, all of them where the next may not begin. The
-        caller has taken one slot for the owner."""
+    def __init__(self, trials: Sequence[Trial], may_begin: Callable[[Trial], bool]) -> None:
         super().__init__()
-        self._may_begin = may_begin
-        self._waiting, self._shares, self._owner, self._need = waiting, shares, owner, need
-        self._slots, self._running, self._begun = 1, set[str](), False
-        self._wish = f"search-{id(self)}"
-        self.over = threading.Event()
+        self._waiting, self._may_begin = list(reversed(trials)), may_begin
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The next trial; None: not now; FINISHED: no more from here."""
-        idle = self._slots - len(self._running)
-        if self.over.is_set() or not self._waiting or (
-                idle and self._begun and self._shares.should_give(self._owner, self._need)):
-            return self._finished()
-        if not idle:
-            if not self._shares.take(self._owner, self._wish, self._need):
-                return None
-            self._slots += 1
-        if not self._may_begin(self._waiting[-1].step):
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+        """Return the next trial, or that there is none."""
+        if not self._waiting or not self._may_begin(self._waiting[-1]):
             self._waiting.clear()
-            return self._finished()
-        self._running.add(trial_id)
-        self._begun = True
-        return {"step": self._waiting.pop().step.key}
+            return str(Searcher.FINISHED)
+        return {"step": self._waiting.pop().key}
 
-    def _finished(self) -> str:
-        self.over.set()
-        self._shares.forget(self._owner, self._wish)
-        self._give(self._slots - len(self._running))
-        return Searcher.FINISHED
-
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """A trial ended, whichever way."""
-        self._running.discard(trial_id)
-        if self.over.is_set():
-            self._give(1)
-
-    def end(self) -> None:
-        """Tune is done: nothing is held any more."""
-        self.over.set()
-        self._shares.forget(self._owner, self._wish)
-        self._give(self._slots)
-
-    def _give(self, slots: int) -> None:
-        for _ in range(slots):
-            self._slots -= 1
-            self._shares.give(self._owner, self._need)
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None,
+                          error: bool = False) -> None:
+        """Nothing depends on what a trial came to."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune keeps a copy of its settings on disk, from which nobody restores anything
+        # Tune keeps a copy of its settings on disk, from which nobody restores anything: what is
+        # finished is found in the output.
+        return {}
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: what is finished is found in the output."""
+        """Keep nothing; see `__getstate__`."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing."""
+        """Restore nothing; see `__getstate__`."""
 
 
-class Halving(ASHAScheduler):
-    """Tune's ASHA for one search, whose Tuners share it, and which begins with the trials that ended earlier."""
+class Halving(ASHAScheduler):  # type: ignore[misc]
+    """Tune's ASHA, which begins with the trials of the search that ended earlier."""
 
     def __init__(self, limits: Limits) -> None:
         halving = limits.halving
-        assert halving is not None
-        super().__init__(time_attr="epoch", metric=halving.metric, mode="max", max_t=halving.epochs,
-                         grace_period=halving.grace_epochs, reduction_factor=halving.reduction,
-                         stop_last_trials=False)  # at its last epoch a training ends by itself
-        self._lock = threading.Lock()
+        if halving is None:
+            raise ValueError("the limits of this search stop no trial early")
+        # At its last epoch a training ends by itself, hence stop_last_trials.
+        super().__init__(
+            time_attr="epoch", metric=halving.metric, mode="max", max_t=halving.epochs,
+            grace_period=halving.grace_epochs, reduction_factor=halving.reduction,
+            stop_last_trials=False)
         for number, history in enumerate(limits.histories):
             earlier = SimpleNamespace(trial_id=f"earlier-{number}")
             self.on_trial_add(None, earlier)
             for row in history:
                 self.on_trial_result(None, earlier, dict(row))
 
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict) -> str:
-        """Whether the trial goes on."""
-        with self._lock:
-            return super().on_trial_result(tune_controller, trial, result)
-
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # see Turns
+        return {}
+
+
+class Closed(Exception):
+    """The job has left its cluster."""
 
 
 class _Left(BaseException):
-    """The job leaves its cluster. No Exception: for one Tune would first wait for each of its trials to end."""
+    """The job leaves its cluster. No Exception: for one, Tune would first wait for each trial's end."""
 
 
-class _Reports(tune.Callback):
-    """Hands Tune's events on to the experiment, and ends Tune where the job ends."""
+class _Reports(tune.Callback):  # type: ignore[misc]
+    """Hands Tune's events on to the run, and ends Tune where the job ends."""
 
-    def __init__(self, trials: dict[str, Trial], place: Workplace, on_result: OnResult, on_epoch: OnEpoch,
-                 shares: Shares) -> None:
-        self._trials, self._place, self._on_result, self._on_epoch = trials, place, on_result, on_epoch
-        self._shares = shares
+    def __init__(self, trials: dict[str, Trial], artifacts: Artifacts, on_result: OnResult,
+                 on_epoch: OnEpoch, left: threading.Event) -> None:
+        self._trials, self._artifacts = trials, artifacts
+        self._on_result, self._on_epoch, self._left = on_result, on_epoch, left
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # see Turns
+        return {}
 
-    def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
-        """Ten times a second, before Tune asks Ray for anything."""
-        try:
-            self._shares.check()
-        except Closed as error:
-            raise _Left from error
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Leave before Tune asks Ray for anything; called ten times a second."""
+        if self._left.is_set():
+            raise _Left
 
-    def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any,
+                        result: dict[str, Any], **info: Any) -> None:
         """An epoch is done, or the trial."""
         if "val_accuracy" in result:
             self._on_epoch(self._trials[trial.config["step"]], result)
 
-    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        """The trial ended; its result is in the output, or it says why there is none, or the search stopped it."""
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """The trial ended: its result is kept, or the search stopped it, or it says what is wrong."""
         step, last = self._trials[trial.config["step"]], trial.last_result
-        result = self._place.artifacts.result(step)
-        if result is None and "epoch" in last:  # a training that ended by itself says so in a row of its own
-            result = self._place.artifacts.stopped(step) or TrainingResult(
-                seconds=0, best=None, best_epoch=0, epochs=int(last["epoch"]), history=[], diverged=False,
-                weights=None, train_images=0, validation_images=0, seconds_this_process=0, stopped=True)
+        result = self._artifacts.result(step)
+        # A training that ended by itself says so in a row of its own, without an epoch.
+        if result is None and "epoch" in last:
+            result = self._artifacts.stopped(step) or _stopped(last)
         self._on_result(step, result, last.get("error"))
 
-    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The trial was tried often enough."""
         self._on_result(self._trials[trial.config["step"]], None,
                         _last_line(trial.error_file) or "its process died; see Ray's logs")
 
 
-def tune_search(tasks: Sequence[Task], place: Workplace, train: TrainTrial, *, shares: Shares, need: Amounts,
-                held: dict[str, float], max_failures: int, scratch: str, on_result: OnResult, on_epoch: OnEpoch,
-                limits: Limits) -> None:
-    """Train all tasks of one cell as trials; returns when each has ended.
+def _stopped(last: dict[str, Any]) -> TrainingResult:
+    """Return what is known of a trial that was stopped and whose actor has not written it down yet."""
+    row = {name: value for name, value in last.items()
+           if name.startswith(("train_", "val_", "common_")) or name in ("epoch", "seconds")}
+    return TrainingResult(
+        seconds=0, best=None, best_epoch=0, epochs=int(last["epoch"]), history=[row],
+        diverged=False, weights=None, train_images=0, validation_images=0, seconds_this_process=0,
+        stopped=True)
 
-    need: what a trial counts for in the shares; held: what its actor asks Ray for; scratch: a folder for Tune's own
-    bookkeeping. Raises what went wrong in Tune itself, and Closed when the job leaves its cluster.
+
+def tune_search(tasks: Sequence[Task], artifacts: Artifacts, train: TrainTrial, *,
+                resources: dict[str, float], at_once: int | None, max_failures: int, scratch: str,
+                on_result: OnResult, on_epoch: OnEpoch, limits: Limits, left: threading.Event
+                ) -> None:
+    """Train all tasks of a search as trials; return when each has ended.
+
+    Args:
+        tasks: Of `Trial` steps.
+        artifacts: Where their results are kept.
+        train: Trains one of them in its actor.
+        resources: That a trial's actor asks Ray for.
+        at_once: At most so many trials are under way; None: what fits.
+        max_failures: Tries of a trial whose process dies.
+        scratch: A folder for Tune's own bookkeeping.
+        on_result, on_epoch: See `run.executor`.
+        limits: What keeps trials from beginning or going on.
+        left: Set where the job leaves its cluster.
+
+    Raises:
+        Closed: The job has left its cluster.
     """
-    owner, waiting = tasks[0].owner, list(reversed(tasks))
+    trials = {task.step.key: cast(Trial, task.step) for task in tasks}
     shared = Shared(ray.put({task.step.key: task for task in tasks}), train)
-    reports = _Reports({task.step.key: task.step for task in tasks}, place, on_result, on_epoch, shares)
-    scheduler = Halving(limits) if limits.halving is not None else None
-    threads: list[threading.Thread] = []
+    name = f"search-{time.time_ns()}"
+    with _REGISTERING:
+        tune.register_trainable(name, trial_class(shared, resources))
+    tuner = tune.Tuner(
+        name,
+        tune_config=tune.TuneConfig(
+            search_alg=InOrder(list(trials.values()), limits.may_begin),
+            scheduler=Halving(limits) if limits.halving is not None else None,
+            num_samples=-1, max_concurrent_trials=at_once, reuse_actors=True),
+        run_config=tune.RunConfig(
+            name=name, storage_path=scratch, verbose=0,
+            callbacks=[_Reports(trials, artifacts, on_result, on_epoch, left)],
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            failure_config=tune.FailureConfig(max_failures=max_failures)))
     errors: list[BaseException] = []
-    while waiting and not errors and limits.may_begin(waiting[-1].step):
-        shares.wait(owner, "search", need)
-        turns = Turns(waiting, shares, owner, need, limits.may_begin)
-        name = f"search-{time.time_ns()}"
-        with _REGISTERING:
-            tune.register_trainable(name, trial_class(shared, held))
-        tuner = tune.Tuner(
-            name,
-            tune_config=tune.TuneConfig(search_alg=turns, scheduler=scheduler, num_samples=-1, reuse_actors=True),
-            run_config=tune.RunConfig(name=name, storage_path=scratch, verbose=0, callbacks=[reports],
-                                      checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                                      failure_config=tune.FailureConfig(max_failures=max_failures)))
 
-        def fit(tuner: tune.Tuner = tuner, turns: Turns = turns) -> None:
-            try:
-                with shares.asking():
-                    tuner.fit()
-            except _Left as error:
-                closed = Closed()
-                closed.__cause__ = error  # whose frames hold the trials' actors: they end with the cluster
-                errors.append(closed)
-            except BaseException as error:  # noqa: BLE001 - for the thread that waits
-                errors.append(error)
-            finally:
-                turns.end()
+    def fit() -> None:
+        try:
+            tuner.fit()
+        except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
+            errors.append(error)
 
-        # Not in the main thread, whose Ctrl-C ends the job and not only the search.
-        threads.append(threading.Thread(target=fit, name=name, daemon=True))
-        threads[-1].start()
-        while threads[-1].is_alive() and not turns.over.is_set():
-            threads[-1].join(0.2)
-    while any(thread.is_alive() for thread in threads):
-        for thread in threads:
-            thread.join(0.2)
+    # Not in the main thread, whose Ctrl-C ends the job and not only the search.
+    thread = threading.Thread(target=fit, name=name, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    if errors and isinstance(errors[0], _Left):
+        raise Closed from errors[0]
     if errors:
         raise errors[0]
 
 
 def _last_line(path: str | None) -> str:
-    if not path:
-        return ""
+    """Return the last line of Tune's error file; empty where there is none."""
     try:
-        with open(path, encoding="utf8") as stream:
-            lines = [line.strip() for line in stream if line.strip()]
+        with open(path or "", encoding="utf8") as stream:
+            lines = [line for line in stream.read().splitlines() if line.strip()]
     except OSError:
         return ""
-    return lines[-1] if lines else ""
+    return lines[-1].strip() if lines else ""
