@@ -32,9 +32,9 @@ from impactx.experiment.executor import (
     tracked_judgement,
     tracked_training,
 )
-from impactx.experiment.tracker import Tracker
 from impactx.experiment.work import finish_maps, open_store
 from impactx.experiment.workplace import Workplace
+from impactx.run.tracker import Tracker
 from impactx.settings import ClusterSettings
 
 

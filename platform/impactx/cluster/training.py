@@ -15,9 +15,9 @@ from impactx.cluster.capacity import blocked
 from impactx.cluster.errors import is_final, portable
 from impactx.cluster.monitor import Monitor
 from impactx.experiment.executor import Task, tracked_training
-from impactx.experiment.tracker import Tracker
 from impactx.experiment.units import WorkError
 from impactx.experiment.workplace import Workplace
+from impactx.run.tracker import Tracker
 
 
 def _train_worker(config: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +21,9 @@ from impactx.experiment.plan import Cell, Configuration, select
 from impactx.experiment.results import Row, results_csv, summarise
 from impactx.experiment.summary import CellLog
 from impactx.experiment.threads import run_all
-from impactx.experiment.tracker import Run
 from impactx.experiment.units import CHECKPOINT, RESULT, Unit, WorkError
 from impactx.experiment.work import maps_complete
+from impactx.run.tracker import FinalModel, Run, RunIdentity
 from impactx.timing import Progress, duration
 
 if TYPE_CHECKING:
@@ -70,11 +71,10 @@ class CellRun:
     def _replay(self, unit: Unit, result: dict[str, Any], tags: dict[str, str]) -> None:
         """Make the tracker's run of a unit that was done earlier, where there is none."""
         task = self._task(unit)
-        self.job.tracker.replay(task.run_key, name=unit.name, parent=self.key, params=unit.params,
-                                tags=task.tags | tags, final=final_metrics(unit, result),
-                                history=[{k: v for k, v in row.items() if v is not None}
-                                         for row in result.get("history", [])],
-                                files=partial(training_files, unit, self.job.place) if "history" in result else None)
+        self.job.tracker.replay(
+            replace(task.identity, tags=task.tags | tags), final=final_metrics(unit, result),
+            history=[{k: v for k, v in row.items() if v is not None} for row in result.get("history", [])],
+            files=partial(training_files, unit, self.job.place) if "history" in result else None)
 
     def _do(self, unit: Unit, how: Callable[[Task], dict[str, Any]]) -> dict[str, Any]:
         if (result := self._reused(unit)) is not None:
@@ -100,9 +100,7 @@ class CellRun:
         """Note it; a unit's own process may not have come to saying so."""
         self.journal.failed(unit, error)
         if not error.startswith(TakenOver.__name__):  # else it goes on, elsewhere
-            task = self._task(unit)
-            self.job.tracker.died(task.run_key, error, name=unit.name, parent=self.key, params=unit.params,
-                                  tags=task.tags)
+            self.job.tracker.died(self._task(unit).identity, error)
 
     def _search(self, what: str, units: list[Unit], metric: str, hours: float | None = None
                 ) -> tuple[Unit, dict[str, Any]]:
@@ -259,8 +257,10 @@ class CellRun:
 
     def _run(self) -> None:
         cell, settings = self.cell, self.job.settings
-        with self.job.tracker.run(self.key, name=cell.name, parent=self.job.key, tags=self.job.tags | {
-                "impactx.role": "cell"}, params={"dataset": cell.dataset, "model": cell.model}) as run:
+        identity = RunIdentity(
+            self.key, cell.name, parent=self.job.key, tags=self.job.tags | {"impactx.role": "cell"},
+            parameters={"dataset": cell.dataset, "model": cell.model})
+        with self.job.tracker.run(identity) as run:
             trials = cell.stage1_trials()
             chosen, found = self._search("stage 1", trials, cell.selection_metric, settings.grid.max_hours)
             configuration = Configuration(*(chosen.params[k] for k in (
@@ -313,10 +313,10 @@ class CellRun:
         for unit, result in finals:
             row = first.get(unit.params["approach"])
             if row is not None and row.repeat == unit.params["repeat"]:
-                self.job.tracker.register_model(
-                    self._task(unit).run_key, name=(cell.dataset.name, cell.model.name, row.approach),
-                    checkpoint=partial(storage.read, f"{unit.folder}/{CHECKPOINT}"),
-                    about=unit.params | {"impactx.weights": result["weights"], "test_accuracy": row.test_accuracy})
+                self.job.tracker.register_model(FinalModel(
+                    self._task(unit).run_key, (cell.dataset.name, cell.model.name, row.approach), result["weights"],
+                    partial(storage.read, f"{unit.folder}/{CHECKPOINT}"),
+                    unit.params | {"test_accuracy": row.test_accuracy}))
 
     def _stage2(self, run: Run, configuration: Configuration,
                 classifiers: list[tuple[Unit, dict[str, Any]]]) -> list[tuple[Unit, dict[str, Any]]]:

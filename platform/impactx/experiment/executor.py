@@ -16,7 +16,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from impactx.experiment.paper import published
-from impactx.experiment.tracker import Run, Tracker
 from impactx.experiment.units import CHECKPOINT, MAP_SCORES, Unit, WorkError
 from impactx.experiment.work import (
     ShardWorker,
@@ -27,6 +26,7 @@ from impactx.experiment.work import (
     train_unit,
 )
 from impactx.experiment.workplace import Workplace
+from impactx.run.tracker import Run, RunIdentity, Tracker
 from impactx.settings import DatasetSettings
 
 # unit, result, error; of a trial that was stopped the result has `stopped`, and what it had come to
@@ -44,10 +44,14 @@ class Task:
     parent_key: str
     tags: dict[str, str]
 
+    @property
+    def identity(self) -> RunIdentity:
+        """The identity of the task's run."""
+        return RunIdentity(self.run_key, self.unit.name, self.parent_key, self.unit.params, self.tags)
+
     def open_run(self, tracker: Tracker) -> Run:
         """Begin the task's run, or continue it."""
-        return tracker.run(self.run_key, name=self.unit.name, parent=self.parent_key, params=self.unit.params,
-                           tags=self.tags)
+        return tracker.run(self.identity)
 
 
 @dataclass(frozen=True)

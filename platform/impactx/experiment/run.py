@@ -19,9 +19,9 @@ from impactx.experiment.plan import EXECUTION_ONLY, Cell
 from impactx.experiment.results import Row, results_csv, summarise
 from impactx.experiment.summary import Summary
 from impactx.experiment.threads import run_all
-from impactx.experiment.tracker import Run, Tracker
 from impactx.experiment.units import Artifacts, WorkError, fingerprint
 from impactx.experiment.workplace import Workplace
+from impactx.run.tracker import Run, RunIdentity, Tracker
 from impactx.settings import ExperimentSettings
 from impactx.storage import StorageError
 
@@ -73,8 +73,10 @@ class Job:
         # The address of the tracker may hold a password, and the tracker is the last place that needs it.
         described = self.settings.model_dump(mode="json", exclude={"tracking": {"uri"}})
         note_start(self.artifacts.storage, self.key, described, self.about)
-        with self.tracker.run(self.key, name=self.settings.name, params=described,
-                              tags=self.tags | {"impactx.role": "job", PROGRESS: f"{now()}: started"}) as run:
+        identity = RunIdentity(
+            self.key, self.settings.name, parameters=described,
+            tags=self.tags | {"impactx.role": "job", PROGRESS: f"{now()}: started"})
+        with self.tracker.run(identity) as run:
             run.log_text(json.dumps(described, indent=1), "config.json")
             try:
                 self._claim = Claim(self.artifacts.storage, f"jobs/{self.key}/driver.json", f"the job {self.key}")

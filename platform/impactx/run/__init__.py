@@ -1,0 +1,1 @@
+"""Carrying an experiment out: what a job tells its tracker while it works."""
