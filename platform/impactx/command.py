@@ -202,7 +202,6 @@ def _users_errors() -> tuple[type[Exception], ...]:
     from impactx.datasets.errors import DataError
     from impactx.experiment.export import ExportError
     from impactx.experiment.plan import SelectionError
-    from impactx.experiment.tracker import TrackingError
     from impactx.experiment.units import WorkError
     from impactx.explain.attribution import AttributionError
     from impactx.explain.forward import PartitionError
@@ -212,6 +211,7 @@ def _users_errors() -> tuple[type[Exception], ...]:
     from impactx.explain.store import StoreError
     from impactx.prediction import PredictionError
     from impactx.report import ReportError
+    from impactx.run.tracker import TrackingError
     from impactx.storage import StorageError
 
     return (AdditivityError, AttributionError, ClusterError, ConfigurationError, DataError, ExportError, MaskerError,

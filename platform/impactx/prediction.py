@@ -45,7 +45,7 @@ class ModelChoice:
         """The model, on the CPU. Raises PredictionError, TrackingError or StorageError."""
         try:
             if self.address.startswith(("models:/", "runs:/")):
-                from impactx.tracking.models import fetch_checkpoint
+                from impactx.tracking.checkpoints import fetch_checkpoint
 
                 log.info("model: %s", self.address)
                 return load_model(fetch_checkpoint(self.address, self.tracking))

@@ -16,9 +16,9 @@ import pytest
 from impactx.datasets import load_dataset
 from impactx.experiment.executor import LocalExecutor, Task
 from impactx.experiment.plan import Cell, Configuration, DataFacts
-from impactx.experiment.tracker import NoTracker
 from impactx.experiment.units import Unit
 from impactx.experiment.workplace import Workplace
+from impactx.run.no_tracker import NoTracker
 from impactx.settings import ClusterSettings, ExperimentSettings
 
 IMAGES = 101  # a prime: batches and shares never come out even

@@ -12,8 +12,8 @@ from lab import experiment
 from impactx.experiment.executor import LocalExecutor
 from impactx.experiment.preparation import prepare
 from impactx.experiment.run import Job
-from impactx.experiment.tracker import NoTracker
 from impactx.experiment.units import RUNNING
+from impactx.run.no_tracker import NoTracker
 from impactx.settings import ClusterSettings
 
 pytestmark = pytest.mark.usefixtures("cluster")

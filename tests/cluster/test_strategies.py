@@ -8,8 +8,8 @@ import pytest
 from test_cells import DIGITS, job, numbers, ray
 
 from impactx.experiment.executor import LocalExecutor
-from impactx.experiment.tracker import NoTracker
 from impactx.experiment.units import RUNNING, STOPPED
+from impactx.run.no_tracker import NoTracker
 
 pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.slow]
 RATES = [0.004, 0.003, 1e-6, 2e-6, 3e-6, 4e-6]  # two that learn, four that do not

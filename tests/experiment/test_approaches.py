@@ -17,10 +17,10 @@ from impactx.experiment.model_source import open_source
 from impactx.experiment.paper import paper_accuracy
 from impactx.experiment.preparation import dry_run, prepare
 from impactx.experiment.run import Job
-from impactx.experiment.tracker import NoTracker
 from impactx.experiment.units import WorkError
 from impactx.explain.store import MapStore
 from impactx.models import Abn, Ensemble, Impactx, SingleStageImpactx, Wae, load_checkpoint
+from impactx.run.no_tracker import NoTracker
 
 pytest.importorskip("captum")
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -30,12 +30,12 @@ from impactx.experiment.plan import SelectionError
 from impactx.experiment.preparation import dry_run, prepare
 from impactx.experiment.results import table
 from impactx.experiment.run import CellsFailed, Job
-from impactx.experiment.tracker import NoRun, NoTracker
 from impactx.experiment.units import WorkError
 from impactx.experiment.work import evaluate_unit, finish_maps, maps_complete, train_unit
 from impactx.explain.attribution import Explanations
 from impactx.explain.store import HEAD, MapStore, StoreError
 from impactx.models import build_classifier, load_checkpoint
+from impactx.run.no_tracker import NoRun, NoTracker
 from impactx.settings import ModelSettings, TrainingSettings
 from impactx.storage import Storage, StorageError
 from impactx.training import train_stage1, train_stage2
@@ -627,9 +627,9 @@ class FolderTracker(NoTracker):
     def __init__(self, folder: Path) -> None:
         self.folder, self.params = folder, {}
 
-    def run(self, key, *, name, parent=None, params=None, tags=None):
-        self.params[name] = params
-        return FolderRun(self.folder / name.replace("/", "_"))
+    def run(self, identity):
+        self.params[identity.name] = identity.parameters
+        return FolderRun(self.folder / identity.name.replace("/", "_"))
 
 
 def test_runs_hold_the_resolved_unit_the_split_and_the_checkpoint(shared, tmp_path):
@@ -691,8 +691,8 @@ class StatusTracker(NoTracker):
     def __init__(self) -> None:
         self.ended = {}
 
-    def run(self, key, *, name, parent=None, params=None, tags=None):
-        tracker = self
+    def run(self, identity):
+        tracker, name = self, identity.name
 
         class Run(NoRun):
             def finish(self, status="FINISHED", error=None):

@@ -20,11 +20,11 @@ from impactx.datasets import DataError, load_dataset
 from impactx.experiment import explain_job
 from impactx.experiment.executor import LocalExecutor
 from impactx.experiment.model_source import timm_classifier
-from impactx.experiment.tracker import NoTracker
 from impactx.experiment.units import WorkError
 from impactx.experiment.work import ShardWorker
 from impactx.explain.sheet import SheetError
 from impactx.models import build_classifier, build_impactx, save_checkpoint
+from impactx.run.no_tracker import NoTracker
 from impactx.settings import DatasetSettings, ImpactxSettings, ModelSettings
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,11 +17,11 @@ from impactx.experiment.explanations import map_metrics
 from impactx.experiment.preparation import prepare
 from impactx.experiment.run import Job
 from impactx.experiment.survey import survey
-from impactx.experiment.tracker import NoRun, NoTracker
 from impactx.experiment.units import MAP_SCORES
 from impactx.explain.attribution import build_attribution
 from impactx.explain.store import MapStore
 from impactx.models import load_checkpoint
+from impactx.run.no_tracker import NoRun, NoTracker
 
 pytest.importorskip("captum")
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,8 +44,8 @@ class Notes(NoTracker):
         self.metrics: dict[str, dict[str, float]] = {}
         self.artifacts: dict[str, list[str]] = {}
 
-    def run(self, key, *, name, **about):
-        notes = self
+    def run(self, identity):
+        notes, name = self, identity.name
 
         class Run(NoRun):
             def log_metrics(self, metrics, step=None):

@@ -21,11 +21,11 @@ from impactx.experiment.executor import LocalExecutor
 from impactx.experiment.export import ExportError, export_job, find_job, map_scores
 from impactx.experiment.preparation import prepare
 from impactx.experiment.run import Job
-from impactx.experiment.tracker import NoRun, NoTracker
 from impactx.report import build_report, write_report
 from impactx.report.blocks import Code, Figure, Items, Table, Text, html
 from impactx.report.map_words import sentence
 from impactx.report.maps import map_sections
+from impactx.run.no_tracker import NoRun, NoTracker
 from impactx.storage import Storage, StorageError
 
 ROOT = Path(__file__).resolve().parents[2]

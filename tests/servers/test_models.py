@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 
 from impactx.api import TrainedModel, load_model
-from impactx.experiment.tracker import TrackingError
 from impactx.models import build_classifier, build_impactx, weights_fingerprint
 from impactx.prediction import ModelChoice
+from impactx.run.tracker import FinalModel, RunIdentity, TrackingError
 from impactx.settings import ImpactxSettings, ModelSettings, TrackingSettings
 from impactx.tracking import MlflowTracker
-from impactx.tracking.models import fetch_checkpoint
+from impactx.tracking.checkpoints import fetch_checkpoint
 
 LENET, NAMES = ModelSettings(name="lenet5", architecture="lenet5"), ("a", "b", "c")
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
@@ -47,15 +47,16 @@ class Shelf:
 
     def register(self, approach: str, *models: TrainedModel) -> None:
         """One run each, as a job does it."""
-        with self.tracker.run("job", name="job"):
+        with self.tracker.run(RunIdentity("job", "job")):
             for number, model in enumerate(models):
                 key = f"job/{approach}-{number}"
-                with self.tracker.run(key, name=key, parent="job"):
+                with self.tracker.run(RunIdentity(key, key, parent="job")):
                     pass
                 path = self.folder / f"{approach}-{number}.pt"
                 model.save(path)
-                self.tracker.register_model(key, name=("pets", "lenet5", approach), checkpoint=path.read_bytes, about={
-                    "impactx.weights": weights_fingerprint(model.model), "test_accuracy": 0.5})
+                self.tracker.register_model(FinalModel(
+                    key, ("pets", "lenet5", approach), weights_fingerprint(model.model), path.read_bytes,
+                    {"test_accuracy": 0.5}))
             self.tracker.close_unfinished("job")
 
     def versions(self, approach: str):
@@ -98,8 +99,7 @@ def test_a_version_for_each_model_and_one_only(shelf, caplog):
 
 def test_a_model_whose_run_is_not_there_is_warned_of(shelf, caplog):
     caplog.set_level(logging.WARNING, "impactx")
-    shelf.tracker.register_model("job/absent", name=("pets", "lenet5", "none"), checkpoint=lambda: b"",
-                                 about={"impactx.weights": "x"})
+    shelf.tracker.register_model(FinalModel("job/absent", ("pets", "lenet5", "none"), "x", lambda: b""))
     shelf.tracker.close_unfinished("job")
     assert "job/absent" in caplog.text and "impactx.pets.lenet5.none" in caplog.text
     assert shelf.versions("none") == []

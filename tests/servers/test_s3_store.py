@@ -18,7 +18,6 @@ from services import WEED, free_ports, s3_server
 from impactx.datasets import DataError, load_dataset
 from impactx.experiment.executor import LocalExecutor, Task
 from impactx.experiment.plan import Cell, Configuration, DataFacts
-from impactx.experiment.tracker import NoTracker
 from impactx.experiment.units import RUNNING
 from impactx.experiment.work import train_unit
 from impactx.experiment.workplace import Workplace
@@ -26,6 +25,7 @@ from impactx.explain.attribution import Explanations
 from impactx.explain.reading import MapDataset, store_at
 from impactx.explain.store import MapStore, StoreError, StoreSpec
 from impactx.models.weights import WeightsError, read_weights_file
+from impactx.run.no_tracker import NoTracker
 from impactx.settings import DatasetSettings, ExperimentSettings
 from impactx.storage import Storage, StorageError
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from services import MlflowServer, free_ports, until
 
-from impactx.experiment.tracker import TrackingError
+from impactx.run.tracker import RunIdentity, TrackingError
 from impactx.settings import TrackingSettings
 from impactx.tracking import MlflowTracker
 
@@ -92,11 +92,11 @@ def test_nested_runs_hold_everything(tracker, store, output, tmp_path):
     file = tmp_path / "split.json"
     file.write_text("[1, 2]")
     settings = {"grid": {"lr": [0.1]}}
-    with tracker.run("nested", name="the job", params=settings, tags={"impactx.code": "abc"}) as job:
+    with tracker.run(RunIdentity("nested", "the job", parameters=settings, tags={"impactx.code": "abc"})) as job:
         job.log_text("seed: 0", "config/config.yaml")
         job.log_bytes(b"\x89PNG", "report/map.png")
-        with tracker.run("nested/cell", name="the cell", parent="nested"), tracker.run(
-                "nested/cell/t", name="lr=0.1", parent="nested/cell", params={"lr": 0.1}) as trial:
+        with tracker.run(RunIdentity("nested/cell", "the cell", parent="nested")), tracker.run(RunIdentity(
+                "nested/cell/t", "lr=0.1", parent="nested/cell", parameters={"lr": 0.1})) as trial:
             trial.log_metrics({"acc": 0.25, "loss": 2}, step=1)
             trial.log_metrics({"acc": 0.5, "loss": 1}, step=2)
             trial.log_metrics({"best_acc": 0.5})
@@ -120,7 +120,7 @@ def test_nested_runs_hold_everything(tracker, store, output, tmp_path):
 
 
 def test_describe_names_the_command_and_opens_the_comparison(tracker, store, output):
-    tracker.run("described", name="job").finish()
+    tracker.run(RunIdentity("described", "job")).finish()
     lines = tracker.describe()
     assert f"--backend-store-uri 'sqlite:///{output}/mlflow.db'" in lines[0]
     key = lines[-1].partition("viewStateShareKey=")[2].partition("&")[0]
@@ -133,12 +133,13 @@ def test_describe_names_the_command_and_opens_the_comparison(tracker, store, out
 
 TRAINING = """
 import sys
+from impactx.run.tracker import RunIdentity
 from impactx.settings import TrackingSettings
 from impactx.tracking import MlflowTracker
 tracker = MlflowTracker(TrackingSettings(), sys.argv[1], flush_seconds=0.05)
 first, last, value = int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
-with tracker.run("killed", name="job"):
-    with tracker.run("killed/t", name="trial", parent="killed", params={"lr": 0.1, "threads": first}) as run:
+with tracker.run(RunIdentity("killed", "job")):
+    with tracker.run(RunIdentity("killed/t", "trial", parent="killed", parameters={"lr": 0.1, "threads": first})) as run:
         run.log_history([{"acc": value + i} for i in range(1, first)])
         for epoch in range(first, last + 1):
             run.log_metrics({"acc": value + epoch}, step=epoch)
@@ -187,26 +188,26 @@ def test_sigterm_leaves_the_runs_killed_and_with_their_metrics(store, output):
 
 
 def test_an_exception_fails_the_run_with_its_traceback_until_it_succeeds(tracker, store, tmp_path):
-    with pytest.raises(ZeroDivisionError), tracker.run("failed", name="job") as run:
+    with pytest.raises(ZeroDivisionError), tracker.run(RunIdentity("failed", "job")) as run:
         run.log_metrics({"acc": 0.5}, step=1)
         raise ZeroDivisionError("in epoch 2")
     failed = store.runs("failed")["failed"]
     assert failed.info.status == "FAILED" and failed.data.metrics == {"acc": 0.5}
     assert failed.data.tags["impactx.error"] == "ZeroDivisionError: in epoch 2"
     assert "Traceback" in store.text(failed, "error.txt", tmp_path)
-    tracker.run("failed", name="job").finish()
+    tracker.run(RunIdentity("failed", "job")).finish()
     again = store.runs("failed")["failed"]
     assert again.info.status == "FINISHED" and "impactx.error" not in again.data.tags
 
 
 def test_replay_makes_completes_or_leaves_a_run(tracker, store, tmp_path):
     history, final = [{"acc": 0.1 * e} for e in range(1, 6)], {"best_acc": 0.5}
-    with tracker.run("replayed", name="job"):
-        half = tracker.run("replayed/half", name="half", parent="replayed")
+    with tracker.run(RunIdentity("replayed", "job")):
+        half = tracker.run(RunIdentity("replayed/half", "half", parent="replayed"))
         half.log_metrics({"acc": 0.1}, step=1)
         half.log_metrics({"acc": 0.2}, step=2)
         half.finish("KILLED")
-        done = tracker.run("replayed/done", name="done", parent="replayed")
+        done = tracker.run(RunIdentity("replayed/done", "done", parent="replayed"))
         done.finish()
         asked = []
 
@@ -217,7 +218,7 @@ def test_replay_makes_completes_or_leaves_a_run(tracker, store, tmp_path):
 
         for _ in range(2):
             for key in ("new", "half", "done"):
-                tracker.replay(f"replayed/{key}", name=key, parent="replayed", params={"lr": 1},
+                tracker.replay(RunIdentity(f"replayed/{key}", key, parent="replayed", parameters={"lr": 1}),
                                history=history, final=final, files=files)
         assert tracker.close_unfinished("replayed") == 0
     runs = store.runs("replayed")
@@ -233,11 +234,11 @@ def test_replay_makes_completes_or_leaves_a_run(tracker, store, tmp_path):
 
 
 def test_close_unfinished_ends_what_was_left_and_nothing_else(tracker, store):
-    other = tracker.run("other", name="another job")
-    with tracker.run("left", name="job"):
-        tracker.run("left/1", name="1", parent="left").finish()
-        tracker.run("left/2", name="2", parent="left")
-        tracker.run("left/3", name="3", parent="left")
+    other = tracker.run(RunIdentity("other", "another job"))
+    with tracker.run(RunIdentity("left", "job")):
+        tracker.run(RunIdentity("left/1", "1", parent="left")).finish()
+        tracker.run(RunIdentity("left/2", "2", parent="left"))
+        tracker.run(RunIdentity("left/3", "3", parent="left"))
         assert tracker.close_unfinished("left") == 2
     assert store.statuses("left") == {"left": "FINISHED", "left/1": "FINISHED", "left/2": "KILLED",
                                       "left/3": "KILLED"}
@@ -246,12 +247,12 @@ def test_close_unfinished_ends_what_was_left_and_nothing_else(tracker, store):
 
 
 def test_a_run_whose_process_died_has_failed_and_one_that_ended_stays(tracker, store, tmp_path):
-    with tracker.run("j", name="job"):
-        tracker.run("j/died", name="died", parent="j")
-        tracker.run("j/ended", name="ended", parent="j").finish()
+    with tracker.run(RunIdentity("j", "job")):
+        tracker.run(RunIdentity("j/died", "died", parent="j"))
+        tracker.run(RunIdentity("j/ended", "ended", parent="j")).finish()
         for name in ("died", "ended", "not begun"):
-            tracker.died(f"j/{name}", "Traceback\nWorkError: its process died", name=name, parent="j",
-                         params={"learning_rate": 0.1})
+            tracker.died(RunIdentity(f"j/{name}", name, parent="j", parameters={"learning_rate": 0.1}),
+                         "Traceback\nWorkError: its process died")
         assert tracker.close_unfinished("j") == 0
     assert store.statuses("j") == {"j": "FINISHED", "j/died": "FAILED", "j/ended": "FINISHED", "j/not begun": "FAILED"}
     for key in ("j/died", "j/not begun"):
@@ -264,7 +265,7 @@ def test_a_run_whose_process_died_has_failed_and_one_that_ended_stays(tracker, s
 def test_params_beyond_mlflows_limits_arrive_whole(tracker, store, tmp_path):
     params = {f"p{i}": i for i in range(250)} | {"long": "x" * 10_000, "odd+name": 1}
     params["nested"] = {"a": [1, {"b": 2}]}
-    with tracker.run("params", name="job", params=params) as run:
+    with tracker.run(RunIdentity("params", "job", parameters=params)) as run:
         run.log_params(params)  # the same again is no conflict
     run = store.runs("params")["params"]
     assert {k: v for k, v in run.data.params.items() if k[1:].isdigit()} == {
@@ -277,7 +278,7 @@ def test_params_beyond_mlflows_limits_arrive_whole(tracker, store, tmp_path):
 
 
 def test_values_that_are_not_finite_are_told_and_spoil_no_axis(tracker, store):
-    with tracker.run("nan", name="job") as run:
+    with tracker.run(RunIdentity("nan", "job")) as run:
         run.log_metrics({"loss": 1.0, "acc": 0.1}, step=1)
         run.log_metrics({"loss": math.inf, "acc": math.nan}, step=2)
     run = store.runs("nan")["nan"]
@@ -288,7 +289,7 @@ def test_values_that_are_not_finite_are_told_and_spoil_no_axis(tracker, store):
 
 def test_a_step_is_logged_once(tracker, store):
     for value in (0.0, 10.0):
-        with tracker.run("steps", name="job") as run:
+        with tracker.run(RunIdentity("steps", "job")) as run:
             run.log_metrics({"acc": value + 1}, step=1)
             run.log_metrics({"acc": value + 1}, step=1)
             run.log_metrics({"acc": value + 2}, step=2)
@@ -298,15 +299,15 @@ def test_a_step_is_logged_once(tracker, store):
 
 
 def test_more_metrics_than_a_batch_holds(tracker, store):
-    with tracker.run("many", name="job") as run:
+    with tracker.run(RunIdentity("many", "job")) as run:
         run.log_history([{f"m{i}": e for i in range(7)} for e in range(300)])
     run = store.runs("many")["many"]
     assert [step for step, _ in store.points(run, "m6")] == list(range(1, 301))
 
 
 def test_an_orphan_does_not_disturb_the_process_that_took_its_run_over(tracker, store, caplog):
-    orphan = tracker.run("taken", name="job")
-    successor = tracker.run("taken", name="job")
+    orphan = tracker.run(RunIdentity("taken", "job"))
+    successor = tracker.run(RunIdentity("taken", "job"))
     successor.log_metrics({"acc": 0.5}, step=1)
     orphan.log_metrics({"acc": 0.1}, step=7)
     orphan.finish("FAILED", "killed late")
@@ -318,7 +319,7 @@ def test_an_orphan_does_not_disturb_the_process_that_took_its_run_over(tracker, 
 
 
 def test_a_missing_artifact_is_told_and_costs_nothing_else(tracker, store, caplog, tmp_path):
-    with tracker.run("artifact", name="the run", params={"a": 1}) as run:
+    with tracker.run(RunIdentity("artifact", "the run", parameters={"a": 1})) as run:
         run.log_file(tmp_path / "nowhere.bin")
         run.log_metrics({"acc": 1.0}, step=1)
     run.log_metrics({"acc": 2.0}, step=2)
@@ -331,7 +332,7 @@ def test_a_missing_artifact_is_told_and_costs_nothing_else(tracker, store, caplo
 def test_a_machine_without_the_database_says_so_and_makes_none(tmp_path, caplog, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     tracker = MlflowTracker(TrackingSettings(), str(tmp_path / "elsewhere"), flush_seconds=0.05)
-    with tracker.run("nowhere", name="trial") as run:
+    with tracker.run(RunIdentity("nowhere", "trial")) as run:
         run.log_metrics({"acc": 1.0}, step=1)
     assert "MLFLOW_TRACKING_URI" in caplog.text and "1 metric values" in caplog.text
     assert not list(tmp_path.iterdir())
@@ -352,8 +353,8 @@ def test_a_server_that_is_away_loses_nothing_and_stalls_nothing(server, caplog, 
     tracker = MlflowTracker(TrackingSettings(uri=server.uri), "unused", flush_seconds=0.05)
     tracker.prepare()
     store = Store(server.uri)
-    with tracker.run("away", name="job"):
-        with tracker.run("away/before", name="begun before", parent="away") as run:
+    with tracker.run(RunIdentity("away", "job")):
+        with tracker.run(RunIdentity("away/before", "begun before", parent="away")) as run:
             run.log_metrics({"acc": 1.0}, step=1)
             until(lambda: store.runs("away").get("away/before") and store.points(
                 store.runs("away")["away/before"], "acc"))
@@ -362,7 +363,7 @@ def test_a_server_that_is_away_loses_nothing_and_stalls_nothing(server, caplog, 
             for epoch in range(2, 40):
                 run.log_metrics({"acc": float(epoch)}, step=epoch)
             run.log_text("written meanwhile", "note.txt")
-            during = tracker.run("away/during", name="begun during", parent="away", params={"lr": 1})
+            during = tracker.run(RunIdentity("away/during", "begun during", parent="away", parameters={"lr": 1}))
             during.log_metrics({"acc": 1.0}, step=1)
             assert time.monotonic() - began < 1.0, "a training would have been stalled"
             until(lambda: "cannot be reached" in caplog.text)
@@ -380,7 +381,7 @@ def test_a_server_that_is_away_loses_nothing_and_stalls_nothing(server, caplog, 
 def test_a_server_that_stays_away_is_given_up_with_a_warning_and_only_once(caplog):
     uri = f"http://127.0.0.1:{free_ports(1)[0]}"
     tracker = MlflowTracker(TrackingSettings(uri=uri), "unused", flush_seconds=0.05, patience_seconds=1)
-    run = tracker.run("gone", name="lonely")
+    run = tracker.run(RunIdentity("gone", "lonely"))
     for epoch in range(3):
         run.log_metrics({"acc": 1.0, "loss": 2.0}, step=epoch)
     began = time.monotonic()
@@ -396,7 +397,7 @@ def test_the_password_of_the_address_is_never_shown(password, caplog, capfd):
     tracker = MlflowTracker(TrackingSettings(uri=uri), "unused", flush_seconds=0.05, patience_seconds=0.5)
     with pytest.raises(TrackingError) as error:
         tracker.prepare()
-    with pytest.raises(RuntimeError), tracker.run("secret", name="job") as run:
+    with pytest.raises(RuntimeError), tracker.run(RunIdentity("secret", "job")) as run:
         raise RuntimeError(f"could not reach {uri}")
     shown = " ".join([repr(tracker), *tracker.describe(), str(error.value), caplog.text, *capfd.readouterr(),
                       str(run._record.tags), str(run._record.lost)])
@@ -417,7 +418,7 @@ def work(tracker, number):
     """What a worker does with a tracker that travelled to it."""
     tracker.prepare()
     for i in range(3):
-        with tracker.run(f"eight/{number}-{i}", name="trial", parent="eight", params={"i": i}) as run:
+        with tracker.run(RunIdentity(f"eight/{number}-{i}", "trial", parent="eight", parameters={"i": i})) as run:
             for epoch in range(1, 11):
                 run.log_metrics({"acc": epoch / 10, "loss": 1 / epoch}, step=epoch)
 
@@ -432,7 +433,7 @@ def test_eight_processes_share_a_fresh_sqlite_file(tmp_path, monkeypatch, capfd)
     for worker in workers:
         worker.start()  # they make the database, all at once
     tracker.prepare()
-    with tracker.run("eight", name="job"):
+    with tracker.run(RunIdentity("eight", "job")):
         for worker in workers:
             worker.join(120)
     assert [worker.exitcode for worker in workers] == [0] * 8
@@ -448,7 +449,7 @@ def test_eight_processes_share_a_fresh_sqlite_file(tmp_path, monkeypatch, capfd)
 
 def test_tracking_costs_a_training_less_than_two_percent(tracker, capsys):
     """One log of 8 metrics a second, sent every 5 s: what is spent in the caller and in the thread behind."""
-    with tracker.run("cost", name="job") as run:
+    with tracker.run(RunIdentity("cost", "job")) as run:
         until(lambda: run._record.run_id)
         rounds, logged, behind = 20, 0.0, 0.0
         for i in range(rounds):
@@ -463,7 +464,7 @@ def test_tracking_costs_a_training_less_than_two_percent(tracker, capsys):
             behind += time.process_time() - whole - own - (time.thread_time() - seen)
     began = time.perf_counter()
     for i in range(10):
-        with tracker.run(f"cost/{i}", name="trial", parent="cost", params={"lr": i}) as run:
+        with tracker.run(RunIdentity(f"cost/{i}", "trial", parent="cost", parameters={"lr": i})) as run:
             run.log_metrics({"acc": 1.0}, step=1)
     trial = (time.perf_counter() - began) / 10
     share = (logged + behind) / (5 * rounds)

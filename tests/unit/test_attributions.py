@@ -14,11 +14,11 @@ from impactx.configuration import ConfigurationError, configs_folder, load_setti
 from impactx.experiment.executor import LocalExecutor, Task
 from impactx.experiment.plan import Configuration
 from impactx.experiment.preparation import dry_run, prepare
-from impactx.experiment.tracker import NoTracker
 from impactx.explain.attribution import AttributionError, build_attribution
 from impactx.explain.precision import forward_precision, map_error
 from impactx.explain.scores import MissingPackage, completeness_gaps
 from impactx.explain.store import MapStore
+from impactx.run.no_tracker import NoTracker
 from impactx.settings import AttributionSettings, parse_attribution, tagged
 
 CHEAP = {

@@ -7,16 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from impactx.experiment.tracker import (
-    ContextRun,
-    NoRun,
-    NoTracker,
-    check_key,
-    clean_key,
-    epochs,
-    flatten,
-    numbers,
-)
+from impactx.run.no_tracker import ContextRun, NoRun, NoTracker
+from impactx.run.tracker import RunIdentity, check_key
+from impactx.run.values import clean_key, epochs, flatten, numbers
 from impactx.settings import GridSettings
 
 
@@ -84,8 +77,8 @@ def test_no_tracker_does_everything_and_keeps_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tracker = pickle.loads(pickle.dumps(NoTracker()))
     tracker.prepare()
-    with tracker.run("job", name="job", params={"a": {"b": 1}}, tags={"t": 1}) as job, \
-            tracker.run("job/1", name="trial", parent="job") as run:
+    with tracker.run(RunIdentity("job", "job", parameters={"a": {"b": 1}}, tags={"t": 1})) as job, \
+            tracker.run(RunIdentity("job/1", "trial", parent="job")) as run:
         run.log_metrics({"acc": 0.5}, step=1)
         run.log_history([{"acc": 0.5}])
         run.log_params({"x": [1]})
@@ -94,7 +87,7 @@ def test_no_tracker_does_everything_and_keeps_nothing(tmp_path, monkeypatch):
         run.log_bytes(b"\x89PNG", "a.png")
         run.log_file("nowhere", "folder")
         job.finish()
-    tracker.replay("job/2", name="reused", parent="job", history=[{"acc": 0.5}], final={"best": 0.5})
+    tracker.replay(RunIdentity("job/2", "reused", parent="job"), history=[{"acc": 0.5}], final={"best": 0.5})
     assert tracker.close_unfinished("job") == 0
     assert "tracking.enabled" in tracker.describe()[0]
     assert not list(tmp_path.iterdir())
@@ -104,13 +97,13 @@ def test_no_tracker_sees_the_same_mistakes():
     with pytest.raises(TypeError, match="acc"):
         NoRun().log_metrics({"acc": "high"})
     with pytest.raises(ValueError, match="run key"):
-        NoTracker().run("it's", name="x")
+        NoTracker().run(RunIdentity("it's", "x"))
     with pytest.raises(TypeError, match="best"):
-        NoTracker().replay("k", name="x", final={"best": None})
+        NoTracker().replay(RunIdentity("k", "x"), final={"best": None})
 
 
 def test_no_run_lets_exceptions_through():
-    with pytest.raises(ZeroDivisionError), NoTracker().run("job", name="job"):
+    with pytest.raises(ZeroDivisionError), NoTracker().run(RunIdentity("job", "job")):
         raise ZeroDivisionError
 
 

@@ -16,8 +16,9 @@ from typing import Any
 from impactx.cluster.connection import connected
 from impactx.experiment.executor import Task
 from impactx.experiment.preparation import prepare
-from impactx.experiment.tracker import NoTracker, Tracker
 from impactx.experiment.units import Unit
+from impactx.run.no_tracker import NoTracker
+from impactx.run.tracker import RunIdentity, Tracker
 from impactx.settings import ExperimentSettings
 from impactx.tracking import make_tracker
 
@@ -69,7 +70,7 @@ def measure(folder: Path, *, trials: int, epochs: int, images: int, slots: int, 
         ends.append(time.perf_counter())
         loops.append(result["seconds"])
 
-    with tracker.run("benchmark", name="benchmark"):
+    with tracker.run(RunIdentity("benchmark", "benchmark")):
         tasks = [Task(unit, f"benchmark/{unit.key}", "benchmark", {}) for unit in cell.stage1_trials()]
         started = time.perf_counter()
         executor = RayExecutor(settings.cluster, prepared.place, tracker)

@@ -110,7 +110,7 @@ def executor_when_needed(settings: ClusterSettings, place: Workplace) -> Iterato
         def executor() -> RayExecutor:
             stack.enter_context(connected(settings, trains=False))
             from impactx.cluster.executor import RayExecutor
-            from impactx.experiment.tracker import NoTracker
+            from impactx.run.no_tracker import NoTracker
 
             return RayExecutor(settings, place, NoTracker())
 

@@ -10,7 +10,17 @@ SQLITE_DEFAULT = "mlflow.db"  # in the output folder
 
 
 def addresses(uri: str | None, output: str) -> tuple[str, str | None]:
-    """The tracking address, and where its artifacts go (None: the server knows)."""
+    """Return the address of the tracking store and the one of its artifacts.
+
+    Args:
+        uri: The address that the user gave; None for a SQLite file in the output folder, or in the
+            working directory if the output is in a bucket.
+        output: The job's output, a folder or an address such as s3://bucket/prefix.
+
+    Returns:
+        The tracking address, in which a SQLite file's path is absolute, and the address under which
+        artifacts are stored (None: the server decides).
+    """
     remote = "://" in output
     if not uri:
         folder = Path.cwd() if remote else Path(output).expanduser().absolute()
@@ -21,18 +31,24 @@ def addresses(uri: str | None, output: str) -> tuple[str, str | None]:
     if path is None:
         return uri, None
     # A relative path would be another file in each worker.
-    return f"sqlite:///{path}{''.join(uri.partition('?')[1:])}", (path.parent / "mlartifacts").as_uri()
+    query = "".join(uri.partition("?")[1:])
+    return f"sqlite:///{path}{query}", (path.parent / "mlartifacts").as_uri()
 
 
 def sqlite_path(uri: str) -> Path | None:
-    """The absolute path of a sqlite:/// address's file; None for any other address."""
+    """Return the absolute path of a sqlite:/// address's file; None for any other address."""
     if not uri.startswith("sqlite:///"):
         return None
     return Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute()
 
 
 def redact(text: str, uri: str = "") -> str:
-    """The text without the passwords of addresses in it, nor the one of `uri` wherever it stands."""
+    """Return a text with *** in the place of every password and token.
+
+    Args:
+        text: A message, a traceback, a command line.
+        uri: An address whose password is replaced wherever it stands, not only within addresses.
+    """
     secret = urlsplit(uri).password or ""
     for form in {secret, unquote(secret)}:
         if len(form) > 3:

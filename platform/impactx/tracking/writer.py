@@ -5,44 +5,71 @@ from __future__ import annotations
 import atexit
 import logging
 import math
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
+from impactx.run.tracker import RunIdentity
 from impactx.tracking.addresses import redact
 from impactx.tracking.client import NotYet, TakenOver, connect, is_final
-from impactx.tracking.record import WHOLE_RUN, Point, Record
+from impactx.tracking.points import Point
+from impactx.tracking.record import Record
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 log = logging.getLogger("impactx.tracking")
 
-FLUSH_SECONDS = 5.0  # one log_batch costs 10 to 20 ms of CPU: every 5 s that is below 0.4 % of a training
+# One log_batch costs 10 to 20 ms of CPU: every 5 s that is below 0.4 % of a training.
+FLUSH_SECONDS = 5.0
 PATIENCE_SECONDS = 120.0  # a finishing run waits so long for a server that does not answer
 KILLED_SECONDS = 10.0  # the same after SIGTERM, which SIGKILL follows soon
 RETRY_SECONDS = 5.0  # the longest pause between two tries
+WHOLE_RUN = "the whole run"  # the operation without which no other of its run can be done
 
 
 @dataclass(eq=False)
 class Op:
-    """Something to be done with the server, until it succeeds."""
+    """One operation with the server, which is tried until it succeeds.
+
+    Args:
+        record: The run that it is for.
+        do: The operation.
+        what: Names, in a warning, what is lost if it is given up.
+        channel: "the server", or "artifacts": another store, which may fail alone.
+        warns: Whether a loss is logged at once, because nobody waits for the end of the run.
+        done: Whether it succeeded or was given up.
+    """
 
     record: Record
-    do: Callable[[Any], Any]
+    do: Callable[[MlflowClient], object]
     what: str
-    channel: str = "the server"  # or "artifacts": another store, which may fail alone
-    warns: bool = False  # nobody waits for the run's end: say at once what was lost
+    channel: str = "the server"
+    warns: bool = False
     done: bool = False
 
 
 class Writer:
     """The thread of a process that does the operations, in their order, each until it succeeds.
 
-    An operation is given up only if the server refuses it, or if somebody waits for it in vain (`wait`).
+    An operation is given up only if the server refuses it, or if somebody waits for it in vain.
+
+    Args:
+        uri: The address of the tracking store.
+        experiment: The experiment's name.
+        flush_seconds: Seconds for which metrics are gathered before they are sent.
+        patience_seconds: Seconds for which `wait` waits for a server that does not answer.
+
+    Attributes:
+        open_runs: The runs of this process that have not ended, by their owner.
     """
 
-    def __init__(self, uri: str, experiment: str, flush_seconds: float, patience_seconds: float) -> None:
+    def __init__(self, uri: str, experiment: str, flush_seconds: float,
+                 patience_seconds: float) -> None:
         self.uri, self.experiment = uri, experiment
         self.flush_seconds, self.patience = flush_seconds, patience_seconds
         self.open_runs: dict[str, Record] = {}
@@ -54,17 +81,27 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._experiment_id: str | None = None
 
-    def experiment_id(self, client: Any) -> str:
-        """The experiment's id, asked for once."""
+    def experiment_id(self, client: MlflowClient) -> str:
+        """Return the experiment's id, which is asked for once.
+
+        Raises:
+            LookupError: The server has no such experiment.
+        """
         if self._experiment_id is None:
-            found = client.get_experiment_by_name(self.experiment)
-            if found is None:
-                raise LookupError(f"no experiment {self.experiment!r}: call prepare() in the driver first")
-            self._experiment_id = found.experiment_id
+            experiment = client.get_experiment_by_name(self.experiment)
+            if experiment is None:
+                raise LookupError(
+                    f"no experiment {self.experiment!r}: call prepare() in the driver first")
+            self._experiment_id = str(experiment.experiment_id)
         return self._experiment_id
 
     def submit(self, op: Op, later: bool = False) -> Op:
-        """Leave an operation; `later`: after all that are not."""
+        """Leave an operation for the thread, and return it.
+
+        Args:
+            op: The operation.
+            later: Whether it is done only when no other operation and no metrics are due.
+        """
         with self._changed:
             (self._later if later else self._now).append(op)
             self._start()
@@ -85,7 +122,13 @@ class Writer:
         self._changed.notify_all()
 
     def wait(self, op: Op, seconds: float = math.inf) -> None:
-        """Wait until op is done, but no longer than `seconds`, nor when the server has been away too long."""
+        """Wait until an operation is done, and give its run up when that takes too long.
+
+        Args:
+            op: The operation.
+            seconds: The longest time to wait; it is shorter where the server has been away for
+                longer than the writer's patience.
+        """
         began = time.monotonic()
         with self._changed:
             while not op.done:
@@ -100,9 +143,9 @@ class Writer:
                 self._changed.wait(0.5)
 
     def _drain(self) -> None:
-        """At the end of the process: whatever is left, if the server answers."""
+        """At the end of the process, wait for whatever is left, if the server answers."""
         if self._now or self._later or self._due:
-            end = Op(Record("exit", "exit", None, {}, {}), lambda client: None, "")
+            end = Op(Record(RunIdentity("exit", "exit"), {}), lambda client: None, "")
             self.wait(self.submit(end, later=True), 30)
 
     def _work(self) -> None:
@@ -120,13 +163,14 @@ class Writer:
             while True:
                 if self._now:
                     return self._now.popleft()
-                record, due = min(self._due.items(), key=lambda item: item[1], default=(None, math.inf))
-                if record is not None and due <= time.monotonic():
+                record = min(self._due, key=self._due.__getitem__, default=None)
+                wait = None if record is None else self._due[record] - time.monotonic()
+                if record is not None and wait is not None and wait <= 0:
                     del self._due[record]
                     return Op(record, record.flush, "metrics")
                 if self._later:
                     return self._later.popleft()
-                self._changed.wait(None if record is None else max(0.0, due - time.monotonic()))
+                self._changed.wait(wait)
 
     def _perform(self, op: Op) -> None:
         tries = 0
@@ -136,33 +180,36 @@ class Writer:
                 op.do(connect(self.uri))
             except Exception as error:
                 tries += 1
-                why = redact(f"{type(error).__name__}: {error}", self.uri).strip().partition("\n")[0][:500]
+                text = redact(f"{type(error).__name__}: {error}", self.uri)
+                why = text.strip().partition("\n")[0][:500]
                 since = self._down.get(op.channel, (began, ""))[0]
-                # The store of artifacts may fail for good (no login, say): the rest must not wait for it.
+                # The store of artifacts may fail for good (no login, say): the rest must not wait.
                 hopeless = op.channel == "artifacts" and time.monotonic() - since > self.patience
                 if is_final(error) or (hopeless and tries > 1):
                     op.record.lost[op.what] = why
                     op.record.dead |= op.what == WHOLE_RUN or isinstance(error, TakenOver)
                     return
                 if op.channel not in self._down and not isinstance(error, NotYet):
-                    log.warning("MLflow: %s cannot be reached, what is logged is kept and sent later (%s)",
-                                op.channel, why)
+                    log.warning("MLflow: %s cannot be reached, what is logged is kept and sent "
+                                "later (%s)", op.channel, why)
                 self._down[op.channel] = (since, why)
                 time.sleep(min(RETRY_SECONDS, 0.25 * 2 ** tries))
             else:
-                if not self._down.pop(op.channel, ("", NotYet.__name__))[1].startswith(NotYet.__name__):
+                _, why = self._down.pop(op.channel, (0.0, NotYet.__name__))
+                if not why.startswith(NotYet.__name__):
                     log.info("MLflow: %s can be reached again", op.channel)
                 return
         op.record.lost.setdefault(op.what, "the run was given up")
 
 
-_writers: dict[tuple[Any, ...], Writer] = {}
+_writers: dict[tuple[int, str, str, float, float], Writer] = {}
 _writers_lock = threading.Lock()
 
 
-def writer_for(*name: Any) -> Writer:
-    """This process's writer for an address and experiment."""
+def writer_for(uri: str, experiment: str, flush_seconds: float, patience_seconds: float) -> Writer:
+    """Return this process's writer for these arguments; see `Writer`."""
+    name = (os.getpid(), uri, experiment, flush_seconds, patience_seconds)
     with _writers_lock:
         if name not in _writers:
-            _writers[name] = Writer(*name[1:])
+            _writers[name] = Writer(uri, experiment, flush_seconds, patience_seconds)
         return _writers[name]
