@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from impactx.evaluation.judgement import MapQuality
 from impactx.experiment.approaches import Approach, Basis
 from impactx.experiment.budget import Budget
 from impactx.experiment.claims import TakenOver
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from impactx.experiment.run import Job
 
 log = logging.getLogger("impactx")
-DOING = {"model": "final trainings", "maps": "maps", "test": "tests", "explanations": "judging maps"}  # by role
+DOING = {"model": "final trainings", "maps": "maps", "test": "tests", "map_quality": "judging maps"}  # by role
 
 
 class PartsFailed(WorkError):
@@ -276,7 +277,7 @@ class CellRun:
                 with self._alone(f"test of {model.name}"):
                     self._test(model, result)
             self._all([unit for model, result in finals if result["weights"]
-                       and (unit := cell.explanations(model, result)) is not None], self._judge, "judgement")
+                       and (unit := cell.map_quality(model, result)) is not None], self._judge, "judgement")
             self._register(finals)
             for s in summarise(self.rows):
                 run.log_metrics({f"{s.approach}.val_accuracy": s.val_mean, f"{s.approach}.test_accuracy": s.test_mean})
@@ -359,7 +360,7 @@ class CellRun:
 
     def _test(self, model: Unit, result: dict[str, Any]) -> None:
         cell, approach = self.cell, model.params["approach"]
-        unit, judged = cell.test(model, result), cell.explanations(model, result)
+        unit, judged = cell.test(model, result), cell.map_quality(model, result)
         tested = self._do(unit, self.job.executor.evaluate)
         self.log.info("%s: test accuracy %.4f on %d images", model.name, tested["accuracy"], tested["images"])
         row = Row(dataset=cell.dataset.name, model=cell.model.name, approach=approach,
@@ -372,7 +373,7 @@ class CellRun:
                   seconds_in_all=self._seconds_in_all(model, result),
                   checkpoint=self.job.artifacts.storage.uri(model.folder), test=unit.folder,
                   map_seconds=tested.get("map_seconds"),
-                  explanations=judged.folder if judged is not None else None)
+                  map_quality=judged.folder if judged is not None else None)
         self.rows.append(row)
         self.journal.tested(row)
 
@@ -390,6 +391,5 @@ class CellRun:
 
     def _judge(self, unit: Unit) -> dict[str, Any]:
         found = self._do(unit, self.job.executor.judge)
-        self.log.info("%s: %s", unit.name, ", ".join(
-            f"{name} {order['aopc']['probability']['early']['mean']:.3f}" for name, order in found["morf"].items()))
+        self.log.info("%s: %s", unit.name, MapQuality.from_json(found).summary())
         return found

@@ -113,10 +113,10 @@ def final_metrics(unit: Unit, result: dict[str, Any]) -> dict[str, float]:
         return {f"test_{k}": v for k, v in _numbers(result).items()} | (
             {} if paper is None else {"paper_accuracy": paper}) | {
             f"best_{k}": v for k, v in unit.inputs["best"].items() if k == "val_accuracy"}
-    if unit.role == "explanations":
-        from impactx.experiment.explanations import map_metrics
+    if unit.role == "map_quality":
+        from impactx.evaluation.judgement import MapQuality
 
-        return map_metrics(result)
+        return MapQuality.from_json(result).metrics()
     best = result.get("best") or {}
     return {f"best_{k}": v for k, v in best.items() if k not in ("epoch", "seconds") and v is not None} | {
         "best_epoch": result["best_epoch"], "epochs": result["epochs"], "train_seconds": result["seconds"],
@@ -194,13 +194,13 @@ def tracked_evaluation(task: Task, place: Workplace, tracker: Tracker, **where: 
 
 
 def tracked_judgement(task: Task, place: Workplace, tracker: Tracker, **where: Any) -> dict[str, Any]:
-    """judge_maps with its numbers, its result (explanations.json) and map_scores.npz in the task's run."""
-    from impactx.experiment.explanations import judge_maps
+    """judge_maps with its numbers, its result (map_quality.json) and map_scores.npz in the task's run."""
+    from impactx.experiment.map_quality import judge_maps
 
     with tempfile.TemporaryDirectory(prefix="impactx-") as folder, task.open_run(tracker) as run:
         result = judge_maps(task.unit, place, **where)
         run.log_metrics(final_metrics(task.unit, result))
-        run.log_text(json.dumps(result, indent=1), "explanations.json")
+        run.log_text(json.dumps(result, indent=1), "map_quality.json")
         run.log_file(_local_file(task.unit, MAP_SCORES, place, Path(folder)))
         return result
 

@@ -193,7 +193,7 @@ class Cell:
                      "training": self._inputs["training"], "best": model_result.get("best") or {}} | (
                         {"maps": maps["folder"]} if maps else {}), model.params)
 
-    def explanations(self, model: Unit, model_result: Mapping[str, Any]) -> Unit | None:
+    def map_quality(self, model: Unit, model_result: Mapping[str, Any]) -> Unit | None:
         """The judgement of a final model's maps on test images; None where none is asked for, or none is possible.
 
         A model that must be given a map with an image (test_maps) has no score of an image alone that maps explain.
@@ -211,5 +211,5 @@ class Cell:
                   "attribution": self.settings.attribution.model_dump(mode="json")} | learned | of_a
         inputs = {"dataset": self._inputs["dataset"], "checkpoint": model.folder} | (
             {"maps": model.inputs["maps"]} if learned else {}) | ({"a": model.inputs["checkpoint"]} if of_a else {})
-        return Unit("explanations", f"explanations of {model.name}", recipe, inputs,
+        return Unit("map_quality", f"map quality of {model.name}", recipe, inputs,
                     model.params)

@@ -11,7 +11,7 @@ import torch
 
 from impactx.configuration import ConfigurationError, check_weights_file
 from impactx.datasets import DataError, Dataset, load_dataset, locate, make_split
-from impactx.evaluation.morf import grid_of
+from impactx.evaluation.quality import metrics_of
 from impactx.experiment.approaches import approaches_of
 from impactx.experiment.plan import Cell, DataFacts
 from impactx.experiment.survey import evaluations_of_map, images_of_store, survey
@@ -127,17 +127,18 @@ def check_attribution(attribution: AttributionSettings, data: Dataset | None = N
                                  f"({data.image_size[0]}x{data.image_size[1]})")
 
 
-def _check_region(settings: ExperimentSettings, size: tuple[int, int], name: str) -> None:
-    """Raise ConfigurationError where MoRF's regions do not fit images of a size (height, width)."""
-    try:
-        grid_of(size, settings.evaluation.region)
-    except ValueError as error:
-        raise ConfigurationError(f"evaluation.region = {settings.evaluation.region}: {error} ({name})") from error
+def _check_metrics(settings: ExperimentSettings, size: tuple[int, int], name: str) -> None:
+    """Raise ConfigurationError where a metric of maps does not fit images of a size (height, width)."""
+    for metric in metrics_of(settings.evaluation):
+        try:
+            metric.check(size)
+        except ValueError as error:
+            raise ConfigurationError(f"evaluation.metrics: {metric.metric}: {error} ({name})") from error
 
 
 def _check_evaluation(settings: ExperimentSettings, data: Dataset) -> None:
-    """Raise ConfigurationError where MoRF's regions or a further attribution do not fit the data's images."""
-    _check_region(settings, data.image_size, data.name)
+    """Raise ConfigurationError where a metric of maps or a further attribution does not fit the data's images."""
+    _check_metrics(settings, data.image_size, data.name)
     for attribution in settings.evaluation.attributions:
         try:
             check_attribution(attribution, data)
@@ -260,7 +261,7 @@ def _dry_cell(cell: Cell, artifacts: Artifacts, images: int | None, known: bool,
     stage2_trials = sum(searched.values())
     judging = 0
     if size and found.judged:
-        _check_region(settings, size, cell.dataset.name)
+        _check_metrics(settings, size, cell.dataset.name)
         judging = sum(judgement.most(size) for judgement in found.judged.values())
     totals[:] = [a + b for a, b in zip(totals, (len(trials) + stage2_trials, trainings, evaluations + own, shards,
                                                 judging), strict=True)]

@@ -272,17 +272,17 @@ def _judging(cell: Cell, steps: Survey, measured: Measured) -> tuple[list[Item],
     left, size = [steps.judged[unit.key] for unit in steps.judgements.left], cell.facts.image_size
     if not left:
         return [], Range()
-    maps, morf = ([passes for judgement in left for passes in judgement.maps(size)],
-                  [judgement.morf(size) for judgement in left])
-    pieces = [sum((_passes_seconds(cell, passes, measured) for passes in [*judgement.maps(size), judgement.morf(size)]),
+    maps, metrics = ([passes for judgement in left for passes in judgement.maps(size)],
+                  [judgement.metrics(size) for judgement in left])
+    pieces = [sum((_passes_seconds(cell, passes, measured) for passes in [*judgement.maps(size), judgement.metrics(size)]),
                   Range()) for judgement in left]
-    of_maps, of_morf = (sum((Range(one.least, one.most) for one in some), Range()) for some in (maps, morf))
+    of_maps, of_metrics = (sum((Range(one.least, one.most) for one in some), Range()) for some in (maps, metrics))
     text = (f"maps of {len(left)} of {len(steps.judgements.units)} models on {left[0].images:,} test images, "
-            f"{of_maps.say(counted)} evaluations, and {counted(of_morf.high)} forward passes of MoRF")
+            f"{of_maps.say(counted)} evaluations, and {counted(of_metrics.high)} forward passes of metrics")
     # A cell judges no more models at once than it trains.
     at_once = max(1, min(len(left), measured.slots["model"].count, measured.slots[JUDGING].count))
     return [Item("judging", text, JUDGING, sum(pieces, Range()), at_once, len(left), _longest(pieces))
-            ], of_maps + of_morf
+            ], of_maps + of_metrics
 
 
 def _passes_seconds(cell: Cell, passes: Passes, measured: Measured) -> Range:

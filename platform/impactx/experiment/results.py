@@ -15,7 +15,7 @@ from typing import Any
 class Row:
     """One final model. Accuracies are fractions in [0, 1]; weight is lambda, None where there is none.
 
-    test: folder of the test unit under the output's root, where its predictions.npz lies; explanations: of the unit
+    test: folder of the test unit under the output's root, where its predictions.npz lies; map_quality: of the unit
     that judged the model's maps, None where none was asked for. Both None in results of earlier versions.
     map_seconds: what a prediction costs beyond the network, where it needs a map: seconds an image of one process.
     seconds_in_all: of the processes that made the model, A and its maps included; None where it is not known.
@@ -37,7 +37,7 @@ class Row:
     paper_accuracy: float | None
     checkpoint: str
     test: str | None = None
-    explanations: str | None = None
+    map_quality: str | None = None
     map_seconds: float | None = None
     seconds_in_all: float | None = None
 

@@ -11,12 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from impactx.evaluation.morf import grid_of
+from impactx.evaluation.quality import metrics_of
 from impactx.experiment.approaches import Approach
 from impactx.experiment.budget import Budget
-from impactx.experiment.explanations import images_judged
+from impactx.experiment.map_quality import images_judged, orders_of_unit, own_is_trained
 from impactx.experiment.plan import BASELINE, Cell, Configuration, SelectionError, select
-from impactx.experiment.subject import orders_of, wants_own_maps
 from impactx.experiment.units import Artifacts, Unit
 from impactx.explain.store import HEAD, MapStore
 from impactx.settings import AttributionSettings, EvaluationSettings, parse_attribution
@@ -60,7 +59,7 @@ class Judgement:
     @property
     def attributions(self) -> list[AttributionSettings]:
         """Those whose speed it depends on, the experiment's first: MoRF's passes are priced by it."""
-        return [self._main, *(order.attribution for order in orders_of(self.unit, self.taught))]
+        return [self._main, *(order.attribution for order in orders_of_unit(self.unit, self.taught))]
 
     @property
     def _main(self) -> AttributionSettings:
@@ -69,25 +68,25 @@ class Judgement:
     def maps(self, size: tuple[int, int]) -> list[Passes]:
         """The passes of the explainers, by order."""
         found = []
-        for order in orders_of(self.unit, self.taught):
+        for order in orders_of_unit(self.unit, self.taught):
             most = self.images * (order.attribution.evaluations(size) or 0)
             found.append(Passes(order.attribution, 1 if order.of_a else self._networks, 0 if order.beside else most,
                                 most))
         return found
 
-    def morf(self, size: tuple[int, int]) -> Passes:
-        """The passes that follow a class while its image is replaced."""
+    def metrics(self, size: tuple[int, int]) -> Passes:
+        """The passes of the metrics."""
         settings = EvaluationSettings.model_validate(self.unit.recipe["evaluation"])
-        own = self.approach is not None and self.approach.makes_maps and wants_own_maps(self.unit)
-        maps = own + len(orders_of(self.unit, self.taught)) + (
+        own = self.approach is not None and self.approach.makes_maps and own_is_trained(
+            self.unit) and "own" in settings.orders
+        maps = own + len(orders_of_unit(self.unit, self.taught)) + (
             self.taught is not None and "mean_map" in settings.orders)
-        # Random order, and the first order backwards.
-        passes = self.images * (1 + grid_of(size, settings.region).count * (maps + 1 + bool(maps)))
+        passes = self.images * sum(metric.evaluations(size, maps) for metric in metrics_of(settings))
         return Passes(self._main, self._networks, passes, passes)
 
     def most(self, size: tuple[int, int]) -> int:
         """All passes, at most."""
-        return sum(passes.most for passes in [*self.maps(size), self.morf(size)])
+        return sum(passes.most for passes in [*self.maps(size), self.metrics(size)])
 
     @property
     def _networks(self) -> int:
@@ -168,7 +167,7 @@ def survey(cell: Cell, artifacts: Artifacts | None = None) -> Survey:
     for name, trained in models.items():
         for model in trained.units:
             result = results.get(model.folder, {"weights": f"of {model.key}"})
-            if result["weights"] and (unit := cell.explanations(model, result)) is not None:
+            if result["weights"] and (unit := cell.map_quality(model, result)) is not None:
                 e, facts = cell.settings.evaluation, cell.facts
                 images = images_judged(e, facts.test_images or e.map_images, facts.num_classes)
                 judged[unit.key] = Judgement(unit, named.get(name), taught.get(unit.inputs.get("maps", "")), images)

@@ -19,7 +19,7 @@ import numpy as np
 from impactx.storage import Storage, StorageError
 
 FORMAT = 1  # raised when the same recipe would give other numbers than before
-Role = Literal["trial", "model", "maps", "test", "explanations"]
+Role = Literal["trial", "model", "maps", "test", "map_quality"]
 RESULT, CHECKPOINT, RUNNING, PREDICTIONS = "result.json", "checkpoint.pt", "running.pt", "predictions.npz"
 STOPPED, CLAIM = "stopped.json", "claim.json"
 MAP_SCORES = "map_scores.npz"
@@ -50,7 +50,7 @@ def read_arrays(storage: Storage, path: str) -> dict[str, np.ndarray]:
 class Unit:
     """One piece of work.
 
-    role: trial (a training of the search, weights not kept), model (a final training), maps, test, or explanations
+    role: trial (a training of the search, weights not kept), model (a final training), maps, test, or map_quality
     (the judgement of a final model's maps);
     name: for people; recipe, inputs, params: plain data; params are what MLflow shows of it.
     """
@@ -69,7 +69,7 @@ class Unit:
     @property
     def folder(self) -> str:
         """Where the unit's artifacts lie under the output's root."""
-        return f"{self.role.removesuffix('s')}s/{self.key}"
+        return f"{'map_quality' if self.role == 'map_quality' else self.role.removesuffix('s') + 's'}/{self.key}"
 
 
 class Artifacts:

@@ -1,0 +1,2 @@
+"""The built-in metrics of maps, one file each; their registry imports every module of this package.
+"""
