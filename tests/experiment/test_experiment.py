@@ -24,8 +24,8 @@ from impactx.datasets import DataError, make_split
 from impactx.experiment.cell_run import PartsFailed
 from impactx.experiment.claims import TakenOver
 from impactx.experiment.executor import LocalExecutor
-from impactx.experiment.map_quality import judge_maps
 from impactx.experiment.export import export_job
+from impactx.experiment.map_quality import judge_maps
 from impactx.experiment.plan import SelectionError
 from impactx.experiment.preparation import dry_run, prepare
 from impactx.experiment.results import table

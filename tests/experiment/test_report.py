@@ -17,8 +17,8 @@ import pytest
 
 from impactx.command import main
 from impactx.configuration import load_settings
-from impactx.experiment.executor import LocalExecutor
 from impactx.evaluation.judgement import MapQuality
+from impactx.experiment.executor import LocalExecutor
 from impactx.experiment.export import ExportError, export_job, find_job, map_scores
 from impactx.experiment.preparation import prepare
 from impactx.experiment.run import Job

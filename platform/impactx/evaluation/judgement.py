@@ -25,10 +25,10 @@ from impactx.evaluation.quality import (
 from impactx.evaluation.targets import Targets
 from impactx.explain.attribution import AttributionError, build_attribution
 from impactx.explain.fast import fast_score
-from impactx.explain.masking import MaskerError
 from impactx.explain.precision import forward_precision
 from impactx.settings import AttributionSettings, EvaluationSettings
 from impactx.settings.extensions import map_metric
+from impactx.settings.masker import MaskerError
 
 R = TypeVar("R", bound=MetricResult)
 SHOWN = 20  # images whose maps are kept for figures, one of each class first
@@ -44,8 +44,8 @@ def _read_result(value: Any) -> Any:
         return value
     name = value.get("metric")
     metric = map_metric.get(name) if name in map_metric.names() else None
-    known = metric is not None and issubclass(metric, MapMetric)
-    return (metric.result if known else MetricResult).model_validate(value)
+    kind = metric.result if metric is not None and issubclass(metric, MapMetric) else MetricResult
+    return kind.model_validate(value)
 
 
 class MapQuality(Record):
@@ -78,9 +78,9 @@ class MapQuality(Record):
         costs = {f"seconds_per_map_{name}": value for name, value in self.seconds_per_map.items()}
         return values | costs | {"map_images": float(self.images)}
 
-    def summary(self) -> str:
-        """Return the first metric's first value of each order, for a line of progress."""
-        result = next(iter(self.results.values()), None)
+    def summary(self, metric: str) -> str:
+        """Return a metric's first value of each order, for a line of progress."""
+        result = self.results.get(metric)
         firsts = {} if result is None else {
             order: next(iter(values.values())) for order, values in result.values.items() if values}
         return ", ".join(f"{order} {first.mean:.3f}" for order, first in firsts.items()
@@ -217,7 +217,7 @@ class _Maker:
         score = fast_score(model.classifier.to(self.device), (channels, height, width), split=False)
         pixels = pixels_of(test.images, self.device)
         with torch.no_grad():
-            scores = torch.cat([score(part) for part in pixels.split(self.batch_size)])
+            scores = torch.cat([score(part) for part in torch.split(pixels, self.batch_size)])
         del pixels
         predicted = scores.argmax(1).cpu().numpy()
         own = self._make_own()

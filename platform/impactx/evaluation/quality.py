@@ -282,5 +282,5 @@ def network_maps(network: Any, pixels: Tensor, batch_size: int) -> np.ndarray:
         float32 (N, C, H, W).
     """
     network = network.to(pixels.device)
-    parts = [network.with_maps(part)[1] for part in pixels.split(batch_size)]
+    parts = [network.with_maps(part)[1] for part in torch.split(pixels, batch_size)]
     return torch.cat(parts).float().cpu().numpy()

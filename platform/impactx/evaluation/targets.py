@@ -34,8 +34,10 @@ class Targets:
     def scaled(self, maps: np.ndarray) -> np.ndarray:
         """Return other maps (N, C, H, W) of the same attribution in the units of training."""
         if self.factor is not None:
-            return maps * np.float32(self.factor)
-        return maps * largest_scale(maps)[:, None, None, None]
+            scale: np.ndarray | np.float32 = np.float32(self.factor)
+        else:
+            scale = largest_scale(maps)[:, None, None, None]
+        return np.asarray(maps * scale)
 
 
 def mean_maps(maps: np.ndarray, labels: np.ndarray, indices: np.ndarray, num_classes: int,

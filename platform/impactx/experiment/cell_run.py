@@ -391,5 +391,6 @@ class CellRun:
 
     def _judge(self, unit: Unit) -> dict[str, Any]:
         found = self._do(unit, self.job.executor.judge)
-        self.log.info("%s: %s", unit.name, MapQuality.from_json(found).summary())
+        self.log.info("%s: %s", unit.name, MapQuality.from_json(found).summary(
+            self.job.settings.evaluation.metrics[0].metric))
         return found

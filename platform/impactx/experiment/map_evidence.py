@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from impactx.evaluation.statistics import TwoLevelBootstrap
 from impactx.evaluation.metrics.fidelity import DECODER
 from impactx.evaluation.metrics.morf import RANDOM
+from impactx.evaluation.statistics import TwoLevelBootstrap
 
 Arrays = Mapping[int, Mapping[str, np.ndarray]]
 MEAN_MAP = "mean_map"  # one map for every image: what a map must beat that says something of an image

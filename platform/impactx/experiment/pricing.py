@@ -278,7 +278,7 @@ def _judging(cell: Cell, steps: Survey, measured: Measured) -> tuple[list[Item],
                   Range()) for judgement in left]
     of_maps, of_metrics = (sum((Range(one.least, one.most) for one in some), Range()) for some in (maps, metrics))
     text = (f"maps of {len(left)} of {len(steps.judgements.units)} models on {left[0].images:,} test images, "
-            f"{of_maps.say(counted)} evaluations, and {counted(of_metrics.high)} forward passes of metrics")
+            f"{of_maps.say(counted)} evaluations, and {counted(of_metrics.high)} forward passes of metrics of maps")
     # A cell judges no more models at once than it trains.
     at_once = max(1, min(len(left), measured.slots["model"].count, measured.slots[JUDGING].count))
     return [Item("judging", text, JUDGING, sum(pieces, Range()), at_once, len(left), _longest(pieces))

@@ -55,11 +55,13 @@ def map_sections(export: Mapping[str, Any], arrays: Callable[[str], Arrays | Non
         missing += of_cell(export, cell, lost)
     if not made:
         return []
+    morf = any(entry["maps"] and entry["maps"]["orders"]
+               for cell in export["evidence"]["cells"] for entry in cell["approaches"])
     return [Section("Map quality", [Text(
         "MoRF (most relevant first, Samek et al.): the regions of an image are replaced by noise in the order that a "
         "map gives, and the probability of the class predicted for the whole image is followed. The faster it falls, "
         "the better the map says what the model looks at. Every order is judged on the model that it is drawn for, "
-        "beside random order and the model's first map read backwards.")]), *made]
+        "beside random order and the model's first map read backwards.")] if morf else []), *made]
 
 
 def _one_model(cell: Mapping[str, Any], entry: Mapping[str, Any], folders: Mapping[tuple[Any, ...], str | None],
@@ -212,16 +214,17 @@ def _examples(arrays: Arrays, approach: str, tail: str, names: list[str]) -> Fig
     own = [order for order in orders if order in OWN]
     shap = [order for order in orders if order.endswith("_predicted")][:1]
     places, columns = np.asarray(arrays["shown"])[:EXAMPLES], shap + own
-    drawn = columns + [RANDOM] if f"curve.{RANDOM}" in arrays else columns
+    drawn = [order for order in [*columns, RANDOM] if f"curve.{order}" in arrays]  # none without MoRF
     limits = {order: colour_limit(arrays[f"maps.{order}"]) for order in columns}
-    made = figure(1.5 * (1 + len(columns)) + 2.6, 1.42 * len(places) + 0.9)
-    panels = made.subplots(len(places), 2 + len(columns), squeeze=False,
-                           gridspec_kw={"width_ratios": [1] * (1 + len(columns)) + [1.7]})
+    wide = 1.5 * (1 + len(columns)) + (2.6 if drawn else 0.2)
+    made = figure(wide, 1.42 * len(places) + 0.9)
+    ratios = [1.0] * (1 + len(columns)) + [1.7] * bool(drawn)
+    panels = made.subplots(len(places), len(ratios), squeeze=False, gridspec_kw={"width_ratios": ratios})
     for i, (row, place) in enumerate(zip(panels, places, strict=True)):
         predicted, label = int(arrays["predicted"][place]), int(arrays["labels"][place])
         row[0].imshow(arrays["images"][i], interpolation="nearest")
-        score = arrays[f"curve.{drawn[0]}"][place, 0] if drawn else float("nan")
-        row[0].set_title(f"{_short(names[predicted])} {score:.2f}"
+        score = f" {arrays[f'curve.{drawn[0]}'][place, 0]:.2f}" if drawn else ""
+        row[0].set_title(f"{_short(names[predicted])}{score}"
                          + ("" if predicted == label else f"\n(is {_short(names[label])})"), fontsize=9)
         for panel, order in zip(row[1:], columns, strict=False):
             panel.imshow(arrays[f"maps.{order}"][i].sum(0), cmap=COLOURS, vmin=-limits[order], vmax=limits[order],
@@ -229,15 +232,17 @@ def _examples(arrays: Arrays, approach: str, tail: str, names: list[str]) -> Fig
             if i == 0:
                 panel.set_title(order_name(order, approach).replace(" of this model,", "\n").replace("'s ", "'s\n"),
                                 fontsize=8.5, color=SOFT)
-        for panel in row[:-1]:
+        for panel in row[:1 + len(columns)]:
             panel.set_axis_off()
-        _small_curves(row[-1], arrays, drawn, int(place), approach, first=i == 0, last=i == len(places) - 1)
-    return Figure(f"examples-{tail}.png", png(made), "Test images with their class and score, maps and MoRF curves",
+        if drawn:
+            _small_curves(row[-1], arrays, drawn, int(place), approach, first=i == 0, last=i == len(places) - 1)
+    return Figure(f"examples-{tail}.png", png(made), "Test images with their class"
+                  + (" and score, maps and MoRF curves" if drawn else " and maps"),
                   "Test images, one of each class first, none picked by hand. Red speaks for the class that a "
                   "map explains, blue against it: the predicted one in SHAP's, the true one in those that a decoder "
-                  "learns; attention has no sign. Each column has one scale, symmetric around zero. Right: this "
-                  "image's MoRF curves (probability of the predicted class over the regions replaced).",
-                  int(100 * (1.5 * (1 + len(columns)) + 2.6)))
+                  "learns; attention has no sign. Each column has one scale, symmetric around zero."
+                  + (" Right: this image's MoRF curves (probability of the predicted class over the regions "
+                     "replaced)." if drawn else ""), int(100 * wide))
 
 
 def _short(name: str) -> str:

@@ -45,7 +45,7 @@ class EvaluationSettings(Settings):
         "model of a data set; more than there are: all; 0: none"))
     seed: int = Field(0, ge=0, lt=2**31, description="of that draw, of the noise, of random orders and of resamples")
     metrics: Annotated[list[AnyMapMetric], BeforeValidator(_metrics_by_name), AfterValidator(_no_metric_twice)] = Field(
-        default_factory=_default_metrics, description=(
+        default_factory=_default_metrics, min_length=1, description=(
             "by what maps are judged, each a metric with its settings; a bare name stands for the metric's defaults: "
             "`evaluation.metrics=[{metric: morf, region: 8}, fidelity]`"))
     orders: Annotated[list[MapOrder], AfterValidator(unique)] = Field(

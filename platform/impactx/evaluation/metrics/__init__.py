@@ -1,2 +1,1 @@
-"""The built-in metrics of maps, one file each; their registry imports every module of this package.
-"""
+"""The built-in metrics of maps, one file each; their registry imports every module here."""

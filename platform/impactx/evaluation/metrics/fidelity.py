@@ -127,6 +127,6 @@ def randomised(model: nn.Module, part: str, seed: int) -> nn.Module:
     other = copy.deepcopy(model).cpu()
     with seeded(seed, f"randomised {part}"):
         for module in other.get_submodule(part).modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            if callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
     return other.eval()

@@ -196,7 +196,7 @@ def region_side(image_size: tuple[int, int]) -> int:
     It is an eighth of the image's shorter side, rounded down to a power of two; 32: 4, 96: 8,
     224: 16.
     """
-    return 2 ** ((max(8, min(image_size)) // 8).bit_length() - 1)
+    return 1 << ((max(8, min(image_size)) // 8).bit_length() - 1)
 
 
 def grid_of(image_size: tuple[int, int], side: int | None = None) -> Grid:
@@ -289,7 +289,7 @@ def curves(score: Callable[[Tensor], Tensor], images: Tensor, noise: Tensor,
     """
     index = torch.from_numpy(grid.index).to(images.device)
     steps = torch.arange(1, grid.count + 1, device=images.device)
-    whole = torch.cat([score(part) for part in images.split(batch_size)]).double()
+    whole = torch.cat([score(part) for part in torch.split(images, batch_size)]).double()
     predicted = whole.argmax(1)
     at_once = max(1, batch_size // grid.count)
     followed = {}
@@ -301,9 +301,9 @@ def curves(score: Callable[[Tensor], Tensor], images: Tensor, noise: Tensor,
             part = slice(start, start + at_once)
             hidden = when[part, None] < steps[None, :, None, None]  # (n, steps, H, W)
             mixed = torch.where(hidden[:, :, None], noise[part, None], images[part, None])
-            batches = mixed.flatten(0, 1).split(batch_size)
+            batches = torch.split(mixed.flatten(0, 1), batch_size)
             rows.append(torch.cat([score(batch) for batch in batches]).double())
-        replaced = torch.cat(rows).unflatten(0, (len(images), grid.count))
+        replaced = torch.cat(rows).reshape(len(images), grid.count, -1)
         scores = torch.cat([whole[:, None], replaced], 1)
         if not torch.isfinite(scores).all():
             raise ValueError(f"the model gives scores that are not finite in the order {name!r}")
@@ -325,4 +325,4 @@ def aopc(curve: np.ndarray, steps: int) -> np.ndarray:
         float64 (N,): the mean of f(x) - f(x_k) over k = 0 ... steps. The larger, the sooner the
         class is lost.
     """
-    return (curve[:, :1] - curve[:, :steps + 1]).mean(1)
+    return np.asarray((curve[:, :1] - curve[:, :steps + 1]).mean(1))
