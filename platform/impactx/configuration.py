@@ -7,6 +7,7 @@ laid over the result here, so that a wrong key is reported together with everyth
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 import types
 import typing
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from impactx.fetching import is_remote
 from impactx.settings import ExperimentSettings, Settings, tagged
+from impactx.settings.registry import registry_of
 
 DEFAULT_PRESET = "full_grid"
 Root = typing.TypeVar("Root", bound=Settings)
@@ -113,7 +115,7 @@ def load_settings(preset: str = DEFAULT_PRESET, overrides: Sequence[str] = (), f
     try:
         settings = root.model_validate(composed)
     except ValidationError as error:
-        errors += [_readable(e, root) for e in error.errors()]
+        errors += [_readable(e, root, composed) for e in error.errors()]
     errors += _unusable_models(composed)
     if errors or settings is None:
         count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
@@ -252,14 +254,17 @@ def _place(location: Sequence[Any], root: type[Settings]) -> tuple[list[Any], An
     return written, model
 
 
-def _readable(error: Any, root: type[Settings]) -> str:
+def _readable(error: Any, root: type[Settings], composed: Any) -> str:
     location, model = _place(error["loc"], root)
     where = ".".join(map(str, location)) or "the whole"
     if error["type"] == "extra_forbidden":
         _, parent = _place(error["loc"][:-1], root)
+        if kind := registry_of(parent):
+            value = functools.reduce(lambda found, part: found[part], error["loc"][:-1], composed)
+            parent = kind.get(value[kind.tag])
         allowed = list(parent.model_fields) if isinstance(parent, type) and issubclass(parent, BaseModel) else []
         chosen = next((f" with {name} {fields[name].default}" for fields in [getattr(parent, "model_fields", {})]
-                       for name in ("method", "kind") if name in fields), "")
+                       for name in ("method", "kind", "metric") if name in fields), "")
         return (f"{where} = {error['input']!r}: no such setting{chosen}; {_similar(str(location[-1]), allowed)}"
                 f"allowed here: {', '.join(allowed) or 'nothing'}")
     if error["type"] in ("union_tag_invalid", "union_tag_not_found"):

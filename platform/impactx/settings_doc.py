@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from impactx.settings import ExperimentSettings, tagged
+from impactx.settings.registry import registry_of
 
 HEAD = """\
 # Settings
@@ -50,7 +51,7 @@ def _tables(prefix: str, model: type[BaseModel]) -> Iterator[tuple[str, type[Bas
     plain, inner = [], []
     for name, info in model.model_fields.items():
         found, path = _nested(info.annotation)
-        if not found:
+        if not found or path == "[]":
             plain.append((prefix + name, info))
         inner += [(f"{prefix}{name}{path}", tag, one) for tag, one in found.items()]
     yield prefix.rstrip("."), model, plain
@@ -63,6 +64,8 @@ def _nested(annotation: Any) -> tuple[dict[str, type[BaseModel]], str]:
     """The classes of settings inside a field by their tags ("" where there is only one), and what leads to them."""
     if typing.get_origin(annotation) is dict:
         return _nested(typing.get_args(annotation)[1])[0], ".<name>"
+    if typing.get_origin(annotation) is list and (kind := registry_of(typing.get_args(annotation)[0])):
+        return dict(kind.classes()), "[]"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return {"": annotation}, ""
     return {} if _optional(annotation) else dict(tagged(annotation)), ""
@@ -79,6 +82,8 @@ _BOUNDS = {"ge": "≥ {}", "gt": "> {}", "le": "≤ {}", "lt": "< {}", "min_leng
 
 def _allowed(annotation: Any, metadata: typing.Sequence[Any] = ()) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if kind := registry_of(annotation):
+        return f"settings of {', '.join(kind.names())}"
     if origin is typing.Annotated:
         return _allowed(arguments[0], [*arguments[1:], *metadata])
     if kinds := tagged(annotation):
@@ -116,6 +121,8 @@ def _default(info: FieldInfo) -> str:
         return "must be given"
     if value is None or isinstance(value, bool):
         return f"`{str(value).lower() if value is not None else 'null'}`"
+    if isinstance(value, list) and (kind := registry_of(*typing.get_args(info.annotation)[:1])):
+        return f"`{[getattr(one, kind.tag) for one in value]}`"
     if isinstance(value, list) and len(value) > 8:
         return f"`{value[0]}`, `{value[1]}`, … `{value[-1]}` ({len(value)} values)"
     return f"`{value}`"

@@ -93,7 +93,7 @@ class Job:
         (path,) = self.found("jobs/*/results.csv")
         rows = list(csv.DictReader(io.StringIO(path.read_text())))
         return [{k: v for k, v in row.items() if k not in (
-            "train_seconds", "seconds_in_all", "checkpoint", "test", "explanations")} for row in rows]
+            "train_seconds", "seconds_in_all", "checkpoint", "test", "map_quality")} for row in rows]
 
     def tracked(self, query: str) -> list[tuple]:
         """Rows of MLflow's database."""
@@ -129,7 +129,7 @@ def test_an_undisturbed_job(undisturbed):
     assert [(row["approach"], row["repeat"]) for row in rows] == [("baseline", "0"), ("impactx", "0")]
     assert all(0 < float(row["test_accuracy"]) <= 1 and row["test_images"] == "359" for row in rows)
     assert len(undisturbed.found("maps/*/shard-*.parquet")) == 20
-    assert len(undisturbed.found("explanations/*/map_scores.npz")) == 2
+    assert len(undisturbed.found("map_quality/*/map_scores.npz")) == 2
     check_runs(undisturbed)
     log = undisturbed.log
     assert "stage 1: 2 of 2 trials" in log and "120 of 120 maps" in log and "results.csv" in log

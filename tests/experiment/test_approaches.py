@@ -200,10 +200,10 @@ def test_the_maps_of_every_kind_can_be_judged_but_waes(first, shared):
     rows, job, _ = first
     again, executor = experiment(Path(job.place.output), shared, "evaluation.map_images=10", "evaluation.orders=[own]",
                                  "evaluation.approaches=[abn,ensemble,wae,single_stage]")
-    judged = {r.approach: r.explanations for r in again.run()}
-    assert executor.done == [f"explanations of {n} repeat 0" for n in (
+    judged = {r.approach: r.map_quality for r in again.run()}
+    assert executor.done == [f"map quality of {n} repeat 0" for n in (
         "ensemble", f"abn rate x{rows['abn'].learning_rate / 0.004:g}", "single_stage lambda=0.8")]
-    found = {n: json.loads(Path(job.place.output, judged[n], "result.json").read_text())["morf"] for n in judged
+    found = {n: json.loads(Path(job.place.output, judged[n], "result.json").read_text())["results"]["morf"]["values"] for n in judged
              if judged[n]}
     assert set(found["abn"]) >= {"attention", "random"} and set(found["single_stage"]) >= {"decoder", "random"}
     assert set(found) == {"abn", "ensemble", "single_stage"}

@@ -24,8 +24,8 @@ from impactx.datasets import DataError, make_split
 from impactx.experiment.cell_run import PartsFailed
 from impactx.experiment.claims import TakenOver
 from impactx.experiment.executor import LocalExecutor
-from impactx.experiment.explanations import judge_maps
 from impactx.experiment.export import export_job
+from impactx.experiment.map_quality import judge_maps
 from impactx.experiment.plan import SelectionError
 from impactx.experiment.preparation import dry_run, prepare
 from impactx.experiment.results import table
@@ -234,7 +234,7 @@ def test_a_store_of_another_model_is_refused_by_whoever_opens_it(shared, tmp_pat
         assert maps_complete(maps, done.place)
         of_another_model(storage, maps.folder)
         assert not maps_complete(maps, done.place)
-    for maps, user, work in [(train, "explanations of impactx lambda=0.8 repeat 0", judge_maps),
+    for maps, user, work in [(train, "map quality of impactx lambda=0.8 repeat 0", judge_maps),
                              (train, "impactx lambda=0.8 repeat 0", train_unit),
                              (test, "test of wae repeat 0", evaluate_unit)]:
         (tmp_path / units[user].folder / "result.json").unlink()
@@ -415,8 +415,8 @@ def test_a_dry_run_lists_and_writes_nothing(first, output, shared, tmp_path):
     assert "2 trials of impactx" in finished and "impactx lambda=" in finished
     assert "judged" not in fresh and "judged:  maps of every model in 1 repeats, on 7 test images, at most" in text(
         f"output={empty}", "evaluation.map_images=7")
-    with pytest.raises(ConfigurationError, match="evaluation.region = 40"):
-        text(f"output={empty}", "evaluation.map_images=7", "evaluation.region=40")
+    with pytest.raises(ConfigurationError, match="evaluation.metrics: morf: region = 40"):
+        text(f"output={empty}", "evaluation.map_images=7", "evaluation.metrics=[{metric: morf, region: 40}]")
 
 
 def test_float64_works_from_end_to_end(shared, tmp_path):

@@ -17,6 +17,7 @@ import pytest
 
 from impactx.command import main
 from impactx.configuration import load_settings
+from impactx.evaluation.judgement import MapQuality
 from impactx.experiment.executor import LocalExecutor
 from impactx.experiment.export import ExportError, export_job, find_job, map_scores
 from impactx.experiment.preparation import prepare
@@ -241,15 +242,19 @@ def about_maps(gap: float, own: str = "decoder", over_mean: float | None = None,
               "random": order(0.2, None, -0.3)}
     measures = {m: interval(0.5) | {"decoder_over": interval(over_class)} for m in ("mse", "correlation", "overlap")}
     return {"orders": orders, "explainer": "shap_predicted",
-            "fidelity": {own: measures, "class_mean_of_predicted": measures}}
+            "fidelity": {own: measures, "class_mean_of_predicted": measures}, "metrics": {}}
 
 
 def of_one_model(own: str = "decoder") -> dict:
-    """A result of experiment.explanations, small."""
-    order = {"probability": {k: [0.9, 0.5, 0.1] for k in ("mean", "low", "high")}, "tied_images": 0.25}
-    return {"images": 4, "region": 4, "regions": 2, "early_regions": 1,
-            "morf": {own: order, "shap_predicted": order, "random": order},
-            "fidelity": {"target": "shap_of_a", "scale": "std", "top_share": 0.1},
+    """A result of a judgement, small."""
+    band = {k: [0.9, 0.5, 0.1] for k in ("mean", "low", "high")}
+    orders = (own, "shap_predicted", "random")
+    return {"images": 4, "seconds": 1.0, "results": {
+                "morf": {"metric": "morf", "values": {}, "region": 4, "regions": 2, "early_regions": 1,
+                         "curves": {order: {"probability": band, "logit": band} for order in orders},
+                         "ties": {order: {"images": 0.25, "regions": 2.0} for order in orders}},
+                "fidelity": {"metric": "fidelity", "values": {}, "target": "shap_of_a", "scale": "std",
+                             "top_share": 0.1}},
             "seconds_per_map": {own: 0.001, "shap_predicted": 0.2},
             "evaluations_per_map": {own: 1, "shap_predicted": 2000}}
 
@@ -257,7 +262,7 @@ def of_one_model(own: str = "decoder") -> dict:
 @pytest.mark.parametrize(("gap", "says"), [(0.2, "better than chance"), (-0.2, "worse than a random order"),
                                            (0.05, "cannot be told from a random order")])
 def test_what_is_said_of_maps(gap, says):
-    said = sentence(about_maps(gap), of_one_model(), "impactx")
+    said = sentence(about_maps(gap), MapQuality.from_json(of_one_model()), "impactx")
     assert says in said and said.startswith("IMPACTX's own map") and "200 times as long" in said
     assert f"{100 * abs(gap):.1f} points {'ahead' if gap > 0 else 'short'} of a random" in said.replace(
         f" [{100 * gap - 10:+.1f}, {100 * gap + 10:+.1f}]".replace("-", "−"), "")
@@ -269,7 +274,7 @@ def test_what_is_said_of_maps(gap, says):
     (0.05, "is better than chance, but not surely better than one mean map for every image"),
     (-0.2, "is better than chance, but worse than one mean map for every image")])
 def test_a_map_that_the_mean_map_beats_is_not_praised(over_mean, says):
-    said = sentence(about_maps(0.2, over_mean=over_mean), of_one_model(), "impactx")
+    said = sentence(about_maps(0.2, over_mean=over_mean), MapQuality.from_json(of_one_model()), "impactx")
     assert says in said and f"{abs(100 * over_mean):.1f} points {'ahead' if over_mean > 0 else 'short'} [" in said
 
 
@@ -277,7 +282,7 @@ def test_a_map_that_the_mean_map_beats_is_not_praised(over_mean, says):
     (0.2, "learns more than the mean map of"), (-0.2, "learns less than the mean map of"),
     (0.05, "learns no more, as far as can be told, than the mean map of")])
 def test_agreement_is_told_beside_the_mean_map_of_the_class(over_class, says):
-    assert says in sentence(about_maps(0.2, over_class=over_class), of_one_model(), "impactx")
+    assert says in sentence(about_maps(0.2, over_class=over_class), MapQuality.from_json(of_one_model()), "impactx")
 
 
 def test_the_part_on_maps_and_its_examples(finished):
@@ -285,9 +290,9 @@ def test_the_part_on_maps_and_its_examples(finished):
     export = export_job(finished[0], finished[1].key)
     for entry in export["evidence"]["cells"][0]["approaches"]:
         ours = entry["approach"] == "impactx"
-        entry |= {"explanations": [of_one_model() if ours else None, None], "maps": about_maps(0.2) if ours else None}
+        entry |= {"map_quality": [of_one_model() if ours else None, None], "maps": about_maps(0.2) if ours else None}
     for row in export["cells"][0]["rows"]:
-        row["explanations"] = f"explanations/{row['approach']}-{row['repeat']}"
+        row["map_quality"] = f"map_quality/{row['approach']}-{row['repeat']}"
     rng = np.random.default_rng(0)
     arrays = {"predicted": np.array([1, 2, 3, 4]), "labels": np.array([1, 2, 3, 5]), "shown": np.array([2, 3]),
               "images": rng.integers(0, 256, (2, 32, 32, 3), np.uint8), "rows": np.arange(4)}
@@ -296,7 +301,7 @@ def test_the_part_on_maps_and_its_examples(finished):
         arrays[f"maps.{order}"] = rng.normal(size=(2, 3, 32, 32)).astype(np.float32)
     asked = []
     sections = map_sections(export, lambda folder: asked.append(folder) or arrays, [])
-    assert asked == ["explanations/impactx-0"] and len(sections) == 2
+    assert asked == ["map_quality/impactx-0"] and len(sections) == 2
     names = [block.name for block in sections[1].blocks if isinstance(block, (Figure, Table))]
     tail = "digits-lenet5-impactx"
     assert names == [f"morf-{tail}.png", f"morf-{tail}", f"morf-more-{tail}", f"fidelity-{tail}",
@@ -307,7 +312,7 @@ def test_the_part_on_maps_and_its_examples(finished):
 def test_scores_of_a_repeat_that_cannot_be_read_are_named_and_the_next_repeat_is_shown(finished, tmp_path, damage):
     shutil.copytree(finished[0].root, tmp_path / "out")
     storage = Storage(tmp_path / "out")
-    folders = {(row.approach, row.repeat): row.explanations for row in finished[2]}
+    folders = {(row.approach, row.repeat): row.map_quality for row in finished[2]}
     file = tmp_path / "out" / folders["impactx", 0] / "map_scores.npz"
     content = bytearray(file.read_bytes())
     file.unlink()
@@ -331,7 +336,7 @@ def test_damaged_results_and_journals_are_named_and_the_rest_is_shown(finished, 
     key = find_job(storage)
     units = {unit["name"]: unit["folder"] for unit in export_job(storage, key)["cells"][0]["units"]}
     trial = next(name for name, folder in units.items() if folder.startswith("trials/"))
-    judged = next(row.explanations for row in finished[2] if (row.approach, row.repeat) == ("impactx", 0))
+    judged = next(row.map_quality for row in finished[2] if (row.approach, row.repeat) == ("impactx", 0))
     damaged = [units[trial], units["A repeat 1"], judged]
     for folder in damaged:
         storage.write(f"{folder}/result.json", b'{"half')
@@ -380,10 +385,10 @@ def test_without_scores_of_any_repeat_the_numbers_are_shown_without_examples(fin
 
 
 def test_damaged_scores_are_named(tmp_path):
-    Storage(tmp_path).write("explanations/k/map_scores.npz", b"PK no")
-    with pytest.raises(StorageError, match="explanations/k/map_scores.npz is damaged"):
-        map_scores(Storage(tmp_path), "explanations/k")
-    assert map_scores(Storage(tmp_path), "explanations/absent") is None
+    Storage(tmp_path).write("map_quality/k/map_scores.npz", b"PK no")
+    with pytest.raises(StorageError, match="map_quality/k/map_scores.npz is damaged"):
+        map_scores(Storage(tmp_path), "map_quality/k")
+    assert map_scores(Storage(tmp_path), "map_quality/absent") is None
 
 
 def test_names_that_look_like_formulas_are_drawn_as_they_are(finished):

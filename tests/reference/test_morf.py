@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from impactx.evaluation import morf
+from impactx.evaluation.metrics import morf
 from impactx.models import build_classifier
 from impactx.settings import ModelSettings
 

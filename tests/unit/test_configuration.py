@@ -99,6 +99,22 @@ def test_maskers_and_weights_files_are_in_that_message_too():
     assert addresses.models["lenet5"].weights == "s3://bucket/w.pth"
 
 
+def test_metrics_of_maps_are_named_or_set():
+    chosen = load_settings("demo", ["evaluation.metrics=[{metric: morf, region: 8}, fidelity]"], CONFIGS).evaluation
+    assert [one.model_dump() for one in chosen.metrics] == [{"metric": "morf", "region": 8},
+                                                            {"metric": "fidelity", "top_share": 0.1}]
+    for wrong, parts in (
+            ("metrics=[{metric: morf, regoin: 3}]", ["evaluation.metrics.0.regoin = 3: no such setting with metric morf",
+                                                     "did you mean 'region'?"]),
+            ("metrics=[morff]", ["evaluation.metrics.0", "did you mean 'morf'? there are fidelity, morf"]),
+            ("metrics=[morf, morf]", ["evaluation.metrics", "holds a value twice"]),
+            ("metrics=[]", ["evaluation.metrics = []", "at least 1 item"]),
+            ("metrics=[{metric: morf, region: 0}]", ["evaluation.metrics.0.region = 0", "greater than or equal to 1"]),
+            ("region=8", ["evaluation.metrics=[{metric: morf, region: 8}, fidelity]"])):
+        text = failure(f"evaluation.{wrong}")
+        assert text.startswith("1 error") and all(part in text for part in parts), text
+
+
 @pytest.mark.parametrize("masker", ["blur(3,5)", "0.5", "constant(0.1, 0.2, 0.3)"])
 def test_a_masker_is_kept_as_it_is_written(masker):
     assert PartitionSettings(masker=masker).described()["masker"] == masker

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from impactx.evaluation.fidelity import agreement, mean_maps, randomised
+from impactx.evaluation.metrics.fidelity import agreement, randomised
+from impactx.evaluation.targets import mean_maps
 from impactx.models import build_classifier, build_impactx
 from impactx.settings import ImpactxSettings, ModelSettings
 

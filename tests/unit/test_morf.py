@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from impactx.evaluation import morf
+from impactx.evaluation.metrics import morf
 
 
 @pytest.mark.parametrize("size, side, count", [

@@ -172,7 +172,7 @@ def test_finished_work_of_stage_2_costs_nothing(artifacts):
         (unit, artifacts.result(unit)) for unit in finals]
     for unit, result in models:
         assert priced()[1]["judging"].seconds.low > 0
-        artifacts.finish(cell.explanations(unit, result), {})
+        artifacts.finish(cell.map_quality(unit, result), {})
     price, found = priced()
     assert price.epochs == Range() and price.evaluations == Range() and "judging" not in found
     assert all(item.seconds == Range() for item in price.items) and "4 judgements" in price.exists

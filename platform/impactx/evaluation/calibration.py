@@ -1,4 +1,4 @@
-"""What a model's probabilities are worth beyond the class they choose."""
+"""How good a model's probabilities are, beyond the class that they choose."""
 
 from __future__ import annotations
 
@@ -7,11 +7,18 @@ import numpy as np
 BINS = 15
 
 
-def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS) -> float:
-    """ECE (Guo et al. 2017): |accuracy - mean confidence| of each bin, weighted by its share of the images.
+def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS
+                               ) -> float:
+    """Return the expected calibration error (Guo et al. 2017).
 
-    probabilities: (N, K) in [0, 1]; labels: int (N,). Confidence is the largest probability; the bins are of equal
-    width, ((b - 1) / bins, b / bins], as theirs.
+    It is |accuracy - mean confidence| of each bin, weighted by the bin's share of the images.
+    Confidence is the largest probability; the bins are of equal width,
+    ((b - 1) / bins, b / bins], as theirs.
+
+    Args:
+        probabilities: (N, K) in [0, 1].
+        labels: int (N,).
+        bins: The number of bins.
     """
     confidence = np.asarray(probabilities, np.float64).max(1)
     hits = probabilities.argmax(1) == labels
@@ -22,13 +29,28 @@ def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, bi
 
 
 def negative_log_likelihood(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """Mean of -log p(true class), in nats; a probability that underflowed to 0 counts as float32's smallest normal."""
+    """Return the mean of -log p(true class), in nats.
+
+    A probability that underflowed to 0 counts as float32's smallest normal number.
+
+    Args:
+        probabilities: (N, K) in [0, 1].
+        labels: int (N,).
+    """
     chosen = np.asarray(probabilities, np.float64)[np.arange(len(labels)), labels]
     return float(-np.log(np.maximum(chosen, np.finfo(np.float32).tiny)).mean())
 
 
 def per_class_accuracy(probabilities: np.ndarray, labels: np.ndarray) -> list[float | None]:
-    """Share of each class's images that are classified right, in the order of the labels; None: no such image."""
+    """Return the share of each class's images that are classified right, in the labels' order.
+
+    Args:
+        probabilities: (N, K) in [0, 1].
+        labels: int (N,).
+
+    Returns:
+        K values; None for a class without images.
+    """
     hits = probabilities.argmax(1) == labels
     classes = probabilities.shape[1]
     count = np.bincount(labels, minlength=classes)

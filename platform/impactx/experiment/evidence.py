@@ -49,10 +49,10 @@ def evidence(storage: Storage, rows: Sequence[Row], settings: Mapping[str, Any],
             gains             by reference that the cell has (A, what is trained with lambda = 0, with shuffled maps;
                               of a single stage, the same in two; never itself): interval of the paired
                               difference, and p_holm: p corrected over the cells that make the same comparison
-            explanations      by repeat, a list beside repeats: result of the unit that judged the maps
-                              (experiment.explanations), None where there is none; see maps for all repeats together
+            map_quality       by repeat, a list beside repeats: result of the unit that judged the maps, a
+                              `MapQuality` as plain data, None where there is none; see maps for all repeats together
             maps              None where no repeat's maps were judged; else, over repeats and test images together,
-              orders          by order {"aopc", "over_random", "over_explainer", "over_mean_map"}: AOPC of the
+              orders          of MoRF, by order {"aopc", "over_random", "over_explainer", "over_mean_map"}: AOPC of the
                               predicted class's probability over the first 16 % of the regions, an interval, and its
                               paired differences (None for the order itself, or where there is no such order; their p
                               is not corrected); "all_regions", "logit", "logit_all_regions": the same area over all
@@ -60,6 +60,7 @@ def evidence(storage: Storage, rows: Sequence[Row], settings: Mapping[str, Any],
               explainer       the order that over_explainer means: of SHAP for the predicted class, or None
               fidelity        by predictor {"mse", "correlation", "overlap"}: intervals, each with decoder_over, the
                               decoder's paired difference (None for itself); {} without a decoder
+              metrics         of all other metrics of maps, by metric, order and value: as fidelity
           verdicts    by approach that learns its own explanations (lambda above 0): {"verdict", "sentence"}, where
                       verdict is "help", "do not help", "hurt" or "cannot tell"
           sentence    the cell's: of "impactx", or of the first approach that has a verdict, or why there is none
@@ -138,14 +139,14 @@ def _cell(storage: Storage, dataset: str, model: str, approaches: dict[str, list
             "nll": _summary([negative_log_likelihood(p, labels) for p in probabilities]),
             "per_class": [None if values[0] is None else statistics.fmean(values) for values in zip(
                 *(per_class_accuracy(p, labels) for p in probabilities), strict=True)],
-            "gains": gains, "explanations": [_explanations(storage, r, missing) for r in held],
+            "gains": gains, "map_quality": [_map_quality(storage, r, missing) for r in held],
             "maps": _maps(storage, held, missing, how)})
     return cell
 
 
 def _maps(storage: Storage, rows: Sequence[Row], missing: list[str], how: dict[str, Any]) -> dict[str, Any] | None:
-    read = {row.repeat: _arrays(storage, f"{row.explanations}/{MAP_SCORES}", row, missing)
-            for row in rows if row.explanations is not None}
+    read = {row.repeat: _arrays(storage, f"{row.map_quality}/{MAP_SCORES}", row, missing)
+            for row in rows if row.map_quality is not None}
     found = {repeat: arrays for repeat, arrays in read.items() if arrays is not None}
     return maps_over_repeats(found, how) if found else None
 
@@ -159,13 +160,13 @@ def _summary(values: Sequence[float]) -> dict[str, float | None]:
     return {"mean": statistics.fmean(values), "spread": statistics.stdev(values) if len(values) > 1 else None}
 
 
-def _explanations(storage: Storage, row: Row, missing: list[str]) -> dict[str, Any] | None:
-    if row.explanations is None:
+def _map_quality(storage: Storage, row: Row, missing: list[str]) -> dict[str, Any] | None:
+    if row.map_quality is None:
         return None
     try:
-        return storage.read_json(f"{row.explanations}/{RESULT}")
+        return storage.read_json(f"{row.map_quality}/{RESULT}")
     except FileNotFoundError:
-        missing.append(f"{row.approach} repeat {row.repeat}: {storage.uri(row.explanations)} is missing")
+        missing.append(f"{row.approach} repeat {row.repeat}: {storage.uri(row.map_quality)} is missing")
     except StorageError as error:
         missing.append(f"{row.approach} repeat {row.repeat}: {error}")
     return None

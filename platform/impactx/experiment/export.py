@@ -139,7 +139,7 @@ def _missing(settings: dict[str, Any], journal: dict[str, Any], units: list[dict
 
 
 def map_scores(storage: Storage, folder: str) -> dict[str, np.ndarray] | None:
-    """What a unit that judged maps left, image by image (experiment.explanations); None where the file is gone.
+    """What a unit that judged maps left, image by image (`judge_maps`); None where the file is gone.
 
     Raises StorageError where it is damaged.
     """

@@ -7,22 +7,34 @@ from typing import Any
 
 import numpy as np
 
+from impactx.evaluation.metrics.fidelity import DECODER
+from impactx.evaluation.metrics.morf import RANDOM
 from impactx.evaluation.statistics import TwoLevelBootstrap
-from impactx.experiment.explanations import RANDOM
 
 Arrays = Mapping[int, Mapping[str, np.ndarray]]
-DECODER = "decoder"
 MEAN_MAP = "mean_map"  # one map for every image: what a map must beat that says something of an image
 _FURTHER = {"all_regions": "probability.all", "logit": "logit.early", "logit_all_regions": "logit.all"}
 
 
 def maps_over_repeats(found: Arrays, how: Mapping[str, Any]) -> dict[str, Any]:
-    """The entry "maps" of `evidence`: orders, explainer, fidelity.
+    """Return the entry "maps" of `evidence`: orders, explainer, fidelity, metrics.
 
-    found: by repeat, the arrays of its map_scores.npz; the images are the same in all. how: arguments of the bootstrap.
+    Args:
+        found: By repeat, the arrays of its map_scores.npz; the images are the same in all.
+        how: Arguments of the bootstrap.
     """
+    fidelity = _values(found, "fidelity", how)
+    metrics = {metric: _values(found, metric, how) for metric in _metrics(found) if metric != "fidelity"}
+    orders, explainer = _orders(found, how)
+    return {"orders": orders, "explainer": explainer, "fidelity": fidelity, "metrics": metrics}
+
+
+def _orders(found: Arrays, how: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """Return MoRF's areas by order, and the order of the explainer; nothing where MoRF was not measured."""
     names = sorted(set.intersection(*({key.split(".", 1)[1] for key in arrays if key.startswith("curve.")}
                                       for arrays in found.values())))
+    if not names:
+        return {}, None
     explainers = [name for name in names if name.endswith("_predicted")]
     explainer = next((name for name in explainers if name.startswith("shap")), next(iter(explainers), None))
 
@@ -39,27 +51,34 @@ def maps_over_repeats(found: Arrays, how: Mapping[str, Any]) -> dict[str, Any]:
     orders = {name: {"aopc": areas.mean(name).as_dict(), "over_random": over(name, RANDOM),
                      "over_explainer": over(name, explainer), "over_mean_map": over(name, MEAN_MAP)}
               | {key: each.mean(name).as_dict() for key, each in further.items()} for name in names}
-    return {"orders": orders, "explainer": explainer, "fidelity": _fidelity(found, how)}
+    return orders, explainer
 
 
-def _fidelity(found: Arrays, how: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    predictors: dict[str, dict[str, Any]] = {}
-    for measure in ("mse", "correlation", "overlap"):
-        keys = [key for key in next(iter(found.values()))
-                if key.startswith("fidelity.") and key.endswith(f".{measure}")]
-        if not keys:
-            continue
-        # A constant map has no correlation: such an image is left out for every predictor and repeat.
+def _metrics(found: Arrays) -> list[str]:
+    """Return the metrics whose values are kept as arrays <metric>.<order>.<value>."""
+    parts = [key.split(".") for key in next(iter(found.values()))]
+    return list(dict.fromkeys(part[0] for part in parts if len(part) == 3))
+
+
+def _values(found: Arrays, metric: str, how: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return a metric's values by order and name, each with the decoder's paired difference, "decoder_over"."""
+    orders: dict[str, dict[str, Any]] = {}
+    shared = [key for key in next(iter(found.values())) if all(key in arrays for arrays in found.values())]
+    parts = {key: key.split(".") for key in shared}
+    parts = {key: part for key, part in parts.items() if len(part) == 3 and part[0] == metric}
+    for name in dict.fromkeys(part[2] for part in parts.values()):
+        keys = [key for key, part in parts.items() if part[2] == name]
+        # A constant map has no correlation: such an image is left out for every order and repeat.
         usable = np.isfinite([arrays[key] for arrays in found.values() for key in keys]).all(0)
         if usable.any():
             each = TwoLevelBootstrap({key: {repeat: arrays[key][usable] for repeat, arrays in found.items()}
                                       for key in keys}, **how)
             for key in keys:
-                name, own = key.split(".")[1], f"fidelity.{DECODER}.{measure}"
+                order, own = parts[key][1], f"{metric}.{DECODER}.{name}"
                 gain = each.gain(own, key) if own in keys and key != own else None
-                predictors.setdefault(name, {})[measure] = each.mean(key).as_dict() | {
+                orders.setdefault(order, {})[name] = each.mean(key).as_dict() | {
                     "decoder_over": gain.as_dict() if gain else None}
-    return predictors
+    return orders
 
 
 def map_sentence(approach: str, maps: Mapping[str, Any]) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from impactx.evaluation.judgement import MapQuality
+from impactx.evaluation.metrics.morf import LEAST, RANDOM
 from impactx.report.numbers import NONE
 from impactx.report.style import shown
 
-RANDOM, LEAST = "random", "least_relevant_first"
 OWN = ("decoder", "attention")  # what a model makes itself, in one forward pass
 _MEAN = "one mean map for every image"
 
@@ -25,10 +26,10 @@ def order_name(order: str, approach: str) -> str:
     return names.get(order, order.replace("_", " "))
 
 
-def sentence(maps: Mapping[str, Any], found: Mapping[str, Any], approach: str) -> str:
+def sentence(maps: Mapping[str, Any], quality: MapQuality, approach: str) -> str:
     """What the model's own map is worth, in words; of an attribution's where it makes none.
 
-    maps: of the evidence, over repeats; found: of one model, for the costs.
+    maps: of the evidence, over repeats; quality: of one model, for the costs.
     """
     orders = maps["orders"]
     main = next((order for order in (*OWN, maps["explainer"], *orders)
@@ -42,7 +43,7 @@ def sentence(maps: Mapping[str, Any], found: Mapping[str, Any], approach: str) -
         words += f", {_change(mean)} of that of {_MEAN}"
     if other:
         words += f", and {_change(other)} of that by {order_name(maps['explainer'], approach)}"
-    return " ".join(filter(None, (f"{words}.", _agreement(maps), _cost(found, main, maps["explainer"], approach))))
+    return " ".join(filter(None, (f"{words}.", _agreement(maps), _cost(quality, main, maps["explainer"], approach))))
 
 
 def _worth(over_random: Mapping[str, float], over_mean: Mapping[str, float] | None) -> str:
@@ -88,9 +89,9 @@ def signed_bounds(gap: Mapping[str, float]) -> str:
     return f"[{signed(gap['low'])}, {signed(gap['high'])}]"
 
 
-def _cost(found: Mapping[str, Any], main: str, explainer: str | None, approach: str) -> str:
-    seconds, evaluations = found["seconds_per_map"], found["evaluations_per_map"]
-    if main not in OWN or main not in seconds or explainer not in seconds:
+def _cost(quality: MapQuality, main: str, explainer: str | None, approach: str) -> str:
+    seconds, evaluations = quality.seconds_per_map, quality.evaluations_per_map
+    if main not in OWN or main not in seconds or explainer is None or explainer not in seconds:
         return ""
     return (f"One such map costs one forward pass ({1000 * seconds[main]:.2f} ms), one by "
             f"{order_name(explainer, approach)} {evaluations.get(explainer) or 'an unknown number'} "

@@ -1,4 +1,4 @@
-"""The maps as explanations: MoRF curves, fidelity to what they learn, what one costs, and examples (paper, 5.2)."""
+"""The quality of maps: MoRF curves, fidelity to what they learn, what one costs, and examples (paper, 5.2)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from impactx.evaluation.judgement import MapQuality
+from impactx.evaluation.metrics.fidelity import FidelityResult
+from impactx.evaluation.metrics.morf import LEAST, RANDOM, MorfResult
 from impactx.explain.sheet import COLOURS, colour_limit
 from impactx.report.blocks import Block, Figure, Section, Table, Text
 from impactx.report.map_words import (
-    LEAST,
     OWN,
-    RANDOM,
     estimated,
     order_name,
     sentence,
@@ -41,7 +42,7 @@ def map_sections(export: Mapping[str, Any], arrays: Callable[[str], Arrays | Non
     arrays: what a unit that judged maps left, image by image, by its folder; None where it is gone, StorageError where
     it is damaged: then a line is added to missing.
     """
-    folders = {(row["dataset"], row["model"], row["approach"], row["repeat"]): row.get("explanations")
+    folders = {(row["dataset"], row["model"], row["approach"], row["repeat"]): row.get("map_quality")
                for cell in export["cells"] for row in cell["rows"]}
     made = []
     for cell in export["evidence"]["cells"]:
@@ -54,19 +55,22 @@ def map_sections(export: Mapping[str, Any], arrays: Callable[[str], Arrays | Non
         missing += of_cell(export, cell, lost)
     if not made:
         return []
-    return [Section("The maps as explanations", [Text(
+    morf = any(entry["maps"] and entry["maps"]["orders"]
+               for cell in export["evidence"]["cells"] for entry in cell["approaches"])
+    return [Section("Map quality", [Text(
         "MoRF (most relevant first, Samek et al.): the regions of an image are replaced by noise in the order that a "
         "map gives, and the probability of the class predicted for the whole image is followed. The faster it falls, "
         "the better the map says what the model looks at. Every order is judged on the model that it is drawn for, "
-        "beside random order and the model's first map read backwards.")]), *made]
+        "beside random order and the model's first map read backwards.")] if morf else []), *made]
 
 
 def _one_model(cell: Mapping[str, Any], entry: Mapping[str, Any], folders: Mapping[tuple[Any, ...], str | None],
                arrays: Callable[[str], Arrays | None], missing: list[str]
-               ) -> tuple[int, Mapping[str, Any], Arrays | None] | None:
+               ) -> tuple[int, MapQuality, Arrays | None] | None:
     """Curves, costs and examples are those of one model (areas and fidelity are over all repeats): the first repeat
     whose result and arrays are there, else the first with a result; None where there is none."""
-    judged = [(r, e) for r, e in zip(entry["repeats"], entry["explanations"], strict=True) if e]
+    judged = [(repeat, MapQuality.from_json(result))
+              for repeat, result in zip(entry["repeats"], entry["map_quality"], strict=True) if result]
     for repeat, result in judged:
         folder = folders.get((cell["dataset"], cell["model"], entry["approach"], repeat))
         try:
@@ -83,18 +87,23 @@ def cell_names(export: Mapping[str, Any], cell: Mapping[str, Any]) -> list[str]:
                 if (c["dataset"], c["model"]) == (cell["dataset"], cell["model"]))
 
 
-def _judged(entry: Mapping[str, Any], tail: str, names: list[str], repeat: int, found: Mapping[str, Any],
+def _judged(entry: Mapping[str, Any], tail: str, names: list[str], repeat: int, quality: MapQuality,
             arrays: Arrays | None) -> list[Block]:
     approach, maps = entry["approach"], entry["maps"]
-    blocks: list[Block] = [
-        Text(sentence(maps, found, approach), "lead"), _curves(found, approach, repeat, tail),
-        *_aopc(maps, found, approach, tail),
-        Text(f"{found['images']:,} test images, {found['regions']} regions of {found['region']}×{found['region']} "
-             f"pixels. Intervals are over {maps['orders'][RANDOM]['aopc']['over'].replace('images', 'test images')}, "
-             "paired where two orders are compared; forward passes and times are those of repeat "
-             f"{repeat}, in one process.", "note")]
-    if maps["fidelity"]:
-        blocks.append(_fidelity(maps, found, tail))
+    blocks: list[Block] = []
+    if (morf := quality.of(MorfResult)) is not None and maps["orders"]:
+        blocks += [
+            Text(sentence(maps, quality, approach), "lead"), _curves(morf, approach, repeat, tail),
+            *_aopc(maps, quality, morf, approach, tail),
+            Text(f"{quality.images:,} test images, {morf.regions} regions of {morf.region}×{morf.region} "
+                 f"pixels. Intervals are over {maps['orders'][RANDOM]['aopc']['over'].replace('images', 'test images')}"
+                 ", paired where two orders are compared; forward passes and times are those of repeat "
+                 f"{repeat}, in one process.", "note")]
+    if maps["fidelity"] and (fidelity := quality.of(FidelityResult)) is not None:
+        blocks.append(_fidelity(maps, fidelity, tail))
+    if rows := _further(maps, quality, approach):
+        blocks.append(Table(f"map-quality-{tail}", ["metric", "value", "order", "mean", "interval"], rows,
+                            frozenset({3, 4}), caption="Further metrics of the maps"))
     if arrays is not None and len(arrays.get("shown", ())):
         blocks.append(_examples(arrays, approach, tail, names))
     return blocks
@@ -105,16 +114,35 @@ def _look(order: str, orders: list[str]) -> tuple[str, Any, float]:
     return _LOOKS[order] if order in _LOOKS else _OTHERS[others.index(order) % len(_OTHERS)]
 
 
-def _curves(found: Mapping[str, Any], approach: str, repeat: int, tail: str) -> Figure:
+def _further(maps: Mapping[str, Any], quality: MapQuality, approach: str) -> list[list[str]]:
+    """Return the rows of the metrics that the report has no part of its own for.
+
+    They are over all repeats where the values of each image were kept, else of the one model.
+    """
+    rows = []
+    for metric, result in quality.results.items():
+        if isinstance(result, (MorfResult, FidelityResult)):
+            continue
+        values = maps["metrics"].get(metric) or {
+            order: {name: interval.model_dump() for name, interval in named.items()}
+            for order, named in result.values.items()}
+        rows += [[metric.replace("_", " "), name.replace("_", " "), order_name(order, approach),
+                  *estimated(interval).partition(" ")[::2]]
+                 for order, named in values.items() for name, interval in named.items()
+                 if interval["mean"] is not None]
+    return rows
+
+
+def _curves(morf: MorfResult, approach: str, repeat: int, tail: str) -> Figure:
     made = figure(8.6, 3.9)
-    axes, orders = made.subplots(), list(found["morf"])
-    share = 100 * np.arange(found["regions"] + 1) / found["regions"]
-    axes.axvspan(0, share[found["early_regions"]], color="#eef1f4", linewidth=0)
+    axes, orders = made.subplots(), list(morf.curves)
+    share = 100 * np.arange(morf.regions + 1) / morf.regions
+    axes.axvspan(0, share[morf.early_regions], color="#eef1f4", linewidth=0)
     for order in orders:
         colour, dash, width = _look(order, orders)
-        band = found["morf"][order]["probability"]
-        axes.fill_between(share, band["low"], band["high"], color=colour, alpha=0.15, linewidth=0)
-        axes.plot(share, band["mean"], color=colour, linestyle=dash, linewidth=width,
+        band = morf.curves[order].probability
+        axes.fill_between(share, band.low, band.high, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(share, band.mean, color=colour, linestyle=dash, linewidth=width,
                   label=order_name(order, approach))
     axes.set_xlabel("regions replaced by noise (%)")
     axes.set_ylabel("probability of the predicted class")
@@ -127,19 +155,19 @@ def _curves(found: Mapping[str, Any], approach: str, repeat: int, tail: str) -> 
                   "regions.", 900)
 
 
-def _aopc(maps: Mapping[str, Any], found: Mapping[str, Any], approach: str, tail: str) -> list[Table]:
+def _aopc(maps: Mapping[str, Any], quality: MapQuality, morf: MorfResult, approach: str, tail: str) -> list[Table]:
     rows, further = [], []
     for order in sorted(maps["orders"], key=lambda o: -maps["orders"][o]["aopc"]["mean"]):
-        of, seconds = maps["orders"][order], found["seconds_per_map"].get(order)
+        of, seconds = maps["orders"][order], quality.seconds_per_map.get(order)
         row = [order_name(order, approach), *_bounded(of["aopc"], 100)]
         for gap in (of["over_random"], of["over_mean_map"], of["over_explainer"]):
             row += [signed(gap["mean"]), signed_bounds(gap)] if gap else [NONE, NONE]
         rows.append(row)
-        tied = found["morf"].get(order, {}).get("tied_images")
+        tied = morf.ties.get(order)
         further.append([row[0], *(text for key, scale in (("all_regions", 100), ("logit", 1), ("logit_all_regions", 1))
                                   for text in _bounded(of[key], scale)),
-                        NONE if tied is None else f"{100 * tied:.0f}",
-                        str(found["evaluations_per_map"].get(order) or NONE),
+                        NONE if tied is None else f"{100 * tied.images:.0f}",
+                        str(quality.evaluations_per_map.get(order) or NONE),
                         NONE if seconds is None else f"{1000 * seconds:.2f}"])
     explainer = order_name(maps["explainer"], approach) if maps["explainer"] else "explainer"
     own = frozenset(i for i, row in enumerate(rows) if row[0] in {order_name(o, approach) for o in OWN})
@@ -167,17 +195,17 @@ _PREDICTORS = {"decoder": "the decoder", "mean_map": "the mean training map, for
                "random_decoder": "a decoder with random weights"}
 
 
-def _fidelity(maps: Mapping[str, Any], found: Mapping[str, Any], tail: str) -> Table:
-    about, measures = found["fidelity"], ("mse", "correlation", "overlap")
+def _fidelity(maps: Mapping[str, Any], fidelity: FidelityResult, tail: str) -> Table:
+    measures = ("mse", "correlation", "overlap")
     rows = [[_PREDICTORS.get(name, name), *(estimated(of.get(measure)) for measure in measures),
              estimated((of.get("correlation") or {}).get("decoder_over"), sign=True)]
             for name, of in maps["fidelity"].items()]
     return Table(f"fidelity-{tail}", ["predictor of the map", "MSE", "correlation",
-                                      f"overlap of the top {percent(about['top_share'], 0)} %",
+                                      f"overlap of the top {percent(fidelity.top_share, 0)} %",
                                       "decoder ahead by (correlation)"], rows,
                  frozenset({1, 2, 3, 4}), frozenset(i for i, name in enumerate(maps["fidelity"]) if name == "decoder"),
-                 f"How well {order_name(about['target'], '')} is predicted on test images (maps scaled: "
-                 f"{about['scale']}); the decoder is worth something where it beats the mean maps")
+                 f"How well {order_name(fidelity.target, '')} is predicted on test images (maps scaled: "
+                 f"{fidelity.scale}); the decoder is worth something where it beats the mean maps")
 
 
 def _examples(arrays: Arrays, approach: str, tail: str, names: list[str]) -> Figure:
@@ -186,16 +214,17 @@ def _examples(arrays: Arrays, approach: str, tail: str, names: list[str]) -> Fig
     own = [order for order in orders if order in OWN]
     shap = [order for order in orders if order.endswith("_predicted")][:1]
     places, columns = np.asarray(arrays["shown"])[:EXAMPLES], shap + own
-    drawn = columns + [RANDOM] if f"curve.{RANDOM}" in arrays else columns
+    drawn = [order for order in [*columns, RANDOM] if f"curve.{order}" in arrays]  # none without MoRF
     limits = {order: colour_limit(arrays[f"maps.{order}"]) for order in columns}
-    made = figure(1.5 * (1 + len(columns)) + 2.6, 1.42 * len(places) + 0.9)
-    panels = made.subplots(len(places), 2 + len(columns), squeeze=False,
-                           gridspec_kw={"width_ratios": [1] * (1 + len(columns)) + [1.7]})
+    wide = 1.5 * (1 + len(columns)) + (2.6 if drawn else 0.2)
+    made = figure(wide, 1.42 * len(places) + 0.9)
+    ratios = [1.0] * (1 + len(columns)) + [1.7] * bool(drawn)
+    panels = made.subplots(len(places), len(ratios), squeeze=False, gridspec_kw={"width_ratios": ratios})
     for i, (row, place) in enumerate(zip(panels, places, strict=True)):
         predicted, label = int(arrays["predicted"][place]), int(arrays["labels"][place])
         row[0].imshow(arrays["images"][i], interpolation="nearest")
-        score = arrays[f"curve.{drawn[0]}"][place, 0] if drawn else float("nan")
-        row[0].set_title(f"{_short(names[predicted])} {score:.2f}"
+        score = f" {arrays[f'curve.{drawn[0]}'][place, 0]:.2f}" if drawn else ""
+        row[0].set_title(f"{_short(names[predicted])}{score}"
                          + ("" if predicted == label else f"\n(is {_short(names[label])})"), fontsize=9)
         for panel, order in zip(row[1:], columns, strict=False):
             panel.imshow(arrays[f"maps.{order}"][i].sum(0), cmap=COLOURS, vmin=-limits[order], vmax=limits[order],
@@ -203,15 +232,17 @@ def _examples(arrays: Arrays, approach: str, tail: str, names: list[str]) -> Fig
             if i == 0:
                 panel.set_title(order_name(order, approach).replace(" of this model,", "\n").replace("'s ", "'s\n"),
                                 fontsize=8.5, color=SOFT)
-        for panel in row[:-1]:
+        for panel in row[:1 + len(columns)]:
             panel.set_axis_off()
-        _small_curves(row[-1], arrays, drawn, int(place), approach, first=i == 0, last=i == len(places) - 1)
-    return Figure(f"examples-{tail}.png", png(made), "Test images with their class and score, maps and MoRF curves",
+        if drawn:
+            _small_curves(row[-1], arrays, drawn, int(place), approach, first=i == 0, last=i == len(places) - 1)
+    return Figure(f"examples-{tail}.png", png(made), "Test images with their class"
+                  + (" and score, maps and MoRF curves" if drawn else " and maps"),
                   "Test images, one of each class first, none picked by hand. Red speaks for the class that a "
                   "map explains, blue against it: the predicted one in SHAP's, the true one in those that a decoder "
-                  "learns; attention has no sign. Each column has one scale, symmetric around zero. Right: this "
-                  "image's MoRF curves (probability of the predicted class over the regions replaced).",
-                  int(100 * (1.5 * (1 + len(columns)) + 2.6)))
+                  "learns; attention has no sign. Each column has one scale, symmetric around zero."
+                  + (" Right: this image's MoRF curves (probability of the predicted class over the regions "
+                     "replaced)." if drawn else ""), int(100 * wide))
 
 
 def _short(name: str) -> str:

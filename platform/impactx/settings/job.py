@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     Field,
     field_validator,
     model_validator,
@@ -15,8 +16,23 @@ from impactx.settings.approaches import ApproachSettings
 from impactx.settings.attribution import AttributionSettings, MapSettings, PartitionSettings
 from impactx.settings.base import Fraction, Settings, unique
 from impactx.settings.cell import DatasetSettings, GridSettings, ModelSettings, TrainingSettings
+from impactx.settings.extensions import AnyMapMetric, MapMetricSettings, map_metric
 
 MapOrder = Literal["own", "predicted", "true", "of_a", "mean_map"]
+
+
+def _metrics_by_name(metrics: Any) -> Any:
+    """Let a bare name stand for the metric with its defaults."""
+    return [{"metric": one} if isinstance(one, str) else one for one in metrics] if isinstance(metrics, list) else metrics
+
+
+def _no_metric_twice(metrics: list[MapMetricSettings]) -> list[MapMetricSettings]:
+    unique([one.metric for one in metrics])
+    return metrics
+
+
+def _default_metrics() -> list[Any]:
+    return [map_metric.parse({"metric": name}) for name in ("morf", "fidelity")]
 
 
 class EvaluationSettings(Settings):
@@ -25,12 +41,13 @@ class EvaluationSettings(Settings):
     resamples: int = Field(10_000, ge=100, le=1_000_000, description="of the bootstrap that gives intervals")
     confidence: Fraction = Field(0.95, description="of the intervals; 1 - confidence is the level of the tests")
     map_images: int = Field(1000, ge=0, description=(
-        "test images on which each final model's maps are judged, by MoRF and by their fidelity, drawn stratified, the "
-        "same for every model of a data set; more than there are: all; 0: none"))
+        "test images on which each final model's maps are judged, drawn stratified, the same for every "
+        "model of a data set; more than there are: all; 0: none"))
     seed: int = Field(0, ge=0, lt=2**31, description="of that draw, of the noise, of random orders and of resamples")
-    region: int | None = Field(None, ge=1, description=(
-        "side in pixels of MoRF's regions; None: an eighth of the image's, rounded down to a power of two (4 at 32, "
-        "8 at 96)"))
+    metrics: Annotated[list[AnyMapMetric], BeforeValidator(_metrics_by_name), AfterValidator(_no_metric_twice)] = Field(
+        default_factory=_default_metrics, min_length=1, description=(
+            "by what maps are judged, each a metric with its settings; a bare name stands for the metric's defaults: "
+            "`evaluation.metrics=[{metric: morf, region: 8}, fidelity]`"))
     orders: Annotated[list[MapOrder], AfterValidator(unique)] = Field(
         ["own", "predicted", "true", "of_a", "mean_map"], description=(
             "maps that are judged, as far as a model has them: own: what the model itself makes in its forward pass; "
@@ -40,6 +57,14 @@ class EvaluationSettings(Settings):
     attributions: list[AttributionSettings] = Field([], description=(
         "further attributions whose maps for the predicted class are judged"))
     approaches: list[str] | None = Field(None, description="whose models' maps are judged; None: all, A's as well")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _region_is_morfs(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "region" in values:
+            raise ValueError(f"evaluation.region is a setting of the metric morf: write "
+                             f"evaluation.metrics=[{{metric: morf, region: {values['region']}}}, fidelity]")
+        return values
 
 
 class ClusterSettings(Settings):
@@ -138,7 +163,7 @@ class ExperimentSettings(Settings):
     attribution: AttributionSettings = PartitionSettings()
     maps: MapSettings = MapSettings()
     approaches: dict[str, ApproachSettings] = Field(default_factory=dict)
-    evaluation: EvaluationSettings = EvaluationSettings()
+    evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
     cluster: ClusterSettings = ClusterSettings()
     tracking: TrackingSettings = TrackingSettings()
 

@@ -119,6 +119,10 @@ class Registry(Generic[E]):
         return Annotated[
             SerializeAsAny[base], BeforeValidator(self.parse)]  # type: ignore[misc,valid-type]
 
+    def classes(self) -> dict[str, type[E]]:
+        """Return all registered extensions by their names, sorted."""
+        return {name: self._classes[name] for name in self.names()}
+
     def _unknown(self, name: str) -> str:
         close = difflib.get_close_matches(name, self._classes, n=1)
         return (f"no such {self.kind}; " + (f"did you mean {close[0]!r}? " if close else "")
@@ -130,3 +134,12 @@ class Registry(Generic[E]):
             package = importlib.import_module(self._packages.pop())
             for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
                 importlib.import_module(module.name)
+
+
+def registry_of(annotation: Any) -> Registry[Any] | None:
+    """Return the registry behind an annotation that `Registry.field` gave, else None."""
+    for item in getattr(annotation, "__metadata__", ()):
+        owner = getattr(getattr(item, "func", None), "__self__", None)
+        if isinstance(owner, Registry):
+            return owner
+    return None

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from impactx.configuration import ConfigurationError, load_settings
-from impactx.evaluation import morf
+from impactx.evaluation.judgement import MapQuality
+from impactx.evaluation.metrics import morf
 from impactx.experiment.executor import LocalExecutor
-from impactx.experiment.explanations import map_metrics
 from impactx.experiment.preparation import prepare
 from impactx.experiment.run import Job
 from impactx.experiment.survey import survey
@@ -74,10 +74,10 @@ class Done:
         self.attribution = build_attribution(settings.attribution)
 
     def result(self, approach):
-        return json.loads(Path(self.place.output, self.rows[approach].explanations, "result.json").read_text())
+        return json.loads(Path(self.place.output, self.rows[approach].map_quality, "result.json").read_text())
 
     def arrays(self, approach):
-        with np.load(Path(self.place.output, self.rows[approach].explanations, MAP_SCORES)) as held:
+        with np.load(Path(self.place.output, self.rows[approach].map_quality, MAP_SCORES)) as held:
             return dict(held)
 
     def model(self, approach):
@@ -85,6 +85,14 @@ class Done:
 
     def pixels(self, rows):
         return torch.from_numpy(np.array(self.test.images[rows])).permute(0, 3, 1, 2).float() / 255
+
+
+def morf_of(result):
+    return result["results"]["morf"]
+
+
+def orders(result):
+    return morf_of(result)["values"]
 
 
 @pytest.fixture(scope="module")
@@ -99,17 +107,18 @@ def done(tmp_path_factory, shared) -> Done:
 
 def test_each_model_is_judged_by_the_maps_that_it_has(done):
     both = ["random", "least_relevant_first", "shap_predicted", "shap_true", "grad_cam_predicted"]
-    assert set(done.result("baseline")["morf"]) == set(both)
-    assert set(done.result("impactx")["morf"]) == set(both) | {"decoder", "shap_of_a", "mean_map"}
-    assert set(done.result("abn")["morf"]) == set(both) | {"attention"} and done.result("abn")["fidelity"] is None
+    assert set(orders(done.result("baseline"))) == set(both)
+    assert set(orders(done.result("impactx"))) == set(both) | {"decoder", "shap_of_a", "mean_map"}
+    assert set(orders(done.result("abn"))) == set(both) | {"attention"} and "fidelity" not in done.result("abn")["results"]
     # With lambda = 0 nothing teaches the decoder: what it makes is no explanation.
-    assert set(done.result("lambda0")["morf"]) == set(both) | {"shap_of_a", "mean_map"}
-    assert done.result("lambda0")["fidelity"] is None
+    assert set(orders(done.result("lambda0"))) == set(both) | {"shap_of_a", "mean_map"}
+    assert "fidelity" not in done.result("lambda0")["results"]
     # WAE must be given a map of the image: it has no score of the image alone.
-    assert done.rows["wae"].explanations is None
+    assert done.rows["wae"].map_quality is None
     for approach in done.rows.keys() - {"wae"}:
         result, arrays = done.result(approach), done.arrays(approach)
-        assert (result["images"], result["region"], result["regions"], result["early_regions"]) == (IMAGES, 4, 64, 10)
+        grid = morf_of(result)
+        assert (result["images"], grid["region"], grid["regions"], grid["early_regions"]) == (IMAGES, 4, 64, 10)
         # The same images for all, every class among them.
         assert np.array_equal(arrays["rows"], done.arrays("baseline")["rows"])
         assert np.array_equal(np.unique(arrays["labels"]), np.arange(10)) and len(np.unique(arrays["rows"])) == IMAGES
@@ -127,7 +136,7 @@ def test_the_plan_counts_what_is_judged(done):
     for judgement in steps.judged.values():
         result = done.place.artifacts.result(judgement.unit)
         assert judgement.images == result["images"]
-        assert judgement.morf((32, 32)).most == IMAGES * (1 + 64 * len(result["morf"]))
+        assert judgement.metrics((32, 32)).most == IMAGES * (1 + 64 * len(orders(result)))
         own = {"decoder", "attention"}
         assert sorted(passes.most for passes in judgement.maps((32, 32))) == sorted(
             IMAGES * each for name, each in result["evaluations_per_map"].items() if name not in own)
@@ -169,25 +178,27 @@ def test_maps_for_the_true_class_are_made_anew_only_where_the_prediction_is_wron
 
 def test_summaries_are_means_of_the_images_and_pairs_are_differences(done):
     result, arrays = done.result("impactx"), done.arrays("impactx")
-    for name, order in result["morf"].items():
-        assert order["probability"]["mean"] == pytest.approx(arrays[f"curve.{name}"].mean(0).tolist(), abs=1e-6)
-        assert all(lo <= mean <= hi for lo, mean, hi in zip(*(order["logit"][k] for k in ("low", "mean", "high")),
+    for name, order in orders(result).items():
+        curve = morf_of(result)["curves"][name]
+        assert curve["probability"]["mean"] == pytest.approx(arrays[f"curve.{name}"].mean(0).tolist(), abs=1e-6)
+        assert all(lo <= mean <= hi for lo, mean, hi in zip(*(curve["logit"][k] for k in ("low", "mean", "high")),
                                                             strict=True))
         mine = arrays[f"aopc.{name}.logit.early"]
-        assert order["aopc"]["logit"]["early"]["mean"] == pytest.approx(mine.mean())
+        assert order["aopc_logit"]["mean"] == pytest.approx(mine.mean())
         if name != "random":
             difference = (mine - arrays["aopc.random.logit.early"]).mean()
-            assert order["aopc_over_random"]["logit"]["early"]["mean"] == pytest.approx(difference)
-    assert "aopc_over_shap_predicted" in result["morf"]["decoder"]
-    assert "aopc_over_shap_predicted" not in result["morf"]["shap_predicted"]
+            assert order["aopc_logit_over_random"]["mean"] == pytest.approx(difference)
+    assert "aopc_over_shap_predicted" in orders(result)["decoder"]
+    assert "aopc_over_shap_predicted" not in orders(result)["shap_predicted"]
     # Of the decoder's map every region differs; a map of 60 evaluations has few values.
-    assert result["morf"]["decoder"]["tied_images"] == 0 and result["morf"]["shap_predicted"]["tied_regions"] > 10
+    ties = morf_of(result)["ties"]
+    assert ties["decoder"]["images"] == 0 and ties["shap_predicted"]["regions"] > 10
 
 
 def test_fidelity_is_that_of_the_kept_decoder(done):
     result, arrays = done.result("impactx"), done.arrays("impactx")
-    assert result["fidelity"]["target"] == "shap_of_a" and done.result("baseline")["fidelity"] is None
-    unit = json.loads(Path(done.place.output, done.rows["impactx"].explanations, "result.json").read_text())
+    assert result["results"]["fidelity"]["target"] == "shap_of_a" and "fidelity" not in done.result("baseline")["results"]
+    unit = json.loads(Path(done.place.output, done.rows["impactx"].map_quality, "result.json").read_text())
     assert len(list(Path(done.place.output, "maps").glob("*/result.json"))) == 3  # and WAE's
     store = MapStore.open(done.place.artifacts.storage, f"maps/{unit['recipe']['maps']}")
     maps = np.array(done.place.map_array(store, done.data), np.float64)
@@ -199,7 +210,7 @@ def test_fidelity_is_that_of_the_kept_decoder(done):
     of_a = done.attribution.explain(done.model("baseline"), done.test.images[rows], done.test.labels[rows],
                                     indices=rows).maps * scale
     decoded = done.model("impactx").with_maps(done.pixels(rows))[1].detach().numpy()
-    predictors = result["fidelity"]["predictors"]
+    predictors = result["results"]["fidelity"]["values"]
     assert predictors["decoder"]["mse"]["mean"] == pytest.approx(((decoded - of_a) ** 2).mean(), rel=1e-4)
     mean = maps[train].mean(0) * scale
     assert predictors["mean_map"]["mse"]["mean"] == pytest.approx(((mean - of_a) ** 2).mean(), rel=1e-4)
@@ -213,42 +224,41 @@ def test_fidelity_is_that_of_the_kept_decoder(done):
 
 
 def test_the_tracker_has_the_numbers_and_the_evidence_the_results(done):
-    name = next(n for n in done.notes.metrics if n.startswith("explanations of impactx"))
+    name = next(n for n in done.notes.metrics if n.startswith("map quality of impactx"))
     result = done.result("impactx")
-    assert done.notes.metrics[name] == map_metrics(result)
-    assert done.notes.metrics[name]["morf_aopc_decoder"] == result["morf"]["decoder"]["aopc"]["probability"]["early"][
-        "mean"]
-    assert {"explanations.json", "map_scores.npz"} <= set(done.notes.artifacts[name])
+    assert done.notes.metrics[name] == MapQuality.from_json(result).metrics()
+    assert done.notes.metrics[name]["morf_aopc_decoder"] == morf_of(result)["values"]["decoder"]["aopc"]["mean"]
+    assert {"map_quality.json", "map_scores.npz"} <= set(done.notes.artifacts[name])
     entry = next(a for a in done.job.evidence["cells"][0]["approaches"] if a["approach"] == "impactx")
-    assert entry["explanations"] == [result]
+    assert entry["map_quality"] == [result]
     assert entry["maps"]["explainer"] == "shap_predicted"
     assert entry["maps"]["orders"]["decoder"]["aopc"]["mean"] == pytest.approx(done.notes.metrics[name][
         "morf_aopc_decoder"])
     assert entry["maps"]["fidelity"]["mean_map"]["mse"]["mean"] == pytest.approx(
-        result["fidelity"]["predictors"]["mean_map"]["mse"]["mean"])
+        result["results"]["fidelity"]["values"]["mean_map"]["mse"]["mean"])
     kept = Path(done.place.output, "jobs", done.job.key, "evidence.json")
     assert json.loads(kept.read_text()) == done.job.evidence
 
 
 def test_the_same_again_reuses_and_other_choices_do_not(done, shared):
     again = Done(done.place.output, shared)
-    names = {name for name in done.notes.metrics if name.startswith("explanations")}
+    names = {name for name in done.notes.metrics if name.startswith("map quality")}
     assert len(names) == 4 and not names & again.notes.artifacts.keys() and again.rows == done.rows
     assert all(again.notes.metrics[name] == done.notes.metrics[name] for name in names)
     other = Done(done.place.output, shared, "evaluation.map_images=0")
-    assert {row.explanations for row in other.rows.values()} == {None}
+    assert {row.map_quality for row in other.rows.values()} == {None}
     own = Done(done.place.output, shared, "evaluation.orders=[own]", "evaluation.attributions=[]",
-               "evaluation.approaches=[impactx]", "evaluation.region=8")
-    assert own.rows["baseline"].explanations is None
+               "evaluation.approaches=[impactx]", "evaluation.metrics=[{metric: morf, region: 8}, fidelity]")
+    assert own.rows["baseline"].map_quality is None
     found = own.result("impactx")
-    assert set(found["morf"]) == {"decoder", "random", "least_relevant_first"} and found["regions"] == 16
-    assert found["fidelity"] is None and set(own.arrays("impactx")) >= {"curve.decoder"}
+    assert set(orders(found)) == {"decoder", "random", "least_relevant_first"} and morf_of(found)["regions"] == 16
+    assert "fidelity" not in found["results"] and set(own.arrays("impactx")) >= {"curve.decoder"}
 
 
 def test_impossible_choices_are_errors(shared, tmp_path):
     with pytest.raises(ConfigurationError, match=r"evaluation.approaches = \['ensemble'\]: no such approach"):
         Done(tmp_path, shared, "evaluation.approaches=[ensemble]")
-    with pytest.raises(ConfigurationError, match="evaluation.region = 33: .*32x32.*digits"):
-        Done(tmp_path, shared, "evaluation.region=33")
+    with pytest.raises(ConfigurationError, match="evaluation.metrics: morf: region = 33: .*32x32.*digits"):
+        Done(tmp_path, shared, "evaluation.metrics=[{metric: morf, region: 33}]")
     with pytest.raises(ConfigurationError, match="evaluation.attributions"):
         Done(tmp_path, shared, "evaluation.attributions=[{method: occlusion, window: 40}]")
