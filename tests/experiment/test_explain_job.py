@@ -23,7 +23,7 @@ from impactx.experiment.model_source import timm_classifier
 from impactx.experiment.tracker import NoTracker
 from impactx.experiment.units import WorkError
 from impactx.experiment.work import ShardWorker
-from impactx.explain.sheet import SheetError
+from impactx.explain.maps.sheet import SheetError
 from impactx.models import build_classifier, build_impactx, save_checkpoint
 from impactx.settings import DatasetSettings, ImpactxSettings, ModelSettings
 

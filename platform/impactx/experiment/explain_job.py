@@ -18,10 +18,9 @@ from impactx.experiment.preparation import absolute_path, check_attribution, ope
 from impactx.experiment.units import Unit
 from impactx.experiment.work import maps_complete
 from impactx.experiment.workplace import Workplace
-from impactx.explain.attribution import build_attribution
-from impactx.explain.reading import store_at
-from impactx.explain.sheet import check_sheet, draw_sheet
-from impactx.explain.store import MapStore, StoreError
+from impactx.explain.maps.reading import store_at
+from impactx.explain.maps.sheet import check_sheet, draw_sheet
+from impactx.explain.maps.store import MapStore, StoreError
 from impactx.settings import DatasetSettings, ExplainSettings, ModelSettings
 from impactx.timing import Progress
 
@@ -95,7 +94,7 @@ def prepare(settings: ExplainSettings, choice: ModelChoice, sheet: str | Path | 
         log.warning("the model has %d scores and the images %d classes: label k is taken for score k", scores,
                     data.num_classes)
     if (attribution.evaluations(data.image_size) or 0) <= CHEAP:
-        build_attribution(attribution).explain(model, data.train.images[:1], data.train.labels[:1])
+        attribution.explain(model, data.train.images[:1], data.train.labels[:1])
     return Explained(_unit(settings, dataset, data, source, weights, about), place, data)
 
 

@@ -24,12 +24,11 @@ from impactx.experiment.subject import (
     add_own_maps,
     network_maps,
     own_network,
-    short_name,
 )
 from impactx.experiment.units import MAP_SCORES, Unit, WorkError
 from impactx.experiment.workplace import Workplace
 from impactx.explain.allocation import keep_freed_memory
-from impactx.explain.fast import fast_score
+from impactx.explain.partition.fast import fast_score
 from impactx.explain.precision import forward_precision
 from impactx.settings import EvaluationSettings
 
@@ -175,7 +174,7 @@ def _each(areas: Mapping[str, Mapping[str, np.ndarray]], settings: EvaluationSet
 
 def _fidelity(subject: Subject, own: str, learned: Learned, arrays: dict[str, np.ndarray]) -> dict[str, Any] | None:
     """The decoder's maps against those that it learns, beside predictors that do not look at the image."""
-    target = f"{short_name(learned.attribution)}_of_a"
+    target = f"{learned.attribution.title}_of_a"
     if target not in subject.maps:
         return None
     truth = learned.scaled(subject.maps[target])

@@ -11,7 +11,7 @@ from typing import Any
 from impactx.experiment.plan import Cell
 from impactx.experiment.rates import TrainingRate
 from impactx.experiment.units import Unit
-from impactx.settings import AttributionSettings
+from impactx.explain.attribution import Attribution
 
 MAPS, JUDGING = "maps", "judging"
 
@@ -53,7 +53,7 @@ def made_of(unit: Unit) -> str:
     return json.dumps([unit.inputs["attribution"], unit.inputs.get("target", "label")], sort_keys=True)
 
 
-def made_by(attribution: AttributionSettings) -> str:
+def made_by(attribution: Attribution) -> str:
     """The same of maps of one class."""
     return json.dumps([attribution.described(), "label"], sort_keys=True)
 
@@ -86,7 +86,7 @@ class Measured:
         return {slot: sum(count * _mean(rates) for count, rates in self._rates[key])
                 for slot, key in keys.items() if key in self._rates}
 
-    def maps_of(self, slot: str, cell: Cell, what: str, attribution: AttributionSettings) -> float:
+    def maps_of(self, slot: str, cell: Cell, what: str, attribution: Attribution) -> float:
         """Maps a second of one process: of A where models are judged, or of what a training makes them of itself."""
         found = self._rates[slot, *like(cell), what, 0, made_by(attribution)]
         return sum(count * _mean(rates) for count, rates in found) / sum(count for count, _ in found)

@@ -15,7 +15,8 @@ from typing import Any
 
 from impactx.experiment.approaches import Approach, Basis, approaches_of
 from impactx.experiment.units import FORMAT, Unit, fingerprint
-from impactx.settings import AttributionSettings, DatasetSettings, ExperimentSettings, ModelSettings
+from impactx.explain.attribution import Attribution
+from impactx.settings import DatasetSettings, ExperimentSettings, ModelSettings
 
 BASELINE = "baseline"
 # Settings of a training that do not change what comes out of it.
@@ -154,7 +155,7 @@ class Cell:
         return self.training("model", f"A repeat {repeat}", 1, BASELINE, c, repeat, {}, {}, {})
 
     def maps(self, a: Unit, a_result: Mapping[str, Any], repeat: int, *,
-             attribution: AttributionSettings | None = None, target: str = "label", part: str = "train") -> Unit:
+             attribution: Attribution | None = None, target: str = "label", part: str = "train") -> Unit:
         """The maps of every image of a part (train or test), of the A that unit `a` trained.
 
         attribution: None: the experiment's. target: "label": of the true class's score; "class_weighted": of all

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from impactx.configuration import ConfigurationError, check_weights_file
 from impactx.datasets import DataError, Dataset, load_dataset, locate, make_split
@@ -17,13 +16,10 @@ from impactx.experiment.plan import Cell, DataFacts
 from impactx.experiment.survey import evaluations_of_map, images_of_store, survey
 from impactx.experiment.units import Artifacts
 from impactx.experiment.workplace import Workplace
-from impactx.explain.attribution import build_attribution
-from impactx.explain.masking import MaskerError, parse_masker
-from impactx.explain.scores import MissingPackage
+from impactx.explain.attribution import Attribution, MissingPackage
 from impactx.fetching import fetch_file, is_remote
 from impactx.models import UnknownArchitecture, build_classifier, check_architecture
 from impactx.settings import (
-    AttributionSettings,
     DatasetSettings,
     ExperimentSettings,
     ModelSettings,
@@ -100,31 +96,28 @@ def _check_names(settings: ExperimentSettings) -> dict[str, str | None]:
     return files
 
 
-def _attributions(settings: ExperimentSettings) -> dict[str, AttributionSettings]:
+def _attributions(settings: ExperimentSettings) -> dict[str, Attribution]:
     """The experiment's attribution and those that approaches have of their own, by where they are set."""
     own = {f"approaches.{a.name}.attribution": a.attribution for a in approaches_of(settings)}
     return {"attribution": settings.attribution} | {place: found for place, found in own.items() if found is not None}
 
 
-def check_attribution(attribution: AttributionSettings, data: Dataset | None = None, *,
+def check_attribution(attribution: Attribution, data: Dataset | None = None, *,
                       place: str = "attribution") -> None:
-    """Raise ConfigurationError where maskers do not fit the data's images, or a package is missing.
+    """Raise ConfigurationError where a setting does not fit the data's images, or a package is missing.
 
     place: where it is set, for the message.
     """
-    for name in attribution.hidden_by if data is not None else ():
-        try:
-            parse_masker(name).background(torch.zeros(1, data.channels, *data.image_size))
-        except MaskerError as error:
-            raise ConfigurationError(f"{place}: {error}, for {data.name}") from error
     try:
-        build_attribution(attribution)
+        attribution.check_available()
     except MissingPackage as error:
         raise ConfigurationError(f"{place}: {error}" if place != "attribution" else str(error)) from error
-    window = getattr(attribution, "window", 0)
-    if data is not None and window > min(data.image_size):
-        raise ConfigurationError(f"{place}.window = {window} is larger than the images of {data.name} "
-                                 f"({data.image_size[0]}x{data.image_size[1]})")
+    try:
+        if data is not None:
+            attribution.check(data.channels, data.image_size)
+    except ValueError as error:
+        joint = "." if re.match(r"\w+ = ", str(error)) else ": "  # "window = 40 is too large": a setting
+        raise ConfigurationError(f"{place}{joint}{error}, for {data.name}") from error
 
 
 def _check_region(settings: ExperimentSettings, size: tuple[int, int], name: str) -> None:

@@ -26,7 +26,7 @@ from impactx.experiment.survey import (
     survey,
 )
 from impactx.experiment.units import Artifacts, Unit
-from impactx.settings import AttributionSettings
+from impactx.explain.attribution import Attribution
 from impactx.timing import duration
 
 HOUR = 3600.0
@@ -209,7 +209,7 @@ def _training(cell: Cell, what: str, slot: str, points: Sequence[Configuration],
 class OwnMaps:
     """The maps that one training makes itself; evaluations: of each."""
 
-    attribution: AttributionSettings
+    attribution: Attribution
     maps: Range
     evaluations: int
 

@@ -20,10 +20,9 @@ from impactx.experiment.plan import Cell
 from impactx.experiment.units import Unit, WorkError
 from impactx.experiment.workplace import Workplace
 from impactx.explain.allocation import keep_freed_memory
-from impactx.explain.attribution import build_attribution
 from impactx.explain.weighted import explain_by_own_probabilities
 from impactx.models import Classifier, build_classifier
-from impactx.settings import parse_attribution
+from impactx.settings import extensions
 from impactx.training import train_stage1
 
 SECONDS = 2.0  # of work that is measured; more only where one step takes longer
@@ -140,7 +139,7 @@ def measure_maps(cell: Cell, place: Workplace, attribution: Mapping[str, Any], t
     else:
         model = _named(cell, approach).explains(cell.model, data, cell.settings.seed)
     model = model.eval().requires_grad_(False).to(device)
-    maker = build_attribution(parse_attribution(attribution))
+    maker = extensions.attribution.parse(attribution)
 
     def run(count: int) -> float:
         rows = np.arange(count)

@@ -15,10 +15,11 @@ from impactx.experiment.model_source import open_model
 from impactx.experiment.units import Unit, WorkError
 from impactx.experiment.work import split_of
 from impactx.experiment.workplace import Workplace
-from impactx.explain.attribution import AttributionError, build_attribution
-from impactx.explain.masking import MaskerError
-from impactx.explain.store import MapStore, largest_scale, map_scale
-from impactx.settings import AttributionSettings, EvaluationSettings, parse_attribution
+from impactx.explain.attribution import Attribution, AttributionError
+from impactx.explain.maps.scale import largest_scale, map_scale
+from impactx.explain.maps.store import MapStore
+from impactx.settings import EvaluationSettings, extensions
+from impactx.settings.masker import MaskerError
 
 
 @dataclass
@@ -53,7 +54,7 @@ class Subject:
         most = 4096 if self.device.type == "cuda" else 250
         return max(1, min(most, self.place.memory_bytes // (32 * self.images[0].size)))
 
-    def explain(self, name: str, settings: AttributionSettings, model: nn.Module, classes: np.ndarray,
+    def explain(self, name: str, attribution: Attribution, model: nn.Module, classes: np.ndarray,
                 known: tuple[np.ndarray, np.ndarray] | None = None) -> None:
         """Add the maps of an attribution for these classes. known: classes and maps of the same model that need not
         be made again."""
@@ -63,26 +64,21 @@ class Subject:
         if again.any():
             started = time.perf_counter()
             try:
-                found[again] = build_attribution(settings).explain(
+                found[again] = attribution.explain(
                     model, self.images[again], classes[again], device=self.device,
                     memory_bytes=self.place.memory_bytes, indices=self.rows[again]).maps
             except (AttributionError, MaskerError) as error:
-                raise WorkError(f"{self.unit.name}: maps by {settings.method}, on test images: {error}") from error
+                raise WorkError(f"{self.unit.name}: maps by {attribution.method}, on test images: {error}") from error
             self.seconds[name] = (time.perf_counter() - started) / int(again.sum())
-        self.evaluations[name] = settings.evaluations(self.images.shape[1:3])
+        self.evaluations[name] = attribution.evaluations(self.images.shape[1:3])
         self.maps[name] = found
-
-
-def short_name(settings: AttributionSettings) -> str:
-    """How an attribution is called in the names of orders."""
-    return "shap" if settings.method in ("partition", "shap_partition") else settings.method
 
 
 @dataclass(frozen=True)
 class Learned:
     """What stage 2 was trained on: the attribution of its store, the scale, and mean maps in scaled units."""
 
-    attribution: AttributionSettings
+    attribution: Attribution
     how: str
     scale: float | None  # None: each map by its own largest value
     mean: np.ndarray
@@ -98,7 +94,7 @@ class Learned:
         maps, split, how = place.map_array(store, data), split_of(unit, data), unit.recipe["scale"]
         scale = map_scale(maps, split.train, how)
         mean, by_class = mean_maps(maps, data.train.labels, split.train, data.num_classes, scale)
-        return cls(parse_attribution(store.spec.recipe["attribution"]), how,
+        return cls(extensions.attribution.parse(store.spec.recipe["attribution"]), how,
                    None if isinstance(scale, np.ndarray) else scale, mean, by_class)
 
     def scaled(self, maps: np.ndarray) -> np.ndarray:
@@ -151,25 +147,25 @@ class Order:
     """
 
     name: str
-    attribution: AttributionSettings
+    attribution: Attribution
     classes: Literal["predicted", "true"]
     of_a: bool = False
     beside: str | None = None
 
 
-def orders_of(unit: Unit, taught: AttributionSettings | None) -> list[Order]:
+def orders_of(unit: Unit, taught: Attribution | None) -> list[Order]:
     """The explainers' maps that a judgement compares. taught: whose maps the model learned; None: of none."""
     settings = EvaluationSettings.model_validate(unit.recipe["evaluation"])
-    main, found = parse_attribution(unit.recipe["attribution"]), []
-    predicted = f"{short_name(main)}_predicted"
+    main, found = extensions.attribution.parse(unit.recipe["attribution"]), []
+    predicted = f"{main.title}_predicted"
     if "predicted" in settings.orders:
         found.append(Order(predicted, main, "predicted"))
     if "true" in settings.orders:
-        found.append(Order(f"{short_name(main)}_true", main, "true", beside=predicted if found else None))
+        found.append(Order(f"{main.title}_true", main, "true", beside=predicted if found else None))
     if "of_a" in settings.orders and "a" in unit.inputs:
-        found.append(Order(f"{short_name(taught or main)}_of_a", taught or main, "true", of_a=True))
+        found.append(Order(f"{(taught or main).title}_of_a", taught or main, "true", of_a=True))
     for number, other in enumerate(settings.attributions, 1):
-        name = f"{short_name(other)}_predicted"
+        name = f"{other.title}_predicted"
         known = {order.name for order in found}
         found.append(Order(name if name not in known else f"{name}_{number}", other, "predicted"))
     return found

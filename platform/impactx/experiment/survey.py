@@ -18,8 +18,9 @@ from impactx.experiment.explanations import images_judged
 from impactx.experiment.plan import BASELINE, Cell, Configuration, SelectionError, select
 from impactx.experiment.subject import orders_of, wants_own_maps
 from impactx.experiment.units import Artifacts, Unit
-from impactx.explain.store import HEAD, MapStore
-from impactx.settings import AttributionSettings, EvaluationSettings, parse_attribution
+from impactx.explain.attribution import Attribution
+from impactx.explain.maps.store import HEAD, MapStore
+from impactx.settings import EvaluationSettings, extensions
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Passes:
     number, which differs where it depends on what the model gets wrong.
     """
 
-    attribution: AttributionSettings
+    attribution: Attribution
     networks: int
     least: int
     most: int
@@ -54,17 +55,17 @@ class Judgement:
 
     unit: Unit
     approach: Approach | None
-    taught: AttributionSettings | None
+    taught: Attribution | None
     images: int
 
     @property
-    def attributions(self) -> list[AttributionSettings]:
+    def attributions(self) -> list[Attribution]:
         """Those whose speed it depends on, the experiment's first: MoRF's passes are priced by it."""
         return [self._main, *(order.attribution for order in orders_of(self.unit, self.taught))]
 
     @property
-    def _main(self) -> AttributionSettings:
-        return parse_attribution(self.unit.recipe["attribution"])
+    def _main(self) -> Attribution:
+        return extensions.attribution.parse(self.unit.recipe["attribution"])
 
     def maps(self, size: tuple[int, int]) -> list[Passes]:
         """The passes of the explainers, by order."""
@@ -162,7 +163,7 @@ def survey(cell: Cell, artifacts: Artifacts | None = None) -> Survey:
             known = best is not None
             point = next((point for unit, point in candidates if best and unit.key == best.key), point)
         models[approach.name] = step([approach.model(basis, point) for basis in bases], known)
-    taught = {unit.folder: parse_attribution(unit.inputs["attribution"]) for unit in stores.units}
+    taught = {unit.folder: extensions.attribution.parse(unit.inputs["attribution"]) for unit in stores.units}
     named = {approach.name: approach for approach in approaches}
     judged = {}
     for name, trained in models.items():
@@ -227,8 +228,8 @@ def shards_left(cell: Cell, unit: Unit, artifacts: Artifacts | None) -> list[int
 
 
 def evaluations_of_map(cell: Cell, described: dict, target: str | None, size: tuple[int, int] | None) -> int | None:
-    """Of one map; a sum over classes costs as many where the attribution cannot explain the weighted sum itself."""
-    attribution = parse_attribution(described)
-    each = attribution.evaluations(size)
-    apart = target == "class_weighted" and attribution.method != "partition"
-    return each and each * (cell.facts.num_classes if apart else 1)
+    """Of one map: of one class, or of all of them, weighted ("class_weighted")."""
+    attribution: Attribution = extensions.attribution.parse(described)
+    if target == "class_weighted":
+        return attribution.weighted_evaluations(size, cell.facts.num_classes)
+    return attribution.evaluations(size)

@@ -21,17 +21,16 @@ from impactx.experiment.model_source import open_model
 from impactx.experiment.units import CHECKPOINT, CLAIM, PREDICTIONS, RUNNING, Unit, WorkError
 from impactx.experiment.workplace import Workplace
 from impactx.explain.allocation import keep_freed_memory
-from impactx.explain.attribution import build_attribution
+from impactx.explain.maps.store import PRECISION_ERROR, MapStore, StoreError, StoreSpec
 from impactx.explain.scores import completeness_gaps
-from impactx.explain.store import PRECISION_ERROR, MapStore, StoreError, StoreSpec
 from impactx.explain.weighted import explain_by_own_probabilities
 from impactx.models import save_checkpoint, weights_fingerprint
 from impactx.settings import (
     DatasetSettings,
     ModelSettings,
     TrainingSettings,
+    extensions,
     parse_approach,
-    parse_attribution,
 )
 from impactx.training import train_stage1
 from impactx.training.loop import Metrics, ResumeError
@@ -166,7 +165,7 @@ class ShardWorker:
         self.images = _explained(unit, place.dataset(unit.inputs["dataset"]))
         self.class_weighted = unit.inputs.get("target") == "class_weighted"
         self.model = open_model(unit.inputs["source"], place, unit.recipe["weights"]).to(self.device)
-        self.attribution = build_attribution(parse_attribution(unit.inputs["attribution"]))
+        self.attribution = extensions.attribution.parse(unit.inputs["attribution"])
 
     def make(self, shard: int) -> dict[str, float]:
         """Compute and write one shard. Returns its number of maps and seconds."""
@@ -265,7 +264,7 @@ def evaluate_unit(unit: Unit, place: Workplace, *, device: torch.device | str = 
 def _seconds_of_a_map(store: MapStore, a: torch.nn.Module, test: ImageSet, place: Workplace,
                       device: torch.device | str) -> float:
     """What one process needs for a class-weighted map, in seconds: of eight images at once, or of one that is slow."""
-    maker = build_attribution(parse_attribution(store.spec.recipe["attribution"]))
+    maker = extensions.attribution.parse(store.spec.recipe["attribution"])
     seconds = math.inf
     for images in (test.images[:1], test.images[:8]):  # the first brings the model into its fastest form
         started = time.perf_counter()

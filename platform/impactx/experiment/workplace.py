@@ -18,7 +18,7 @@ from impactx.storage import Storage
 if TYPE_CHECKING:
     import numpy as np
 
-    from impactx.explain.store import MapStore
+    from impactx.explain.maps.store import MapStore
 
 
 @dataclass(frozen=True)

@@ -5,39 +5,18 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from impactx.explain.errors import AttributionError
+
 log = logging.getLogger(__name__)
 
 Score = Callable[[Tensor], Tensor]
 T = TypeVar("T")
-
-
-class AttributionError(ValueError):
-    """A map cannot be made of this model and image; the message names the image and the reason."""
-
-
-class MissingPackage(AttributionError):
-    """A package that this attribution needs is not installed."""
-
-
-def missing_package(package: str, method: str) -> MissingPackage:
-    """The error for a package of the extra `explain` that is not there."""
-    return MissingPackage(f"attribution {method} needs the package {package}, which is not installed: "
-                          "pip install 'impactx[explain]' (on every node that explains)")
-
-
-def captum_attr(method: str) -> Any:
-    """captum's attributions. Raises MissingPackage."""
-    try:
-        import captum.attr
-    except ImportError as error:
-        raise missing_package("captum", method) from error
-    return captum.attr
 
 
 class ClassScores:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from impactx.explain.sheet import COLOURS, colour_limit
+from impactx.explain.maps.sheet import COLOURS, colour_limit
 from impactx.report.blocks import Block, Figure, Section, Table, Text
 from impactx.report.map_words import (
     LEAST,

@@ -27,9 +27,7 @@ log = logging.getLogger("impactx.tracking")
 LOADER, CHECKPOINT, WEIGHTS = "impactx.serving", "checkpoint.pt", "impactx.weights"
 # What `impactx.serving` imports, directly or not; pinned to the versions here.
 REQUIREMENTS = ("mlflow", "torch", "torchvision", "timm", "numba", "numpy", "pillow", "pyarrow", "pydantic", "filelock")
-# What the attributions import on top, where a model has to be given maps (WAE): it makes one of each image by them.
-OF_ATTRIBUTIONS = dict.fromkeys(("integrated_gradients", "gradient_shap", "occlusion", "grad_cam"), ("captum",)) | {
-    "partition": (), "shap_partition": ("shap", "opencv-python-headless")}
+DISTRIBUTIONS = {"cv2": "opencv-python-headless"}  # of packages that attributions import, where the names differ
 
 
 def register(client: Any, experiment_id: str, run_key: str, name: str, content: bytes, about: Mapping[str, Any]) -> str:
@@ -97,7 +95,9 @@ def requirements(loaded: Loaded) -> list[str]:
     """What a machine must have installed to use the model: pinned, or where it is not installed here, its name."""
     attribution = getattr(loaded.approach_settings, "attribution", None)
     given = getattr(loaded.model, "takes_maps", False) and attribution is not None
-    return [_pinned(name) for name in (*REQUIREMENTS, *(OF_ATTRIBUTIONS[attribution.method] if given else ()))]
+    # Where a model has to be given maps (WAE), it makes one of each image by its attribution.
+    imported = attribution.requires if given else ()
+    return [_pinned(name) for name in (*REQUIREMENTS, *(DISTRIBUTIONS.get(name, name) for name in imported))]
 
 
 def _pinned(name: str) -> str:

@@ -242,39 +242,3 @@ class MapStore:
         if maps.shape != expected or maps.dtype != np.float32:
             raise StoreError(f"{target} holds {maps.dtype} {maps.shape}, the store float32 {expected}: delete it")
         return maps
-
-
-def map_scale(maps: np.ndarray, training: np.ndarray, how: str) -> np.ndarray | float:
-    """The factor(s) by which maps are multiplied before stage 2; fitted on the training part alone.
-
-    maps: float32 (N, C, H, W); training: indices. "std": 1 / standard deviation of the training maps, a float;
-    "max_abs": float32 (N,), as `largest_scale`; "raw": 1.0.
-    Raises StoreError where all training maps are constant ("std") or zeros ("max_abs").
-    """
-    if how == "raw":
-        return 1.0
-    if how == "std":
-        # In blocks and in float64: the array may be larger than memory.
-        total = square = 0.0
-        for start in range(0, len(training), 1024):
-            block = np.asarray(maps[training[start:start + 1024]], np.float64)
-            total += block.sum()
-            square += np.square(block).sum()
-        count = len(training) * int(np.prod(maps.shape[1:]))
-        variance = square / count - (total / count) ** 2
-        if not variance > 0:
-            raise StoreError("all training maps are constant: there is nothing to learn from them")
-        return float(variance**-0.5)
-    if not any(np.any(maps[i]) for i in training):
-        raise StoreError("all training maps are zeros: there is nothing to learn from them")
-    return largest_scale(maps)
-
-
-def largest_scale(maps: np.ndarray) -> np.ndarray:
-    """The scale "max_abs" of maps (N, C, H, W): float32 (N,), 1 / each map's largest absolute value.
-
-    A map of zeros, as of an image of one colour that a blur leaves as it is, has 1: no factor changes it.
-    """
-    largest = np.array([np.abs(one).max() for one in maps], np.float32)  # one by one: they may be larger than memory
-    # Of a value below float32's normal ones, 1 / value may be above float32: such a map counts as zeros.
-    return 1 / np.where(largest < np.finfo(np.float32).tiny, np.float32(1), largest)

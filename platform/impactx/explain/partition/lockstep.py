@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from impactx.explain.compose import Composer
-from impactx.explain.fast import FastScore
-from impactx.explain.forward import Forward, PartitionError
-from impactx.explain.frontier import Frontier
-from impactx.explain.head import HeadComposer
 from impactx.explain.masking import Masker
-from impactx.explain.tree import TreeOnDevice
+from impactx.explain.partition.compose import Composer
+from impactx.explain.partition.fast import FastScore
+from impactx.explain.partition.forward import Forward, PartitionError
+from impactx.explain.partition.frontier import Frontier
+from impactx.explain.partition.head import HeadComposer
+from impactx.explain.partition.tree import TreeOnDevice
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from impactx.explain.fast import Head
-from impactx.explain.tree import TreeOnDevice
+from impactx.explain.partition.fast import Head
+from impactx.explain.partition.tree import TreeOnDevice
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]

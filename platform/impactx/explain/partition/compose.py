@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from impactx.explain.tree import PartitionTree, TreeOnDevice
+from impactx.explain.partition.tree import PartitionTree, TreeOnDevice
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from impactx.explain.forward import Forward, Outputs, PartitionError, Score
-from impactx.explain.lockstep import Group, Room
 from impactx.explain.masking import MaskerSpec, parse_masker
-from impactx.explain.tree import TreeOnDevice, build_tree
+from impactx.explain.partition.forward import Forward, Outputs, PartitionError, Score
+from impactx.explain.partition.lockstep import Group, Room
+from impactx.explain.partition.tree import TreeOnDevice, build_tree
 
 GIB = 1 << 30
 _NO_IMAGE = torch.empty(0)

@@ -1,6 +1,6 @@
 """Reading a store of maps: as a torch dataset, or without this package by pyarrow, pandas or DuckDB.
 
-    from impactx.explain.reading import MapDataset
+    from impactx.explain.maps.reading import MapDataset
     maps = MapDataset.open("results/maps/<key>", data)       # data: a datasets.Dataset
     image, label, map = maps[7]                              # of training image 7
 
@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
 from impactx.datasets import Dataset
-from impactx.explain.store import MapStore, StoreError
+from impactx.explain.maps.store import MapStore, StoreError
 from impactx.storage import Storage
 
 
