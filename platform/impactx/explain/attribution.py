@@ -40,8 +40,8 @@ from impactx.explain.scores import (
 )
 from impactx.settings.extensions import AttributionSettings, attribution
 
-__all__ = ["Attribution", "AttributionError", "BatchedAttribution", "Explanations", "MissingPackage",
-           "attribution"]
+__all__ = ["Attribution", "AttributionError", "BatchedAttribution", "Explanations",
+           "MissingPackage", "attribution"]
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Attribution(AttributionSettings, abc.ABC):
 
     @property
     def maskers(self) -> tuple[str, ...]:
-        """The maskers whose backgrounds stand in for hidden pixels: the setting `masker`, if any."""
+        """The maskers that stand in for hidden pixels: by default the setting `masker`, if any."""
         masker = getattr(self, "masker", None)
         return () if masker is None else (masker,)
 
@@ -176,7 +176,7 @@ class Attribution(AttributionSettings, abc.ABC):
         device: torch.device | str = "cpu", memory_bytes: int = 2**29,
         indices: np.ndarray | None = None,
     ) -> Explanations:
-        """Explain a weighted sum of the scores of all classes, by adding up the maps of the classes.
+        """Explain a weighted sum of the scores of all classes: by default, add up the class maps.
 
         Args:
             score: See `explain`.

@@ -1,4 +1,4 @@
-"""The errors of attributions; each message names the image or the setting, the reason and the remedy."""
+"""The errors of attributions; a message names the image or setting, the reason and the remedy."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ class MissingPackage(AttributionError):
 
     def __init__(self, package: str, method: str) -> None:
         install = "'impactx[explain]'" if package in IN_EXTRA else package
-        super().__init__(f"attribution {method} needs the package {package}, which is not installed: "
-                         f"pip install {install} (on every node that explains)")
+        super().__init__(f"attribution {method} needs the package {package}, which is not "
+                         f"installed: pip install {install} (on every node that explains)")

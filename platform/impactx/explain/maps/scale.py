@@ -1,4 +1,4 @@
-"""The scale in which a decoder learns maps: the factors by which maps are multiplied before stage 2."""
+"""The scale in which a decoder learns maps: factors that multiply them before stage 2."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The built-in attributions, one file each; the registry of attributions imports every module here."""
+"""The built-in attributions, one file each; their registry imports every module here."""

@@ -52,7 +52,7 @@ class ShapPartition(PartitionValues, BatchedAttribution):
             stack = torch.from_numpy(np.ascontiguousarray(pixels, np.float32))
             stack = stack.permute(0, 3, 1, 2).contiguous()
             return np.concatenate([scores(part).cpu().numpy()
-                                   for part in stack.to(x.device).split(rows)])
+                                   for part in torch.split(stack.to(x.device), rows)])
 
         with _numpys_random_state_kept():
             for i, name in enumerate(scores.names):

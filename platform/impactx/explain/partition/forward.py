@@ -1,7 +1,8 @@
 """Evaluating masks: compose, run the model, keep the outputs that are explained.
 
-The work of a step (the masks of many images) is cut into even chunks of at most ``forward_batch`` masks. Out of
-memory on an accelerator halves the chunk and goes on. What comes back from the model is checked here, once.
+The work of a step (the masks of many images) is cut into even chunks of at most ``forward_batch``
+masks. Out of memory on an accelerator halves the chunk and goes on. What comes back from the model
+is checked here, once.
 """
 
 from __future__ import annotations
@@ -20,66 +21,87 @@ Score = Callable[[Tensor], Tensor]
 
 
 class PartitionError(ValueError):
-    """Something that cannot be explained: a setting or a score; the message names it and what is allowed."""
+    """A setting or score with which nothing can be explained; the message says what is allowed."""
 
 
 class Outputs:
     """Which outputs are explained: indices an image, weights an image, or all.
 
     Args:
-        spec: ``"all"``; whole numbers (N,) or (N, n), the outputs of each image; or floating point weights (N, K).
-        n_images: N.
-        names: what messages call the images, (N,); default: 0 to N-1.
+        spec: ``"all"``; whole numbers (N,) or (N, n), the outputs of each image; or floating point
+            weights (N, K).
+        n_images: The number of images, N.
+        device: Where the scores are.
+        names: What messages call the images, (N,); default: 0 to N-1.
+
+    Raises:
+        PartitionError: ``spec`` is something else, or has another number of images.
     """
 
     def __init__(
         self, spec: object, n_images: int, device: torch.device, names: Sequence[int] | None = None
     ) -> None:
         if names is not None and len(names) != n_images:
-            raise PartitionError(f"names: {len(names)} for {n_images} images; allowed: one an image")
+            raise PartitionError(
+                f"names: {len(names)} for {n_images} images; allowed: one for each image")
         self.names = range(n_images) if names is None else names
         self.indices: Tensor | None = None
         self.weights: Tensor | None = None
         if isinstance(spec, str):
             if spec != "all":
-                raise PartitionError(f"outputs = {spec!r}; allowed: 'all', class indices or weights")
+                raise PartitionError(
+                    f"outputs = {spec!r}; allowed: 'all', class indices or weights")
             return
-        tensor = torch.tensor(spec).to(device) if isinstance(spec, np.ndarray) else torch.as_tensor(spec).to(device)
+        tensor = torch.tensor(spec) if isinstance(spec, np.ndarray) else torch.as_tensor(spec)
+        tensor = tensor.to(device)
         if tensor.ndim not in (1, 2) or len(tensor) != n_images or tensor.numel() == 0:
             raise PartitionError(
                 f"outputs has the shape {tuple(tensor.shape)}; allowed for {n_images} images: "
-                f"({n_images},) or ({n_images}, n) class indices, or ({n_images}, K) floating point weights"
+                f"({n_images},) or ({n_images}, n) class indices, or ({n_images}, K) floating "
+                "point weights"
             )
         if tensor.is_floating_point():
             if tensor.ndim != 2 or not bool(torch.isfinite(tensor).all()):
-                raise PartitionError("outputs given as weights must be finite, with the shape (N, K)")
+                raise PartitionError(
+                    "outputs given as weights must be finite, with the shape (N, K)")
             self.weights = tensor.double()
         elif tensor.dtype == torch.bool:
-            raise PartitionError("outputs is boolean; allowed: class indices (whole numbers) or weights")
+            raise PartitionError(
+                "outputs is boolean; allowed: class indices (whole numbers) or weights")
         else:
             self.indices = (tensor[:, None] if tensor.ndim == 1 else tensor).long()
 
     def check(self, n_scores: int) -> None:
-        """Raise where the outputs do not fit a model of ``n_scores`` scores."""
+        """Check that the outputs fit a model of ``n_scores`` scores.
+
+        Raises:
+            PartitionError: They do not; the message names the image.
+        """
         if self.indices is not None:
             wrong = ((self.indices < 0) | (self.indices >= n_scores)).any(dim=1).nonzero()
             if len(wrong):
                 image = int(wrong[0])
                 raise PartitionError(
-                    f"outputs: image {self.names[image]} asks for {self.indices[image].tolist()}, the model has "
-                    f"{n_scores} scores; allowed: 0 to {n_scores - 1}"
+                    f"outputs: image {self.names[image]} asks for {self.indices[image].tolist()}, "
+                    f"the model has {n_scores} scores; allowed: 0 to {n_scores - 1}"
                 )
         if self.weights is not None and self.weights.shape[1] != n_scores:
-            raise PartitionError(f"outputs: {self.weights.shape[1]} weights an image, the model has {n_scores} scores")
+            raise PartitionError(f"outputs: {self.weights.shape[1]} weights an image, the model "
+                                 f"has {n_scores} scores")
 
     def count(self, n_scores: int) -> int:
-        """How many outputs come out for an image."""
+        """Return how many outputs there are for an image, of a model of ``n_scores`` scores."""
         if self.indices is not None:
             return self.indices.shape[1]
         return n_scores if self.weights is None else 1
 
     def select(self, scores: Tensor, image: Tensor) -> Tensor:
-        """(B, K) scores of the images ``image`` (B,) -> (B, n outputs)."""
+        """Pick the outputs, (B, n), of scores (B, K).
+
+        Args:
+            scores: Floating point (B, K).
+            image: int64 (B,), the image of each row.
+        """
         if self.indices is not None:
             return scores.gather(1, self.indices[image])
         if self.weights is not None:
@@ -91,29 +113,43 @@ class Forward:
     """Runs ``score`` on composed inputs in chunks and checks what comes back.
 
     Args:
-        score: (B, ...) -> (B, K) tensor.
-        outputs: what is kept of the scores.
-        forward_batch: most masks a call of ``score``; halved for good when an accelerator runs out of memory.
+        score: (B, ...) to scores (B, K).
+        outputs: Which of the scores are kept.
+        forward_batch: How many masks go through the model together at most; halved for good when an
+            accelerator runs out of memory.
+
+    Raises:
+        PartitionError: ``score`` is a module in training mode.
     """
 
     def __init__(self, score: Score, outputs: Outputs, forward_batch: int) -> None:
         if isinstance(score, nn.Module) and getattr(score, "training", False):
-            raise PartitionError("score is a module in training mode (dropout, batch statistics): call eval() first")
+            raise PartitionError("score is a module in training mode (dropout, batch statistics): "
+                                 "call eval() first")
         self.score = score
         self.outputs = outputs
         self.forward_batch = forward_batch
         self.n_scores: int | None = None
 
     def __call__(
-        self, compose: Callable[..., Tensor], image: Tensor, *mask: Tensor, first_image: int, after_head: bool = False
+        self, compose: Callable[..., Tensor], image: Tensor, *mask: Tensor, first_image: int,
+        after_head: bool = False,
     ) -> Tensor:
-        """Selected scores (B, n outputs) of B masks.
+        """Evaluate B masks.
 
         Args:
-            compose: (which, *mask) -> inputs of ``score``.
-            image: int64 (B,), index in the group; ``first_image`` is the group's first.
-            mask: further tensors (B,) that ``compose`` takes.
-            after_head: ``compose`` gives what comes out of a ``FastScore``'s head.
+            compose: (which, *mask) to inputs of ``score``.
+            image: int64 (B,), each mask's image, as its index in the group.
+            *mask: Further tensors (B,) that ``compose`` takes.
+            first_image: The number of the group's first image among all.
+            after_head: Whether ``compose`` gives what comes out of a ``FastScore``'s head.
+
+        Returns:
+            The selected scores, (B, n).
+
+        Raises:
+            PartitionError: A score has another form, or is not finite; the message names the image.
+            torch.OutOfMemoryError: Not even one mask fits.
         """
         score = self.score.rest if after_head else self.score  # type: ignore[attr-defined]
         total, done = len(image), 0
@@ -128,7 +164,8 @@ class Forward:
                 if size <= 1:
                     raise
                 self.forward_batch = max(1, size // 2)
-                log.warning("out of memory with %d masks a forward: going on with %d", size, self.forward_batch)
+                log.warning("out of memory with %d masks a forward: going on with %d", size,
+                            self.forward_batch)
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
                 continue
@@ -139,20 +176,26 @@ class Forward:
         finite = torch.isfinite(selected).all(dim=1)
         if not bool(finite.all()):
             bad = int((~finite).nonzero()[0])
+            name = self.outputs.names[int(image[bad]) + first_image]
             raise PartitionError(
-                f"score returned NaN or infinite values for image {self.outputs.names[int(image[bad]) + first_image]}: "
-                f"{selected[bad].tolist()}; scores must be finite for every masked version of an image"
+                f"score returned NaN or infinite values for image {name}: "
+                f"{selected[bad].tolist()}; scores must be finite for every masked version of an "
+                "image"
             )
         return selected
 
     def _check_shape(self, scores: object, size: int) -> None:
-        if not isinstance(scores, Tensor) or scores.ndim != 2 or len(scores) != size or scores.shape[1] < 1:
-            found = f"a tensor of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"{type(scores)}"
-            raise PartitionError(f"score returned {found} for {size} inputs; allowed: a tensor ({size}, K), K >= 1")
+        if not isinstance(scores, Tensor) or scores.ndim != 2 or len(scores) != size \
+                or scores.shape[1] < 1:
+            returned = (f"a tensor of shape {tuple(scores.shape)}" if isinstance(scores, Tensor)
+                        else f"{type(scores)}")
+            raise PartitionError(f"score returned {returned} for {size} inputs; allowed: a tensor "
+                                 f"({size}, K), K >= 1")
         if not scores.is_floating_point():
             raise PartitionError(f"score returned {scores.dtype}; allowed: floating point scores")
         if self.n_scores is None:
             self.n_scores = scores.shape[1]
             self.outputs.check(self.n_scores)
         elif scores.shape[1] != self.n_scores:
-            raise PartitionError(f"score returned {scores.shape[1]} scores, and {self.n_scores} before")
+            raise PartitionError(
+                f"score returned {scores.shape[1]} scores, and {self.n_scores} before")
