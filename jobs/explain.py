@@ -7,7 +7,7 @@
   python jobs/explain.py --verify results/maps/<key>                           check a whole store
 
 Such a module takes float images (B, 3, H, W) in [0, 1] and gives logits (B, K). The maps are Parquet files: read them
-with impactx.explain.reading, pyarrow, pandas or DuckDB (docs/METHOD.md). The same command started again makes only
+with impactx.explain.maps.reading, pyarrow, pandas or DuckDB (docs/METHOD.md). The same command started again makes only
 what is missing.
 
 Explained are the training images; of a folder without a test part of its own, all images. An experiment draws a test

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
         train_impactx,
     )
     from impactx.datasets import load_dataset
+    from impactx.explain.methods.partition import Partition
     from impactx.settings import (
         AugmentationSettings,
         DatasetSettings,
         ImpactxSettings,
         ModelSettings,
-        PartitionSettings,
         TrainingSettings,
     )
 
@@ -36,10 +36,11 @@ _HOMES = {
                     "train_impactx"),
     "impactx.datasets": ("load_dataset",),
     "impactx.settings": ("AugmentationSettings", "DatasetSettings", "ImpactxSettings", "ModelSettings",
-                         "PartitionSettings", "TrainingSettings"),
+                         "TrainingSettings"),
+    "impactx.explain.methods.partition": ("Partition",),
 }
 
-__all__ = ["AugmentationSettings", "DatasetSettings", "ImpactxSettings", "ModelSettings", "PartitionSettings",
+__all__ = ["AugmentationSettings", "DatasetSettings", "ImpactxSettings", "ModelSettings", "Partition",
            "Prediction", "Schedule", "TrainedModel", "TrainingSettings", "explain_dataset", "load_dataset",
            "load_model", "train_classifier", "train_impactx"]
 

@@ -15,16 +15,15 @@ from torch import nn
 
 from impactx.datasets import Dataset, make_split
 from impactx.datasets.batches import DeviceData, check_maps
-from impactx.explain.attribution import build_attribution
-from impactx.explain.store import map_scale
+from impactx.explain.attribution import Attribution
+from impactx.explain.maps.scale import map_scale
+from impactx.explain.methods.partition import Partition
 from impactx.explain.weighted import explain_by_own_probabilities
 from impactx.models import Classifier, MapKind, load_checkpoint, map_kind, save_checkpoint
 from impactx.settings import (
-    AttributionSettings,
     AugmentationSettings,
     ImpactxSettings,
     ModelSettings,
-    PartitionSettings,
     Settings,
     TrainingSettings,
 )
@@ -132,8 +131,8 @@ class TrainedModel:
         """The maps that a model must be given, by the attribution that it was trained with."""
         if not self._takes_maps:
             return None
-        attribution = getattr(self.approach_settings, "attribution", None) or PartitionSettings()
-        return explain_by_own_probabilities(build_attribution(attribution), self.model.a, images, device=device).maps
+        attribution = getattr(self.approach_settings, "attribution", None) or Partition()
+        return explain_by_own_probabilities(attribution, self.model.a, images, device=device).maps
 
     def save(self, path: str | Path) -> None:
         """Write a checkpoint that `load_model` reads."""
@@ -164,18 +163,18 @@ def train_classifier(data: Dataset, model: ModelSettings, training: TrainingSett
     return _trained(a, result, model, data, schedule)
 
 
-def explain_dataset(a: TrainedModel, data: Dataset, attribution: AttributionSettings = PartitionSettings(), *,  # noqa: B008
+def explain_dataset(a: TrainedModel, data: Dataset, attribution: Attribution = Partition(), *,  # noqa: B008
                     device: str = "cpu", block: int = 200) -> np.ndarray:
     """One map for each training image, of A's score of its true class: float32 (N, C, H, W).
 
     block: images a step, for the progress lines.
     """
-    maker, model = build_attribution(attribution), a.model.to(device)
+    model = a.model.to(device)
     count, parts = len(data.train), []
     progress = Progress("maps", "maps", count, every=10)
     for start in range(0, count, block):
         rows = np.arange(start, min(start + block, count))  # indexed by an array, the images are copied from their file
-        parts.append(maker.explain(model, data.train.images[rows], data.train.labels[rows], device=device,
+        parts.append(attribution.explain(model, data.train.images[rows], data.train.labels[rows], device=device,
                                    indices=rows).maps)
         progress.at(start + len(rows))
     model.to("cpu")

@@ -204,14 +204,14 @@ def _users_errors() -> tuple[type[Exception], ...]:
     from impactx.experiment.plan import SelectionError
     from impactx.experiment.units import WorkError
     from impactx.explain.attribution import AttributionError
-    from impactx.explain.forward import PartitionError
-    from impactx.explain.masking import MaskerError
-    from impactx.explain.partition import AdditivityError
-    from impactx.explain.sheet import SheetError
-    from impactx.explain.store import StoreError
+    from impactx.explain.maps.sheet import SheetError
+    from impactx.explain.maps.store import StoreError
+    from impactx.explain.partition.engine import AdditivityError
+    from impactx.explain.partition.forward import PartitionError
     from impactx.prediction import PredictionError
     from impactx.report import ReportError
     from impactx.run.tracker import TrackingError
+    from impactx.settings.masker import MaskerError
     from impactx.storage import StorageError
 
     return (AdditivityError, AttributionError, ClusterError, ConfigurationError, DataError, ExportError, MaskerError,

@@ -18,8 +18,9 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from impactx.fetching import is_remote
-from impactx.settings import ExperimentSettings, Settings, tagged
-from impactx.settings.registry import registry_of
+from impactx.settings import ExperimentSettings, Settings, settable, tagged
+from impactx.settings.extensions import registry_of
+from impactx.settings.registry import UNKNOWN, UNNAMED
 
 DEFAULT_PRESET = "full_grid"
 Root = typing.TypeVar("Root", bound=Settings)
@@ -229,8 +230,11 @@ def _lay_over(composed: dict[str, Any], values: list[tuple[str, str]]) -> list[s
     return errors
 
 
-def _place(location: Sequence[Any], root: type[Settings]) -> tuple[list[Any], Any]:
-    """Where an error is, as one would write it (without pydantic's own words), and the type of what is there."""
+def _place(location: Sequence[Any], root: type[Settings], data: Any) -> tuple[list[Any], Any]:
+    """Where an error is, as one would write it (without pydantic's own words), and the type of what is there.
+
+    data: what was validated; of settings that may be of several classes, it tells which.
+    """
     model: Any = root
     written: list[Any] = []
     for part in location:
@@ -242,31 +246,41 @@ def _place(location: Sequence[Any], root: type[Settings]) -> tuple[list[Any], An
         written.append(part)
         if typing.get_origin(model) is typing.Annotated:
             model = typing.get_args(model)[0]
-        if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
-            annotation = model.model_fields[part].annotation
-        elif typing.get_origin(model) in (dict, list):
-            annotation = typing.get_args(model)[-1]
+        if isinstance(model, type) and issubclass(model, BaseModel) and part in (fields := settable(model)):
+            annotation = fields[part].annotation
+        elif typing.get_origin(model) in (dict, list, tuple):
+            annotation = typing.get_args(model)[0 if typing.get_origin(model) is tuple else -1]
         else:
             annotation = None
         if typing.get_origin(annotation) in (typing.Union, types.UnionType) and not tagged(annotation):
             annotation = next((a for a in typing.get_args(annotation) if a is not type(None)), None)
-        model = annotation
+        data = _inside(data, part)
+        registry = registry_of(annotation)
+        name = _inside(data, registry.tag) if registry is not None else None
+        model = registry.get(name) if registry is not None and name in registry.names() else annotation
     return written, model
 
 
-def _readable(error: Any, root: type[Settings], composed: Any) -> str:
-    location, model = _place(error["loc"], root)
+def _inside(data: Any, part: Any) -> Any:
+    try:
+        return data[part]
+    except (TypeError, KeyError, IndexError):
+        return None
+
+
+def _readable(error: Any, root: type[Settings], data: Any) -> str:
+    location, model = _place(error["loc"], root, data)
     where = ".".join(map(str, location)) or "the whole"
     if error["type"] == "extra_forbidden":
-        _, parent = _place(error["loc"][:-1], root)
-        if kind := registry_of(parent):
-            value = functools.reduce(lambda found, part: found[part], error["loc"][:-1], composed)
-            parent = kind.get(value[kind.tag])
-        allowed = list(parent.model_fields) if isinstance(parent, type) and issubclass(parent, BaseModel) else []
-        chosen = next((f" with {name} {fields[name].default}" for fields in [getattr(parent, "model_fields", {})]
-                       for name in ("method", "kind", "metric") if name in fields), "")
-        return (f"{where} = {error['input']!r}: no such setting{chosen}; {_similar(str(location[-1]), allowed)}"
-                f"allowed here: {', '.join(allowed) or 'nothing'}")
+        _, parent = _place(error["loc"][:-1], root, data)
+        fields = settable(parent) if isinstance(parent, type) and issubclass(parent, BaseModel) else {}
+        chosen = next((f" with {name} {fields[name].default}" for name in ("method", "kind", "metric") if name in fields), "")
+        return (f"{where} = {error['input']!r}: no such setting{chosen}; {_similar(str(location[-1]), list(fields))}"
+                f"allowed here: {', '.join(fields) or 'nothing'}")
+    if error["type"] == UNNAMED:
+        return f"{where}.{error['msg']}"
+    if error["type"] == UNKNOWN:
+        return f"{where}.{error['ctx']['tag']} = {error['ctx']['value']!r}: {error['msg']}"
     if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
         tag = error["ctx"]["discriminator"].strip("'")
         names = list(tagged(model))

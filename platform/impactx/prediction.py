@@ -13,7 +13,7 @@ from PIL import Image
 from impactx.api import Prediction, TrainedModel, load_model
 from impactx.datasets.decoding import decode
 from impactx.datasets.errors import DataError
-from impactx.explain.sheet import colour_limit, draw_sheet
+from impactx.explain.maps.sheet import colour_limit, draw_sheet
 from impactx.models import CheckpointError
 from impactx.storage import Storage
 

@@ -14,8 +14,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from impactx.settings import ExperimentSettings, tagged
-from impactx.settings.registry import registry_of
+from impactx.settings import ExperimentSettings, settable, tagged
+from impactx.settings.extensions import registry_of
 
 HEAD = """\
 # Settings
@@ -49,7 +49,7 @@ def _cell(text: str) -> str:
 def _tables(prefix: str, model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel], list]]:
     """The plain settings of a class, then those of the classes inside it."""
     plain, inner = [], []
-    for name, info in model.model_fields.items():
+    for name, info in settable(model).items():
         found, path = _nested(info.annotation)
         if not found or path == "[]":
             plain.append((prefix + name, info))
@@ -66,9 +66,17 @@ def _nested(annotation: Any) -> tuple[dict[str, type[BaseModel]], str]:
         return _nested(typing.get_args(annotation)[1])[0], ".<name>"
     if typing.get_origin(annotation) is list and (kind := registry_of(typing.get_args(annotation)[0])):
         return dict(kind.classes()), "[]"
+    if kinds := _kinds(annotation):
+        return {} if _optional(annotation) else kinds, ""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return {"": annotation}, ""
-    return {} if _optional(annotation) else dict(tagged(annotation)), ""
+    return {}, ""
+
+
+def _kinds(annotation: Any) -> dict[str, type[BaseModel]]:
+    """The classes by their tags of settings that may be of several; else empty."""
+    registry = registry_of(annotation)
+    return dict(tagged(annotation)) if registry is None else {name: registry.get(name) for name in registry.names()}
 
 
 def _optional(annotation: Any) -> bool:
@@ -86,17 +94,17 @@ def _allowed(annotation: Any, metadata: typing.Sequence[Any] = ()) -> str:
         return f"settings of {', '.join(kind.names())}"
     if origin is typing.Annotated:
         return _allowed(arguments[0], [*arguments[1:], *metadata])
-    if kinds := tagged(annotation):
+    if kinds := _kinds(annotation):
         return f"settings of {', '.join(kinds)}"
     if origin in (typing.Union, types.UnionType):
-        if tags := tagged(annotation):
-            return f"settings with one of these: {', '.join(tags)}" + (" or null" if _optional(annotation) else "")
         text = " or ".join(_allowed(a) for a in arguments if a is not type(None))
         bounds = _bounds(metadata)
         return text + bounds + (" or null" if type(None) in arguments else "")
     if origin is typing.Literal:
         return ", ".join("null" if a is None else str(a) for a in arguments)
     if origin is list:
+        return f"list of: {_allowed(arguments[0])}"
+    if origin is tuple and arguments[-1] is ...:
         return f"list of: {_allowed(arguments[0])}"
     if origin is tuple:
         return f"list of {len(arguments)}: {_allowed(arguments[0])}"
@@ -123,6 +131,8 @@ def _default(info: FieldInfo) -> str:
         return f"`{str(value).lower() if value is not None else 'null'}`"
     if isinstance(value, list) and (kind := registry_of(*typing.get_args(info.annotation)[:1])):
         return f"`{[getattr(one, kind.tag) for one in value]}`"
+    if isinstance(value, tuple):
+        value = list(value)
     if isinstance(value, list) and len(value) > 8:
         return f"`{value[0]}`, `{value[1]}`, … `{value[-1]}` ({len(value)} values)"
     return f"`{value}`"

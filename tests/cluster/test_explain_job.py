@@ -13,10 +13,10 @@ from lab import descendants, gone, until
 
 from impactx.configuration import load_settings
 from impactx.datasets import load_dataset
-from impactx.explain.attribution import build_attribution
-from impactx.explain.reading import store_at
+from impactx.explain.maps.reading import store_at
+from impactx.explain.methods.partition import Partition
 from impactx.models import build_classifier, save_checkpoint
-from impactx.settings import ModelSettings, PartitionSettings
+from impactx.settings import ModelSettings
 
 LENET = ModelSettings(name="lenet5", architecture="lenet5")
 JOB = Path(__file__).resolve().parents[2] / "jobs" / "explain.py"
@@ -72,7 +72,7 @@ def test_a_killed_driver_loses_nothing_and_repeats_nothing(tmp_path):
     assert store.verify() == []
     digits = load_settings(overrides=["dataset=digits", "model=lenet5", "datasets.digits.subset=400"])
     data = load_dataset(digits.datasets["digits"], tmp_path / "data")
-    expected = build_attribution(PartitionSettings(batch_size=10))
+    expected = Partition(batch_size=10)
     for shard in (0, store.spec.shards // 2, store.spec.shards - 1):
         rows = store.shard_indices(shard)
         maps = expected.explain(model.eval(), data.train.images[rows], data.train.labels[rows], indices=rows).maps

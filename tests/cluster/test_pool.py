@@ -14,7 +14,7 @@ from impactx.cluster.pool import explain_on_pools
 from impactx.cluster.shares import Shares
 from impactx.experiment.units import CHECKPOINT, WorkError
 from impactx.experiment.work import finish_maps, open_store
-from impactx.explain.store import StoreError
+from impactx.explain.maps.store import StoreError
 from impactx.storage import StorageError
 
 pytestmark = pytest.mark.usefixtures("cluster")

@@ -18,7 +18,7 @@ from impactx.experiment.paper import paper_accuracy
 from impactx.experiment.preparation import dry_run, prepare
 from impactx.experiment.run import Job
 from impactx.experiment.units import WorkError
-from impactx.explain.store import MapStore
+from impactx.explain.maps.store import MapStore
 from impactx.models import Abn, Ensemble, Impactx, SingleStageImpactx, Wae, load_checkpoint
 from impactx.run.no_tracker import NoTracker
 

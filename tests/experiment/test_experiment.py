@@ -33,7 +33,7 @@ from impactx.experiment.run import CellsFailed, Job
 from impactx.experiment.units import WorkError
 from impactx.experiment.work import evaluate_unit, finish_maps, maps_complete, train_unit
 from impactx.explain.attribution import Explanations
-from impactx.explain.store import HEAD, MapStore, StoreError
+from impactx.explain.maps.store import HEAD, MapStore, StoreError
 from impactx.models import build_classifier, load_checkpoint
 from impactx.run.no_tracker import NoRun, NoTracker
 from impactx.settings import ModelSettings, TrainingSettings

@@ -22,7 +22,7 @@ from impactx.experiment.executor import LocalExecutor
 from impactx.experiment.model_source import timm_classifier
 from impactx.experiment.units import WorkError
 from impactx.experiment.work import ShardWorker
-from impactx.explain.sheet import SheetError
+from impactx.explain.maps.sheet import SheetError
 from impactx.models import build_classifier, build_impactx, save_checkpoint
 from impactx.run.no_tracker import NoTracker
 from impactx.settings import DatasetSettings, ImpactxSettings, ModelSettings

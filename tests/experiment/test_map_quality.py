@@ -18,8 +18,7 @@ from impactx.experiment.preparation import prepare
 from impactx.experiment.run import Job
 from impactx.experiment.survey import survey
 from impactx.experiment.units import MAP_SCORES
-from impactx.explain.attribution import build_attribution
-from impactx.explain.store import MapStore
+from impactx.explain.maps.store import MapStore
 from impactx.models import load_checkpoint
 from impactx.run.no_tracker import NoRun, NoTracker
 
@@ -71,7 +70,7 @@ class Done:
         self.rows = {row.approach: row for row in self.job.run()}
         self.data = self.place.dataset(self.cell.dataset.model_dump(mode="json"))
         self.test = self.data.load_test()
-        self.attribution = build_attribution(settings.attribution)
+        self.attribution = settings.attribution
 
     def result(self, approach):
         return json.loads(Path(self.place.output, self.rows[approach].map_quality, "result.json").read_text())

@@ -11,7 +11,7 @@ import torch
 
 from impactx.datasets import load_dataset, make_split
 from impactx.datasets.batches import Batch
-from impactx.explain.partition import partition_shap
+from impactx.explain.partition.engine import partition_shap
 from impactx.models import build_single_stage
 from impactx.settings import (
     AugmentationSettings,
@@ -19,14 +19,14 @@ from impactx.settings import (
     ModelSettings,
     SingleStageSettings,
     TrainingSettings,
-    parse_attribution,
+    extensions,
 )
 from impactx.training import single_stage_loss, train_single_stage
 from impactx.training.loop import ResumeError
 
 LENET = ModelSettings(name="lenet5", architecture="lenet5")
 # With a fixed context the engine takes the module as it is: nothing is frozen and compiled in each round.
-ATTRIBUTION = parse_attribution({"method": "partition", "max_evals": 10, "batch_size": 4, "fixed_context": 1})
+ATTRIBUTION = extensions.attribution.parse({"method": "partition", "max_evals": 10, "batch_size": 4, "fixed_context": 1})
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,11 @@ from impactx import (
     AugmentationSettings,
     DatasetSettings,
     ModelSettings,
-    PartitionSettings,
     Schedule,
     TrainingSettings,
 )
-from impactx.explain.attribution import build_attribution
-from impactx.explain.partition import partition_shap
+from impactx.explain.methods.partition import Partition
+from impactx.explain.partition.engine import partition_shap
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False: no GPU")
@@ -63,7 +62,7 @@ def test_maps_are_those_of_the_cpu(data, trained) -> None:  # noqa: ANN001
 
 
 def test_bfloat16_says_what_it_costs(data, trained) -> None:  # noqa: ANN001
-    maker = build_attribution(PartitionSettings(max_evals=200, precision="bfloat16"))
+    maker = Partition(max_evals=200, precision="bfloat16")
     model = trained.model.to(DEVICE)
     found = maker.explain(model, data.train.images[:8], data.train.labels[:8], device=DEVICE)
     model.to("cpu")
@@ -92,7 +91,7 @@ def test_both_stages_train_in_mixed_precision(data) -> None:  # noqa: ANN001
     """bfloat16, the default on a GPU, learns what float32 learns on a CPU."""
     training = TrainingSettings(epochs=8)
     a = impactx.train_classifier(data, LENET, training, PLAIN, device=DEVICE)
-    maps = impactx.explain_dataset(a, data, PartitionSettings(max_evals=100), device=DEVICE)
+    maps = impactx.explain_dataset(a, data, Partition(max_evals=100), device=DEVICE)
     net = impactx.train_impactx(a, data, maps, training, weight=0.8, device=DEVICE)
     reference = impactx.train_classifier(data, LENET, training, PLAIN)
     assert a.best["val_accuracy"] > reference.best["val_accuracy"] - 0.1

@@ -11,9 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from impactx.explain.attribution import build_attribution
-from impactx.explain.fast import fast_score
 from impactx.explain.masking import parse_masker
+from impactx.explain.partition.fast import fast_score
 from impactx.explain.weighted import class_probabilities, explain_by_own_probabilities
 from impactx.models import (
     AbnOutput,
@@ -31,7 +30,7 @@ from impactx.settings import (
     ModelSettings,
     SingleStageSettings,
     WaeSettings,
-    parse_attribution,
+    extensions,
 )
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -230,8 +229,8 @@ def test_waes_map_is_the_weighted_sum_by_the_slow_twin():
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Tanh(), torch.nn.Flatten(),
                               torch.nn.Linear(4 * 36, 5)).eval()
     pictures = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
-    maker = build_attribution(parse_attribution({"method": "partition", "max_evals": 60, "batch_size": 6,
-                                                 "masker": "0.25"}))
+    maker = extensions.attribution.parse({"method": "partition", "max_evals": 60, "batch_size": 6,
+                                                 "masker": "0.25"})
     found = explain_by_own_probabilities(maker, net, pictures)
     slow = copy.deepcopy(net).double()
 
@@ -258,8 +257,8 @@ def test_of_other_attributions_the_class_maps_are_summed(method):
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Tanh(), torch.nn.Flatten(),
                               torch.nn.Linear(4 * 36, 5)).eval()
     pictures = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
-    maker = build_attribution(parse_attribution({"method": method} | (
-        {"window": 4} if method == "occlusion" else {"steps": 4})))
+    maker = extensions.attribution.parse({"method": method} | (
+        {"window": 4} if method == "occlusion" else {"steps": 4}))
     found, p = explain_by_own_probabilities(maker, net, pictures), class_probabilities(net, pictures)
     each = [maker.explain(net, pictures, np.full(3, k)).maps for k in range(5)]
     for i in range(3):

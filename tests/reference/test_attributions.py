@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from impactx.explain.attribution import build_attribution
 from impactx.explain.masking import parse_masker
-from impactx.settings import parse_attribution
+from impactx.settings import extensions
 
 captum_attr = pytest.importorskip("captum.attr")
 shap = pytest.importorskip("shap")
@@ -62,7 +61,7 @@ def some(count: int = 6) -> tuple[np.ndarray, np.ndarray, torch.Tensor, torch.Te
 
 
 def made(score, images, labels, **settings):
-    return build_attribution(parse_attribution(settings)).explain(score, images, labels)
+    return extensions.attribution.parse(settings).explain(score, images, labels)
 
 
 def says_something(maps: np.ndarray) -> None:

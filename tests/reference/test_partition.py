@@ -31,10 +31,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from impactx.explain.fast import FastScore, fast_score
 from impactx.explain.masking import parse_masker
-from impactx.explain.partition import partition_shap
-from impactx.explain.tree import build_tree
+from impactx.explain.partition.engine import partition_shap
+from impactx.explain.partition.fast import FastScore, fast_score
+from impactx.explain.partition.tree import build_tree
 
 sys.path.insert(0, str(Path(__file__).parent))
 from partition_twin import blurred, partition_values  # noqa: E402

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from impactx.datasets.batches import DeviceData, draws
-from impactx.explain.store import map_scale
+from impactx.explain.maps.scale import map_scale
 from impactx.models import build_classifier, build_impactx
 from impactx.settings import AugmentationSettings, ImpactxSettings, ModelSettings, TrainingSettings
 from impactx.training import TrainingData, classification_loss, fit, impactx_loss

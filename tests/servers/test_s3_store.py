@@ -22,8 +22,8 @@ from impactx.experiment.units import RUNNING
 from impactx.experiment.work import train_unit
 from impactx.experiment.workplace import Workplace
 from impactx.explain.attribution import Explanations
-from impactx.explain.reading import MapDataset, store_at
-from impactx.explain.store import MapStore, StoreError, StoreSpec
+from impactx.explain.maps.reading import MapDataset, store_at
+from impactx.explain.maps.store import MapStore, StoreError, StoreSpec
 from impactx.models.weights import WeightsError, read_weights_file
 from impactx.run.no_tracker import NoTracker
 from impactx.settings import DatasetSettings, ExperimentSettings

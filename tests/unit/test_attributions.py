@@ -14,12 +14,12 @@ from impactx.configuration import ConfigurationError, configs_folder, load_setti
 from impactx.experiment.executor import LocalExecutor, Task
 from impactx.experiment.plan import Configuration
 from impactx.experiment.preparation import dry_run, prepare
-from impactx.explain.attribution import AttributionError, build_attribution
-from impactx.explain.precision import forward_precision, map_error
-from impactx.explain.scores import MissingPackage, completeness_gaps
-from impactx.explain.store import MapStore
 from impactx.run.no_tracker import NoTracker
-from impactx.settings import AttributionSettings, parse_attribution, tagged
+from impactx.explain.attribution import AttributionError, MissingPackage
+from impactx.explain.maps.store import MapStore
+from impactx.explain.precision import forward_precision, map_error
+from impactx.explain.scores import completeness_gaps
+from impactx.settings import extensions
 
 CHEAP = {
     "partition": {"max_evals": 40, "batch_size": 10, "masker": "blur(3,3)"},
@@ -33,7 +33,7 @@ PACKAGE = {name: "shap" if name == "shap_partition" else "captum" for name in CH
 
 
 def attribution(method: str, **changes):
-    return build_attribution(parse_attribution({"method": method} | CHEAP[method] | changes))
+    return extensions.attribution.parse({"method": method} | CHEAP[method] | changes)
 
 
 @pytest.fixture(params=CHEAP)
@@ -69,7 +69,7 @@ class Bad(nn.Module):
 
 
 def test_every_method_has_a_config_and_a_class():
-    assert set(tagged(AttributionSettings)) == set(CHEAP)
+    assert set(extensions.attribution.names()) == set(CHEAP)
 
 
 def test_maps_have_the_right_form(method):
@@ -214,7 +214,7 @@ def test_gradient_shap_draws_by_seed_and_index():
 def test_a_score_that_is_not_finite_names_the_image(method):
     images, labels = pictures()
     images[2] = 255
-    masked = "masker" in parse_attribution({"method": method}).model_dump()
+    masked = "masker" in extensions.attribution.parse({"method": method}).model_dump()
     maker = attribution(method, **({"masker": "0.2"} if masked else {}))
     with pytest.raises(AttributionError, match=r"image 12\b") as caught:
         maker.explain(Bad("nan").eval(), images, labels, indices=np.arange(10, 14))
@@ -278,7 +278,7 @@ def test_a_missing_package_is_named(name, package, monkeypatch):
     for module in {package, *(m for m in sys.modules if m.startswith(f"{package}."))}:
         monkeypatch.setitem(sys.modules, module, None)  # Python's own way to say that it is not there
     with pytest.raises(MissingPackage, match=rf"{name} needs the package {package}.*impactx\[explain\]"):
-        attribution(name)
+        attribution(name).check_available()
 
 
 # --- configuration, cost, stage 2 ------------------------------------------------------------------------------------
@@ -319,7 +319,7 @@ def test_a_choice_leaves_nothing_of_the_presets_own_attribution(tmp_path):
     ({"method": "gradient_shap", "samples": 10, "maskers": ["0", "1", "0.5"]}, 34), ({"method": "grad_cam"}, 4),
     ({"method": "occlusion", "window": 5, "stride": 3}, 10 * 13 + 2)])
 def test_the_cost_of_a_map(settings, cost):
-    assert parse_attribution(settings).evaluations((32, 40)) == cost
+    assert extensions.attribution.parse(settings).evaluations((32, 40)) == cost
 
 
 TINY = ("datasets.digits.subset=60", "grid.learning_rate=[0.002]", "grid.batch_size=[16]", "repeats=1",

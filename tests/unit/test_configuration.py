@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from impactx.configuration import ConfigurationError, configs_folder, groups, load_settings, presets
-from impactx.settings import ExperimentSettings, GridSettings, ImpactxSettings, PartitionSettings
+from impactx.explain.methods.partition import Partition
+from impactx.settings import ExperimentSettings, GridSettings, ImpactxSettings
 from impactx.settings_doc import settings_markdown
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,7 +55,7 @@ def test_full_grid_is_table_1_and_the_nine_cells():
     assert s.approaches["impactx"].lambdas == [0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4]
     assert s.approaches["impactx"].latent == 512 and s.approaches["impactx"].m == "logits"
     assert s.approaches["lambda0"].lambdas == [0.0]
-    assert s.attribution == PartitionSettings() and s.attribution.max_evals == 2000
+    assert s.attribution == Partition() and s.attribution.max_evals == 2000
     weights = {name: (m.architecture, m.weights) for name, m in s.models.items()}
     assert weights == {"lenet5": ("lenet5", "random"), "mobilenet": ("mobilenetv1_100", "hub"),
                        "efficientnet_b2": ("tf_efficientnet_b2.ns_jft_in1k", "hub")}
@@ -117,7 +118,7 @@ def test_metrics_of_maps_are_named_or_set():
 
 @pytest.mark.parametrize("masker", ["blur(3,5)", "0.5", "constant(0.1, 0.2, 0.3)"])
 def test_a_masker_is_kept_as_it_is_written(masker):
-    assert PartitionSettings(masker=masker).described()["masker"] == masker
+    assert Partition(masker=masker).described()["masker"] == masker
 
 
 def test_wrong_preset_is_named_with_what_there_is():

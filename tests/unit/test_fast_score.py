@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from impactx.explain.fast import _layout_changes, _trace, fast_score
-from impactx.explain.partition import partition_shap
+from impactx.explain.partition.engine import partition_shap
+from impactx.explain.partition.fast import _layout_changes, _trace, fast_score
 
 SHAPE = (3, 13, 16)
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from impactx.explain.compose import Composer
-from impactx.explain.forward import PartitionError
 from impactx.explain.masking import MaskerError
-from impactx.explain.partition import AdditivityError, check_additivity, partition_shap
-from impactx.explain.tree import TreeOnDevice, build_tree
+from impactx.explain.partition.compose import Composer
+from impactx.explain.partition.engine import AdditivityError, check_additivity, partition_shap
+from impactx.explain.partition.forward import PartitionError
+from impactx.explain.partition.tree import TreeOnDevice, build_tree
 
 
 def network(channels: int = 3, seed: int = 0, outputs: int = 5) -> nn.Module:

@@ -15,7 +15,7 @@ from impactx.experiment.price_list import price_list
 from impactx.experiment.pricing import CellPrice, Item, Range, price_cell, probes_of
 from impactx.experiment.rates import STAGE1, TrainingRate
 from impactx.experiment.units import RUNNING, Artifacts
-from impactx.explain.store import MapStore, StoreError, StoreSpec
+from impactx.explain.maps.store import MapStore, StoreError, StoreSpec
 from impactx.models import build_abn, build_classifier, build_impactx, build_single_stage
 from impactx.models.ensemble import Ensemble
 from impactx.storage import Storage

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from impactx.datasets import load_dataset
-from impactx.explain import reading
 from impactx.explain.attribution import Explanations
-from impactx.explain.reading import MapDataset
-from impactx.explain.store import MapStore, StoreError, StoreSpec
+from impactx.explain.maps import reading
+from impactx.explain.maps.reading import MapDataset
+from impactx.explain.maps.store import MapStore, StoreError, StoreSpec
 from impactx.settings import DatasetSettings
 from impactx.storage import Storage
 

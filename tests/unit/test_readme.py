@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from impactx.explain.attribution import Explanations
-from impactx.explain.store import MapStore, StoreSpec
+from impactx.explain.maps.store import MapStore, StoreSpec
 from impactx.storage import Storage
 
 ROOT = Path(__file__).resolve().parents[2]

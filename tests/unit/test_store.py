@@ -15,9 +15,10 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 
-from impactx.explain import store as store_module
 from impactx.explain.attribution import Explanations
-from impactx.explain.store import HEAD, MapStore, StoreError, StoreSpec, map_scale
+from impactx.explain.maps import store as store_module
+from impactx.explain.maps.scale import map_scale
+from impactx.explain.maps.store import HEAD, MapStore, StoreError, StoreSpec
 from impactx.storage import Storage
 
 SPEC = StoreSpec("f" * 32, 10, (3, 4, 5), 4, {"max_evals": 50})
@@ -85,7 +86,7 @@ def test_reading_needs_only_pyarrow_as_documented(store):
 
 def test_a_shard_is_read_in_the_callers_thread_alone(store):
     # A pool of pyarrow's that still held one of our objects at the end of a process would abort it.
-    script = ("import os, sys; from impactx.explain.store import MapStore; from impactx.storage import Storage; "
+    script = ("import os, sys; from impactx.explain.maps.store import MapStore; from impactx.storage import Storage; "
               "store = MapStore.open(Storage(sys.argv[1]), 'maps/key'); threads = len(os.listdir('/proc/self/task')); "
               "assert store.verify() == []; print(len(os.listdir('/proc/self/task')) - threads)")
     done = subprocess.run([sys.executable, "-c", script, str(store.storage.root)], capture_output=True, text=True)

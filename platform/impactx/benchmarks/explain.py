@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from impactx.benchmarks.train import random_images
 from impactx.explain.allocation import keep_freed_memory
-from impactx.explain.fast import fast_score
-from impactx.explain.partition import partition_shap
+from impactx.explain.partition.engine import partition_shap
+from impactx.explain.partition.fast import fast_score
 from impactx.models import build_classifier
 from impactx.settings import ModelSettings
 

@@ -1,15 +1,21 @@
-"""The score that an attribution explains: the model's, of the class asked for, checked before anybody relies on it."""
+"""The score that an attribution explains, and helpers that attributions share.
+
+The model and its scores are checked here before anybody relies on them, and what goes through the
+model together is chosen to fit the memory.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from impactx.explain.errors import AttributionError
 
 log = logging.getLogger(__name__)
 
@@ -17,119 +23,160 @@ Score = Callable[[Tensor], Tensor]
 T = TypeVar("T")
 
 
-class AttributionError(ValueError):
-    """A map cannot be made of this model and image; the message names the image and the reason."""
-
-
-class MissingPackage(AttributionError):
-    """A package that this attribution needs is not installed."""
-
-
-def missing_package(package: str, method: str) -> MissingPackage:
-    """The error for a package of the extra `explain` that is not there."""
-    return MissingPackage(f"attribution {method} needs the package {package}, which is not installed: "
-                          "pip install 'impactx[explain]' (on every node that explains)")
-
-
-def captum_attr(method: str) -> Any:
-    """captum's attributions. Raises MissingPackage."""
-    try:
-        import captum.attr
-    except ImportError as error:
-        raise missing_package("captum", method) from error
-    return captum.attr
-
-
 class ClassScores:
     """A model's scores or probabilities for a stack of images, and those of each image's class.
 
-    score: (B, C, H, W) float32 in [0, 1] -> logits (B, K); explain: "logit" or "probability";
-    images: float32 (N, C, H, W); labels: int64 (N,); names: (N,), what messages call the images.
-    Raises AttributionError for a module in training mode, scores of another shape or not finite, a label that the
-    model has no score for.
+    Args:
+        score: float32 (B, C, H, W) in [0, 1] to logits (B, K); a module must be in eval mode.
+        explained: "logit" or "probability".
+        images: float32 (N, C, H, W) in [0, 1].
+        labels: int64 (N,), the class whose score is explained.
+        names: N numbers that messages call the images by, such as their indices in a data set.
+
+    Raises:
+        AttributionError: The module is in training mode, or the numbers of images, labels and names
+            differ. (Later: scores have another form or are not finite, or a label has no score.)
     """
 
-    def __init__(self, score: Score, explain: str, images: Tensor, labels: Tensor, names: Sequence[int]) -> None:
+    def __init__(self, score: Score, explained: str, images: Tensor, labels: Tensor,
+                 names: Sequence[int]) -> None:
         if isinstance(score, nn.Module) and score.training:
-            raise AttributionError("the model is in training mode (dropout, batch statistics): call eval() first")
+            raise AttributionError("the model is in training mode (dropout, batch statistics): "
+                                   "call eval() first")
         if len(images) == 0 or len(images) != len(labels) or len(names) != len(images):
-            raise AttributionError(f"{len(images)} images with {len(labels)} labels and {len(names)} indices: the same "
-                                   "number of each is needed, at least 1")
-        self.score, self.explain = score, explain
+            raise AttributionError(f"{len(images)} images with {len(labels)} labels and "
+                                   f"{len(names)} indices: the same number of each is needed, at "
+                                   "least 1")
+        self.score, self.explained = score, explained
         self.images, self.labels, self.names = images, labels, names
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(B, K) of any images; differentiable."""
+        """Return the scores or probabilities of any images.
+
+        Args:
+            images: float32 (B, C, H, W) in [0, 1].
+
+        Returns:
+            Floating point (B, K), differentiable.
+
+        Raises:
+            AttributionError: The model returns something else.
+        """
         scores = self.score(images)
         if not isinstance(scores, Tensor) or scores.ndim != 2 or len(scores) != len(images) \
                 or not scores.is_floating_point():
-            found = (f"{scores.dtype} {tuple(scores.shape)}" if isinstance(scores, Tensor)
-                     else f"a {type(scores).__name__}")
-            raise AttributionError(f"the model returned {found} for {len(images)} images; it must return floating "
-                                   f"point scores ({len(images)}, K)")
-        return scores.softmax(1) if self.explain == "probability" else scores
+            returned = (f"{scores.dtype} {tuple(scores.shape)}" if isinstance(scores, Tensor)
+                        else f"a {type(scores).__name__}")
+            raise AttributionError(f"the model returned {returned} for {len(images)} images; it "
+                                   f"must return floating point scores ({len(images)}, K)")
+        return scores.softmax(1) if self.explained == "probability" else scores
 
     @torch.no_grad()
     def of_class(self, versions: Tensor, rows: int, what: str = "image") -> np.ndarray:
-        """float64 (N,): the score of each image's class for a version of it; `rows` of them a forward.
+        """Return the score of each image's class for a version of each image.
 
-        Raises AttributionError, naming the image, where it is not finite or there is none.
+        Args:
+            versions: float32 (N, C, H, W), such as the images themselves or their baselines.
+            rows: How many of them go through the model together at most.
+            what: What messages call a version.
+
+        Returns:
+            float64 (N,), finite.
+
+        Raises:
+            AttributionError: A score is not finite, or a label has none; the message names the
+                image.
         """
-        found = []
+        parts = []
         for part in chunks(len(versions), rows):
             scores = self(versions[part])
             labels = self.labels[part]
             outside = ((labels < 0) | (labels >= scores.shape[1])).nonzero()
             if len(outside):
                 i = int(outside[0])
-                raise AttributionError(f"image {self.names[part.start + i]} has the label {int(labels[i])}, the model "
-                                       f"has {scores.shape[1]} scores; allowed: 0 to {scores.shape[1] - 1}")
-            found.append(scores.gather(1, labels[:, None])[:, 0].double().cpu().numpy())
-        values = np.concatenate(found)
+                raise AttributionError(f"image {self.names[part.start + i]} has the label "
+                                       f"{int(labels[i])}, the model has {scores.shape[1]} scores; "
+                                       f"allowed: 0 to {scores.shape[1] - 1}")
+            parts.append(scores.gather(1, labels[:, None])[:, 0].double().cpu().numpy())
+        values = np.concatenate(parts)
         if not np.isfinite(values).all():
             i = int(np.argmin(np.isfinite(values)))
-            raise AttributionError(f"the model gives the {what} {self.names[i]} the score {values[i]}: only finite "
-                                   "scores can be explained")
+            raise AttributionError(f"the model gives the {what} {self.names[i]} the score "
+                                   f"{values[i]}: only finite scores can be explained")
         return values
 
     def finite(self, maps: Tensor) -> np.ndarray:
-        """The maps as float32 (N, C, H, W). Raises AttributionError, naming the image, where one is not finite."""
+        """Return maps as an array, after checking that they are finite.
+
+        Args:
+            maps: Floating point (N, C, H, W), on any device.
+
+        Returns:
+            float32 (N, C, H, W), C-contiguous.
+
+        Raises:
+            AttributionError: A map is not finite; the message names the image.
+        """
         whole = maps.detach().float().cpu().numpy()
         good = np.isfinite(whole).reshape(len(whole), -1).all(1)
         if not good.all():
-            raise AttributionError(f"the map of image {self.names[int(np.argmin(good))]} is not finite "
-                                   f"({int((~good).sum())} such images): the model's scores or gradients are not")
+            raise AttributionError(f"the map of image {self.names[int(np.argmin(good))]} is not "
+                                   f"finite ({int((~good).sum())} such images): the model's scores "
+                                   "or gradients are not")
         return np.ascontiguousarray(whole)
 
 
-def open_images(images: np.ndarray, labels: np.ndarray, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """float32 (N, C, H, W) in [0, 1] and int64 (N,) on the device, of uint8 (N, H, W, C)."""
+def open_images(
+    images: np.ndarray, labels: np.ndarray, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """Bring images and labels onto a device.
+
+    Args:
+        images: uint8 (N, H, W, C).
+        labels: Whole numbers (N,).
+        device: The device.
+
+    Returns:
+        The images, float32 (N, C, H, W) in [0, 1], and the labels, int64 (N,).
+
+    Raises:
+        AttributionError: The images have another form.
+    """
     if images.ndim != 4 or images.dtype != np.uint8:
-        raise AttributionError(f"images must be uint8 (N, H, W, C), got {images.dtype} {images.shape}")
-    stack = torch.from_numpy(np.array(images)).to(device)  # a copy: the images may be a read-only file
-    x = (stack.permute(0, 3, 1, 2).float() / 255).contiguous()
-    return x, torch.from_numpy(np.array(labels, np.int64)).to(device)
+        raise AttributionError("images must be uint8 (N, H, W, C), got "
+                               f"{images.dtype} {images.shape}")
+    # Copies: images and labels may be read-only files.
+    stack = torch.from_numpy(np.array(images)).to(device)
+    pixels = (stack.permute(0, 3, 1, 2).float() / 255).contiguous()
+    return pixels, torch.from_numpy(np.array(labels, np.int64)).to(device)
 
 
 def names_of(indices: np.ndarray | None, count: int) -> list[int]:
-    """What the images are called: their indices in the data set, or their places."""
+    """Return what messages call images: their indices in the data set, else 0 to count-1."""
     return list(range(count)) if indices is None else [int(i) for i in indices]
 
 
 def chunks(total: int, size: int) -> Iterator[slice]:
-    """Even slices of at most `size`."""
+    """Yield slices of at most `size` that cover 0 to total-1, all about equally long."""
     step = math.ceil(total / math.ceil(total / max(1, size))) if total else 1
     for start in range(0, total, step):
         yield slice(start, min(start + step, total))
 
 
 def rows_that_fit(scores: ClassScores, memory_bytes: int) -> int:
-    """How many images go through the model together with what a gradient needs; at least 1, on a CPU at most 200.
+    """Return how many images fit through the model together, with what a gradient needs.
 
-    What a gradient keeps of one image is measured; the model's own parameters are not counted. On a GPU the limit is
-    half of the memory that is free there.
+    What a gradient keeps of one image is measured; the model's own parameters are not counted.
+
+    Args:
+        scores: The model with its images.
+        memory_bytes: The memory on a CPU; on a GPU it is half of what is free there.
+
+    Returns:
+        At least 1, on a CPU at most 200, on a GPU at most 4096.
     """
-    own = {p.data_ptr() for p in scores.score.parameters()} if isinstance(scores.score, nn.Module) else set()
+    model = scores.score
+    own = {p.data_ptr() for p in model.parameters()} if isinstance(model, nn.Module) else set()
     image, kept = scores.images[:1].clone().requires_grad_(), [0]
 
     def count(tensor: Tensor) -> Tensor:
@@ -137,7 +184,8 @@ def rows_that_fit(scores: ClassScores, memory_bytes: int) -> int:
             kept[0] += tensor.nbytes
         return tensor
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
+    with torch.enable_grad(), hooks:
         scores(image)
     most = 200
     if image.device.type == "cuda":
@@ -147,9 +195,10 @@ def rows_that_fit(scores: ClassScores, memory_bytes: int) -> int:
 
 
 def until_it_fits(work: Callable[[int], T], rows: int) -> T:
-    """work(rows), again with half as many rows where the device runs out of memory.
+    """Return work(rows), with half as many rows again and again while the memory runs out.
 
-    Raises torch.OutOfMemoryError where not even one row fits.
+    Raises:
+        torch.OutOfMemoryError: Not even one row fits.
     """
     while True:
         try:
@@ -163,7 +212,20 @@ def until_it_fits(work: Callable[[int], T], rows: int) -> T:
             torch.cuda.empty_cache()  # after the error is gone, and with it what it still held
 
 
-def completeness_gaps(maps: np.ndarray | Tensor, scores: np.ndarray, base_values: np.ndarray) -> np.ndarray:
-    """float64 (N,): |sum of the map - (score - base value)| as a share of the sum of the map's absolute values."""
+def completeness_gaps(
+    maps: np.ndarray | Tensor, scores: np.ndarray, base_values: np.ndarray
+) -> np.ndarray:
+    """Return how far maps are from summing to score - base value.
+
+    Args:
+        maps: (N, ...), of any shape.
+        scores: float64 (N,).
+        base_values: float64 (N,).
+
+    Returns:
+        float64 (N,): the absolute difference, as a share of the sum of the map's absolute values.
+    """
     flat = np.asarray(maps, np.float64).reshape(len(maps), -1)
-    return np.abs(flat.sum(1) - (scores - base_values)) / np.maximum(np.abs(flat).sum(1), np.finfo(np.float32).tiny)
+    size = np.maximum(np.abs(flat).sum(1), np.finfo(np.float32).tiny)
+    gaps: np.ndarray = np.abs(flat.sum(1) - (scores - base_values)) / size
+    return gaps

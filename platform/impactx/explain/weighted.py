@@ -1,9 +1,7 @@
-"""Weighted average explanations: r̄ = Σ_k w_k r_k, the maps of all classes weighted, of which only the sum is kept.
+"""Weighted average explanations: one map for all classes, weighted by the model's probabilities.
 
-The batched partition explainer explains the weighted sum of scores g(x) = Σ_k w_k f_k(x), the weights fixed for an
-image, in one run: Owen values are linear in the score, so that is the sum of the class maps that one run's boxes
-give.  (Runs of their own would split other boxes for each class and cost K times as much.)  Of any other attribution
-the sum is taken class by class, at K times the cost of a map.
+Apicella et al. 2023, the paper's reference [7]: the map of an image is sum_k p_k r_k, where r_k is
+the map of class k and p_k the probability that the model gives it. No label is needed.
 """
 
 from __future__ import annotations
@@ -12,45 +10,55 @@ import numpy as np
 import torch
 from torch import nn
 
-from impactx.explain.attribution import Attribution, Explanations, PartitionAttribution
+from impactx.explain.attribution import Attribution, Explanations
 from impactx.explain.scores import Score, chunks, open_images
 
 BLOCK = 64  # images a forward where only their probabilities are wanted
 
 
 @torch.no_grad()
-def class_probabilities(score: Score, images: np.ndarray, device: torch.device | str = "cpu") -> np.ndarray:
-    """float64 (N, K): the probabilities that a model gives its classes; images: uint8 (N, H, W, C)."""
-    found = []
+def class_probabilities(
+    score: Score, images: np.ndarray, device: torch.device | str = "cpu"
+) -> np.ndarray:
+    """Return the probabilities that a model gives its classes.
+
+    Args:
+        score: The model, float32 (B, C, H, W) in [0, 1] to logits (B, K).
+        images: uint8 (N, H, W, C).
+        device: Where the model runs.
+
+    Returns:
+        float64 (N, K).
+    """
+    probabilities = []
     for part in chunks(len(images), BLOCK):
         x, _ = open_images(images[part], np.zeros(len(images[part])), device)
-        found.append(score(x).double().softmax(1).cpu().numpy())
-    return np.concatenate(found)
+        probabilities.append(score(x).double().softmax(1).cpu().numpy())
+    return np.concatenate(probabilities)
 
 
-def explain_weighted(maker: Attribution, score: Score, images: np.ndarray, weights: np.ndarray, *,
-                     device: torch.device | str = "cpu", memory_bytes: int = 2**29,
-                     indices: np.ndarray | None = None) -> Explanations:
-    """One map an image: the sum of its class maps with these weights, float64 (N, K).
+def explain_by_own_probabilities(
+    attribution: Attribution, model: nn.Module, images: np.ndarray, *,
+    device: torch.device | str = "cpu", memory_bytes: int = 2**29,
+    indices: np.ndarray | None = None,
+) -> Explanations:
+    """Explain all classes together, weighted by the model's own probabilities of each image.
 
-    scores and base_values are weighted sums as well. The rest, and what is raised, is `Attribution.explain`'s.
+    Args:
+        attribution: The method that makes the maps.
+        model: The explained model, in eval mode, on the device.
+        images: uint8 (N, H, W, C).
+        device: Where the model runs.
+        memory_bytes: See `Attribution.explain`.
+        indices: See `Attribution.explain`.
+
+    Returns:
+        One map for each image; scores and base values are weighted sums as well.
+
+    Raises:
+        AttributionError: See `Attribution.explain`.
+        MaskerError: See `Attribution.explain`.
     """
-    how = {"device": device, "memory_bytes": memory_bytes, "indices": indices}
-    if isinstance(maker, PartitionAttribution):
-        return maker.explain(score, images, weights, **how)
-    maps = np.zeros((len(images), images.shape[3], *images.shape[1:3]))
-    scores, base = np.zeros(len(images)), np.zeros(len(images))
-    for k in range(weights.shape[1]):
-        found = maker.explain(score, images, np.full(len(images), k, np.int64), **how)
-        maps += weights[:, k, None, None, None] * found.maps
-        scores += weights[:, k] * found.scores
-        base += weights[:, k] * found.base_values
-    return Explanations(maps.astype(np.float32), scores, base)
-
-
-def explain_by_own_probabilities(maker: Attribution, model: nn.Module, images: np.ndarray, *,
-                                 device: torch.device | str = "cpu", memory_bytes: int = 2**29,
-                                 indices: np.ndarray | None = None) -> Explanations:
-    """WAE's maps: the classes weighted by the model's own probabilities of each image; no label is needed."""
     weights = class_probabilities(model, images, device)
-    return explain_weighted(maker, model, images, weights, device=device, memory_bytes=memory_bytes, indices=indices)
+    return attribution.explain_weighted(model, images, weights, device=device,
+                                        memory_bytes=memory_bytes, indices=indices)

@@ -10,7 +10,7 @@ import numpy as np
 from impactx.evaluation.judgement import MapQuality
 from impactx.evaluation.metrics.fidelity import FidelityResult
 from impactx.evaluation.metrics.morf import LEAST, RANDOM, MorfResult
-from impactx.explain.sheet import COLOURS, colour_limit
+from impactx.explain.maps.sheet import COLOURS, colour_limit
 from impactx.report.blocks import Block, Figure, Section, Table, Text
 from impactx.report.map_words import (
     OWN,

@@ -15,20 +15,10 @@ from impactx.settings.approaches import (
     WaeSettings,
     parse_approach,
 )
-from impactx.settings.attribution import (
-    AttributionSettings,
-    GradCamSettings,
-    GradientShapSettings,
-    IntegratedGradientsSettings,
-    MapSettings,
-    OcclusionSettings,
-    PartitionSettings,
-    ShapPartitionSettings,
-    parse_attribution,
-)
 from impactx.settings.base import (
     Precision,
     Settings,
+    settable,
     tagged,
 )
 from impactx.settings.cell import (
@@ -38,6 +28,7 @@ from impactx.settings.cell import (
     ModelSettings,
     TrainingSettings,
 )
+from impactx.settings.extensions import AttributionSettings
 from impactx.settings.job import (
     ClusterSettings,
     EvaluationSettings,
@@ -45,6 +36,7 @@ from impactx.settings.job import (
     ExplainSettings,
     TrackingSettings,
 )
+from impactx.settings.maps import MapSettings
 
 __all__ = [
     "AbnSettings",
@@ -57,23 +49,17 @@ __all__ = [
     "EvaluationSettings",
     "ExperimentSettings",
     "ExplainSettings",
-    "GradCamSettings",
-    "GradientShapSettings",
     "GridSettings",
     "ImpactxSettings",
-    "IntegratedGradientsSettings",
     "MapSettings",
     "ModelSettings",
-    "OcclusionSettings",
-    "PartitionSettings",
     "Precision",
     "Settings",
-    "ShapPartitionSettings",
     "SingleStageSettings",
     "TrackingSettings",
     "TrainingSettings",
     "WaeSettings",
     "parse_approach",
-    "parse_attribution",
+    "settable",
     "tagged",
 ]

@@ -10,7 +10,6 @@ from pydantic import (
     TypeAdapter,
 )
 
-from impactx.settings.attribution import AttributionSettings
 from impactx.settings.base import (
     BatchSize,
     Lambda,
@@ -20,6 +19,7 @@ from impactx.settings.base import (
     axis,
     expand_range,
 )
+from impactx.settings.extensions import AnyAttribution
 
 
 class _ApproachBase(Settings):
@@ -62,7 +62,7 @@ class ImpactxSettings(_TrainedBase):
     maps: Literal["own", "shuffled", "shuffled_in_class", "mean", "class_mean"] = Field("own", description=(
         "what the decoder is taught. own: each image's map; the controls: another image's (shuffled, "
         "shuffled_in_class), or the mean of the training part's maps (mean, class_mean) for every image"))
-    attribution: AttributionSettings | None = Field(None, description=(
+    attribution: AnyAttribution | None = Field(None, description=(
         "makes the maps, in a store of its own; None: the experiment's"))
 
     _searched: ClassVar[frozenset[str]] = _ApproachBase._searched | {"lambdas", "learning_rate_factors"}
@@ -86,7 +86,7 @@ class WaeSettings(_TrainedBase):
     m: Literal["logits", "penultimate"] = Field("logits", description="as IMPACTX's")
     latent: int = Field(512, ge=1, description="units of the encoder's last layer, as the LEP's")
     encoder_start: Literal["as_stage1", "from_stage1"] = Field("as_stage1", description="as IMPACTX's lep_start")
-    attribution: AttributionSettings | None = Field(None, description="makes the class maps; None: the experiment's")
+    attribution: AnyAttribution | None = Field(None, description="makes the class maps; None: the experiment's")
 
     _searched: ClassVar[frozenset[str]] = _ApproachBase._searched | {"learning_rate_factors"}
 
@@ -110,7 +110,7 @@ class SingleStageSettings(_TrainedBase):
         "no part in the MSE until their first"))
     auxiliary: float = Field(0.0, ge=0, allow_inf_nan=False, description=(
         "weight of a cross entropy of M's own scores; 0: M learns through C alone"))
-    attribution: AttributionSettings | None = Field(None, description="makes the maps; None: the experiment's")
+    attribution: AnyAttribution | None = Field(None, description="makes the maps; None: the experiment's")
 
     _searched: ClassVar[frozenset[str]] = _ApproachBase._searched | {"lambdas"}
 

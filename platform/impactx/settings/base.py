@@ -14,6 +14,7 @@ from pydantic import (
     ConfigDict,
     Field,
 )
+from pydantic.fields import FieldInfo
 
 from impactx.settings.masker import read_masker
 
@@ -64,6 +65,11 @@ def _readable_masker(value: str) -> str:
     """The text as it is (it belongs to fingerprints). Raises MaskerError for what is no masker."""
     read_masker(value)
     return value
+
+
+def settable(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The fields of a class of settings by the names under which they are set: a field's alias, where it has one."""
+    return {info.alias or name: info for name, info in model.model_fields.items()}
 
 
 def tagged(annotation: Any) -> dict[str, type[Settings]]:

@@ -13,10 +13,23 @@ from pydantic import (
 )
 
 from impactx.settings.approaches import ApproachSettings
-from impactx.settings.attribution import AttributionSettings, MapSettings, PartitionSettings
 from impactx.settings.base import Fraction, Settings, unique
 from impactx.settings.cell import DatasetSettings, GridSettings, ModelSettings, TrainingSettings
-from impactx.settings.extensions import AnyMapMetric, MapMetricSettings, map_metric
+from impactx.settings.extensions import (
+    AnyAttribution,
+    AnyMapMetric,
+    AttributionSettings,
+    MapMetricSettings,
+    attribution,
+    map_metric,
+)
+from impactx.settings.maps import MapSettings
+
+
+def _partition() -> AttributionSettings:
+    """The default attribution. Only here, and not at the top: its class imports torch."""
+    return attribution.parse({"method": "partition"})
+
 
 MapOrder = Literal["own", "predicted", "true", "of_a", "mean_map"]
 
@@ -54,7 +67,7 @@ class EvaluationSettings(Settings):
             "predicted, true: of `attribution` for the model's own predicted or the true class; of_a: of the A that it "
             "was trained on, for the true class (what the decoder learns); mean_map: the mean training map for every "
             "image. Random order and the first map's least-relevant-first are always drawn beside"))
-    attributions: list[AttributionSettings] = Field([], description=(
+    attributions: list[AnyAttribution] = Field([], description=(
         "further attributions whose maps for the predicted class are judged"))
     approaches: list[str] | None = Field(None, description="whose models' maps are judged; None: all, A's as well")
 
@@ -126,7 +139,7 @@ class ExplainSettings(Settings):
         "folder of the data sets; or an s3:// address, whose files every node fetches once into its cache"))
     cache: str | None = Field(None, description="local folder of decoded images and unpacked maps, on every node")
     datasets: Annotated[dict[str, DatasetSettings], AfterValidator(_names_agree)]
-    attribution: AttributionSettings = PartitionSettings()
+    attribution: AnyAttribution = Field(default_factory=_partition)
     maps: MapSettings = MapSettings()
     cluster: ClusterSettings = ClusterSettings()
 
@@ -160,7 +173,7 @@ class ExperimentSettings(Settings):
     models: Annotated[dict[str, ModelSettings], AfterValidator(_names_agree)] = Field(min_length=1)
     grid: GridSettings = GridSettings()
     training: TrainingSettings = TrainingSettings()
-    attribution: AttributionSettings = PartitionSettings()
+    attribution: AnyAttribution = Field(default_factory=_partition)
     maps: MapSettings = MapSettings()
     approaches: dict[str, ApproachSettings] = Field(default_factory=dict)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)

@@ -134,12 +134,3 @@ class Registry(Generic[E]):
             package = importlib.import_module(self._packages.pop())
             for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
                 importlib.import_module(module.name)
-
-
-def registry_of(annotation: Any) -> Registry[Any] | None:
-    """Return the registry behind an annotation that `Registry.field` gave, else None."""
-    for item in getattr(annotation, "__metadata__", ()):
-        owner = getattr(getattr(item, "func", None), "__self__", None)
-        if isinstance(owner, Registry):
-            return owner
-    return None

@@ -33,17 +33,8 @@ log = logging.getLogger("impactx.tracking")
 
 LOADER, WEIGHTS = "impactx.serving", "impactx.weights"
 # What `impactx.serving` imports, directly or not; pinned to the versions here.
-REQUIREMENTS = ("mlflow", "torch", "torchvision", "timm", "numba", "numpy", "pillow", "pyarrow",
-                "pydantic", "filelock")
-# What an attribution imports on top, for models that have to be given maps (WAE).
-OF_ATTRIBUTIONS: Mapping[str, tuple[str, ...]] = {
-    "integrated_gradients": ("captum",),
-    "gradient_shap": ("captum",),
-    "occlusion": ("captum",),
-    "grad_cam": ("captum",),
-    "partition": (),
-    "shap_partition": ("shap", "opencv-python-headless"),
-}
+REQUIREMENTS = ("mlflow", "torch", "torchvision", "timm", "numba", "numpy", "pillow", "pyarrow", "pydantic", "filelock")
+DISTRIBUTIONS = {"cv2": "opencv-python-headless"}  # of packages that attributions import, where the names differ
 
 
 @dataclass(frozen=True)
@@ -149,10 +140,10 @@ def requirements(loaded: Loaded) -> list[str]:
     Each is pinned to the version that is installed here, or just named if none is.
     """
     attribution = getattr(loaded.approach_settings, "attribution", None)
-    more: tuple[str, ...] = ()
-    if attribution is not None and getattr(loaded.model, "takes_maps", False):
-        more = OF_ATTRIBUTIONS[attribution.method]
-    return [_pinned(name) for name in (*REQUIREMENTS, *more)]
+    given = getattr(loaded.model, "takes_maps", False) and attribution is not None
+    # Where a model has to be given maps (WAE), it makes one of each image by its attribution.
+    imported = attribution.requires if given else ()
+    return [_pinned(name) for name in (*REQUIREMENTS, *(DISTRIBUTIONS.get(name, name) for name in imported))]
 
 
 def _pinned(name: str) -> str:

@@ -19,12 +19,12 @@ from torch import nn
 
 from impactx.datasets import Dataset, Split
 from impactx.datasets.batches import Batch, DeviceData
-from impactx.explain.attribution import build_attribution
-from impactx.explain.store import StoreError, largest_scale, map_scale
+from impactx.explain.attribution import Attribution
+from impactx.explain.maps.scale import largest_scale, map_scale
+from impactx.explain.maps.store import StoreError
 from impactx.models import SingleStageImpactx, build_single_stage
 from impactx.models.logits import Logits
 from impactx.settings import (
-    AttributionSettings,
     ModelSettings,
     SingleStageSettings,
     TrainingSettings,
@@ -58,7 +58,7 @@ class SelfExplanation:
     """
 
     def __init__(self, data: Dataset, split: Split, taught: DeviceData, maps: np.ndarray, *,
-                 attribution: AttributionSettings, approach: SingleStageSettings, scale: str, seed: int,
+                 attribution: Attribution, approach: SingleStageSettings, scale: str, seed: int,
                  device: torch.device | str, memory_bytes: int, files: Files | None, rank: int = 0,
                  world_size: int = 1) -> None:
         self.data, self.split, self.taught, self.maps = data, split, taught, maps
@@ -137,13 +137,13 @@ class SelfExplanation:
     def _explain(self, model: nn.Module, rows: np.ndarray) -> np.ndarray:
         """The rows' maps, in their order; every worker makes its share and gets all."""
         net = copy.deepcopy(model).eval().float().requires_grad_(False)
-        # A new maker each time: it keeps a model's fast form, and this model changes.
-        maker, score, found = build_attribution(self.attribution), Logits(net).eval(), []
+        score, found = Logits(net).eval(), []
         mine = rows[self.rank::self.world_size]
         for start in range(0, len(mine), BLOCK):
             part = mine[start:start + BLOCK]
-            found.append(maker.explain(score, self.data.train.images[part], self.data.train.labels[part],
-                                       device=self.device, memory_bytes=self.memory_bytes, indices=part).maps)
+            found.append(self.attribution.explain(
+                score, self.data.train.images[part], self.data.train.labels[part], device=self.device,
+                memory_bytes=self.memory_bytes, indices=part).maps)
         own = np.concatenate(found) if found else np.empty((0, *self.maps.shape[1:]), np.float32)
         if self.world_size == 1:
             return own
@@ -156,7 +156,7 @@ class SelfExplanation:
 
 
 def train_single_stage(data: Dataset, split: Split, model: ModelSettings, training: TrainingSettings, *,
-                       approach: SingleStageSettings, attribution: AttributionSettings, weight: float, scale: str,
+                       approach: SingleStageSettings, attribution: Attribution, weight: float, scale: str,
                        seed: int, device: torch.device | str = "cpu", memory_bytes: int = 2**29,
                        files: Files | None = None, rank: int = 0, world_size: int = 1,
                        **how: Any) -> tuple[SingleStageImpactx, FitResult]:

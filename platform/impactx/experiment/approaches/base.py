@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from impactx.experiment.units import Unit
 from impactx.settings import (
     ApproachSettings,
-    AttributionSettings,
     ModelSettings,
     Settings,
     TrainingSettings,
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from impactx.datasets import Dataset, Split
     from impactx.experiment.plan import Cell, Configuration
     from impactx.experiment.workplace import Workplace
+    from impactx.explain.attribution import Attribution
     from impactx.models import Classifier
     from impactx.training import FitResult
 
@@ -41,7 +41,7 @@ class Basis:
     a: Unit
     a_result: Mapping[str, Any]
 
-    def maps(self, attribution: AttributionSettings | None = None, *, target: str = "label",
+    def maps(self, attribution: Attribution | None = None, *, target: str = "label",
              part: str = "train") -> Unit:
         """The maps that an attribution (None: the experiment's) makes of this A; see `Cell.maps`."""
         return self.cell.maps(self.a, self.a_result, self.repeat, attribution=attribution, target=target, part=part)
@@ -64,7 +64,8 @@ class Bench:
 
         Raises StoreError where they are not those of the unit's recipe.
         """
-        from impactx.explain.store import MapStore, map_scale
+        from impactx.explain.maps.scale import map_scale
+        from impactx.explain.maps.store import MapStore
 
         store = MapStore.open(self.place.artifacts.storage, self.unit.inputs["maps"], self.unit.recipe["maps"])
         maps = self.place.map_array(store, self.data)
@@ -108,7 +109,7 @@ class Approach:
     # ---- the plan
 
     @property
-    def attribution(self) -> AttributionSettings | None:
+    def attribution(self) -> Attribution | None:
         """The attribution of its own that makes its maps; None: the experiment's, or there are no maps."""
         return getattr(self.settings, "attribution", None)
 

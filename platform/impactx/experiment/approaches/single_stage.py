@@ -76,13 +76,13 @@ class SingleStageApproach(Approach):
 
     def train(self, bench: Bench) -> Trained:
         """See Approach.train. The result has the seconds that went into maps."""
-        from impactx.settings import parse_attribution
+        from impactx.settings import extensions
         from impactx.training import train_single_stage
 
         recipe, place = bench.unit.recipe, bench.place
         net, result = train_single_stage(
             bench.data, bench.split, bench.model, bench.training, approach=self.settings,
-            attribution=parse_attribution(recipe["attribution"]), weight=recipe["lambda"],
+            attribution=extensions.attribution.parse(recipe["attribution"]), weight=recipe["lambda"],
             scale=bench.unit.inputs["scale"], memory_bytes=place.memory_bytes,
             files=UnitFiles(place.artifacts.storage, bench.unit), **bench.how)
         factor = float(net.factor)

@@ -33,11 +33,11 @@ class WaeApproach(Approach):
 
     def train(self, bench: Bench) -> Trained:
         """See Approach.train. The checkpoint's settings name the attribution: whoever uses the model needs it."""
-        from impactx.settings import parse_attribution
+        from impactx.settings import extensions
         from impactx.training import train_wae
 
         maps, scale = bench.maps()
         net, result = train_wae(bench.data, bench.split, bench.model, bench.training, classifier=bench.classifier(),
                                 approach=self.settings, maps=maps, scale=scale, **bench.how)
-        attribution = parse_attribution(bench.unit.inputs["attribution"])
+        attribution = extensions.attribution.parse(bench.unit.inputs["attribution"])
         return Trained(net, result, self.settings.model_copy(update={"attribution": attribution}))

@@ -1,8 +1,9 @@
 """Masked images from (image, node, context), without a table of masks.
 
-Two ways to the same bits. On a CPU a Numba kernel copies the background and then the few boxes that the mask
-shows: a mask is a union of at most ``max_depth`` boxes, so this is a handful of short row copies an evaluation.
-Elsewhere the mask comes from a small batched matrix product (``TreeOnDevice.masks``) and ``torch.where`` picks.
+There are two ways to the same bits. On a CPU a Numba kernel copies the background and then the few
+boxes that the mask shows: a mask is a union of at most ``max_depth`` boxes, so this is a handful of
+short row copies for each evaluation. Elsewhere the mask comes from a small batched matrix product
+(``TreeOnDevice.masks``) and ``torch.where`` picks.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from impactx.explain.tree import PartitionTree, TreeOnDevice
+from impactx.explain.partition.tree import PartitionTree, TreeOnDevice
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _copy_boxes(images, backgrounds, which, nodes, contexts, siblings, boxes, out):  # type: ignore[no-untyped-def]
+@numba.njit(nogil=True, cache=True)
+def _copy_boxes(  # type: ignore[no-untyped-def]
+        images, backgrounds, which, nodes, contexts, siblings, boxes, out):
     for b in range(len(which)):
         image = images[which[b]]
         target = out[b]
@@ -39,8 +41,9 @@ class Composer:
     """Builds masked images of one group of images.
 
     Args:
-        tree: the partition tree of the images' shape, as tensors on the images' device.
-        images, backgrounds: (G, C, H, W), floating point, same device and dtype.
+        tree: The partition tree of the images' shape, as tensors on the images' device.
+        images: Floating point (G, C, H, W).
+        backgrounds: (G, C, H, W), of the same device and dtype.
     """
 
     def __init__(self, tree: TreeOnDevice, images: Tensor, backgrounds: Tensor) -> None:
@@ -51,12 +54,19 @@ class Composer:
         self._out = np.empty(0)
         if images.device.type == "cpu":
             host: PartitionTree = tree.tree
-            self._arrays = (self.images.numpy(), self.backgrounds.numpy(), host.siblings, host.boxes)
+            self._arrays = (
+                self.images.numpy(), self.backgrounds.numpy(), host.siblings, host.boxes)
 
     def compose(self, which: Tensor, nodes: Tensor, contexts: Tensor) -> Tensor:
-        """Masked images (B, C, H, W) for int64 ``which`` (index in the group), ``nodes`` and ``contexts`` (B,).
+        """Return masked images.
 
-        On a CPU they live in a buffer that the next call writes again.
+        Args:
+            which: int64 (B,), each mask's image, as its index in the group.
+            nodes: int64 (B,), each mask's node.
+            contexts: int64 (B,), each mask's context.
+
+        Returns:
+            (B, C, H, W); on a CPU in a buffer that the next call writes again.
         """
         if self._arrays is None:
             shown = self.tree.masks(nodes, contexts)
@@ -65,5 +75,6 @@ class Composer:
         if len(self._out) < len(which):
             self._out = np.empty((len(which), *images.shape[1:]), dtype=images.dtype)
         out = self._out[: len(which)]
-        _copy_boxes(images, backgrounds, which.numpy(), nodes.numpy(), contexts.numpy(), siblings, boxes, out)
+        _copy_boxes(images, backgrounds, which.numpy(), nodes.numpy(), contexts.numpy(), siblings,
+                    boxes, out)
         return torch.from_numpy(out)

@@ -1,6 +1,6 @@
-"""Reading a store of maps: as a torch dataset, or without this package by pyarrow, pandas or DuckDB.
+"""Reading a store of maps: as a torch dataset, or by pyarrow, pandas or DuckDB alone.
 
-    from impactx.explain.reading import MapDataset
+    from impactx.explain.maps.reading import MapDataset
     maps = MapDataset.open("results/maps/<key>", data)       # data: a datasets.Dataset
     image, label, map = maps[7]                              # of training image 7
 
@@ -20,7 +20,8 @@ With DuckDB (1.3 or newer), here for the labels' mean absolute values, without l
 
     shards = f"read_parquet('{folder}/shard-*.parquet')"
     size = "list_avg(list_transform(map, lambda v: abs(v)))"
-    found = duckdb.sql(f"select label, count(*), avg({size}) from {shards} group by label order by label").fetchall()
+    query = f"select label, count(*), avg({size}) from {shards} group by label order by label"
+    found = duckdb.sql(query).fetchall()
 """
 
 from __future__ import annotations
@@ -33,12 +34,19 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
 from impactx.datasets import Dataset
-from impactx.explain.store import MapStore, StoreError
+from impactx.explain.maps.store import MapStore, StoreError
 from impactx.storage import Storage
 
 
 def store_at(address: str | Path) -> MapStore:
-    """The store at an address: its folder, or s3://bucket/.../<key>. Raises StoreError where there is none."""
+    """Return the store at an address.
+
+    Args:
+        address: The store's folder, or s3://bucket/.../<key>.
+
+    Raises:
+        StoreError: There is no store.
+    """
     text = str(address).rstrip("/")
     if "://" not in text:
         text = str(Path(text).expanduser().absolute())
@@ -46,31 +54,48 @@ def store_at(address: str | Path) -> MapStore:
     return MapStore.open(Storage(folder or "/"), name)
 
 
-class MapDataset(TorchDataset):
-    """Every training image with its label and map, aligned by index; neither is loaded before it is asked for.
+class MapDataset(TorchDataset[tuple[Tensor, int, Tensor]]):
+    """Every training image with its label and map, aligned by index, loaded when it is asked for.
 
-    Item i: image float32 (3, H, W) in [0, 1], label int, map float32 (C, H, W) in the attribution's own units.
-    Raises IndexError where there is no image i.
+    Item i is the image, float32 (3, H, W) in [0, 1], its label, and its map, float32 (C, H, W) in
+    the attribution's own units; IndexError where there is no image i.
+
+    Args:
+        images: uint8 (N, H, W, 3).
+        labels: int64 (N,).
+        maps: float32 (N, C, H, W); all three may be memory-mapped.
+
+    Raises:
+        StoreError: The three do not belong together.
     """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, maps: np.ndarray) -> None:
-        """images: uint8 (N, H, W, 3); labels: int64 (N,); maps: float32 (N, C, H, W); all may be memory-mapped."""
         if not len(images) == len(labels) == len(maps) or images.shape[1:3] != maps.shape[2:]:
-            raise StoreError(f"images {images.shape}, labels {labels.shape} and maps {maps.shape} do not belong "
-                             "together")
+            raise StoreError(f"images {images.shape}, labels {labels.shape} and maps {maps.shape} "
+                             "do not belong together")
         self.images, self.labels, self.maps = images, labels, maps
 
     @classmethod
-    def open(cls, address: str | Path, data: Dataset, cache: str | Path | None = None) -> MapDataset:
-        """A complete store with its images. cache: folder of the unpacked maps, by default beside the decoded images.
+    def open(
+        cls, address: str | Path, data: Dataset, cache: str | Path | None = None
+    ) -> MapDataset:
+        """Open a complete store with its images.
 
-        Raises StoreError where a shard is missing, torn or foreign, or the store is of other images.
+        Args:
+            address: The store's address, see `store_at`.
+            data: The data set whose training images were explained.
+            cache: The folder of the unpacked maps, by default beside the decoded images.
+
+        Raises:
+            StoreError: A shard is missing, torn or foreign, or the store is of other images.
         """
         store = store_at(address)
         if (of := store.spec.recipe.get("data")) != data.fingerprint:
-            raise StoreError(f"{address} holds maps of the images with fingerprint {of}, {data.name!r} has "
-                             f"{data.fingerprint}: load the data set with the settings of that job")
-        return cls(data.train.images, data.train.labels, store.unpack(cache or Path(data.folder).parent / "maps"))
+            raise StoreError(f"{address} holds maps of the images with fingerprint {of}, "
+                             f"{data.name!r} has {data.fingerprint}: load the data set with the "
+                             "settings of that job")
+        maps = store.unpack(cache or Path(data.folder).parent / "maps")
+        return cls(data.train.images, data.train.labels, maps)
 
     def __len__(self) -> int:
         return len(self.labels)

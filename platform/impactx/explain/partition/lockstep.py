@@ -1,8 +1,9 @@
 """Many images in lockstep through the partition algorithm.
 
-A step pops the best entries of every image's queue (``frontier``), evaluates all their masks with one forward
-(``compose`` or ``head``, and ``forward``), and pushes the children. Only the order of popping depends on the data.
-Where queues and scores are kept, and how many images fit beside each other, is ``Room``'s business.
+A step pops the best entries of every image's queue (``frontier``), evaluates all their masks with
+one forward (``compose`` or ``head``, and ``forward``), and pushes the children. Only the order of
+popping depends on the data. ``Room`` says how much memory queues and scores take, and how many
+images fit beside each other.
 """
 
 from __future__ import annotations
@@ -14,18 +15,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from impactx.explain.compose import Composer
-from impactx.explain.fast import FastScore
-from impactx.explain.forward import Forward, PartitionError
-from impactx.explain.frontier import Frontier
-from impactx.explain.head import HeadComposer
 from impactx.explain.masking import Masker
-from impactx.explain.tree import TreeOnDevice
+from impactx.explain.partition.compose import Composer
+from impactx.explain.partition.fast import FastScore
+from impactx.explain.partition.forward import Forward, PartitionError
+from impactx.explain.partition.frontier import Frontier
+from impactx.explain.partition.head import HeadComposer
+from impactx.explain.partition.tree import TreeOnDevice
 
 
 @dataclass(frozen=True)
 class Room:
-    """What the settings mean in numbers, and how much memory an image takes."""
+    """The settings in numbers, and the memory that an image takes.
+
+    Attributes:
+        budget: Evaluations of an image beside f(image) and f(masked).
+        pops_a_step: Entries of an image that are popped together at most; each costs two
+            evaluations.
+        fixed_context: See `engine.partition_shap`.
+        capacity: Entries of an image's queue at most, popped ones included.
+        evaluations: Evaluations of an image at most, f(image) and f(masked) included.
+        dtype: Of images and scores.
+        forward_batch: Masks in one forward at most.
+        memory: The engine's working memory in bytes.
+        tree: The partition tree of the images' shape.
+    """
 
     budget: int
     pops_a_step: int
@@ -39,28 +53,44 @@ class Room:
 
     @classmethod
     def plan(
-        cls, tree: TreeOnDevice, max_evals: int, batch_size: int, fixed_context: int | None, dtype: torch.dtype,
-        memory: int, forward_batch: int | None, device: torch.device,
+        cls, tree: TreeOnDevice, max_evals: int, batch_size: int, fixed_context: int | None,
+        dtype: torch.dtype, memory: int, forward_batch: int | None, device: torch.device,
     ) -> Room:
+        """Reckon the room that an image needs; see `engine.partition_shap` for the arguments.
+
+        Raises:
+            PartitionError: ``forward_batch`` is below 1.
+        """
         budget = max_evals - 2
         splits = min(math.ceil(budget / 2), tree.tree.splits_possible(fixed_context))
         children = 4 if fixed_context is None else 2
         pixel_bytes = math.prod(tree.tree.shape) * dtype.itemsize
         if forward_batch is None:
             wanted = 4096 if device.type != "cpu" else max(8, min(400, (5 << 20) // pixel_bytes))
-            forward_batch = max(1, min(wanted, memory // 4 // (pixel_bytes * (1 if device.type == "cpu" else 6))))
+            copies = 1 if device.type == "cpu" else 6
+            forward_batch = max(1, min(wanted, memory // 4 // (pixel_bytes * copies)))
         elif forward_batch < 1:
             raise PartitionError(f"forward_batch = {forward_batch}; allowed: 1 or more")
         return cls(
-            budget, math.ceil(batch_size / 2), fixed_context, 1 + children * splits, 2 + 2 * splits, dtype,
-            forward_batch, memory, tree,
+            budget, math.ceil(batch_size / 2), fixed_context, 1 + children * splits,
+            2 + 2 * splits, dtype, forward_batch, memory, tree,
         )
 
     def images_in_flight(self, n_outputs: int, wanted: int | None, head_bytes: int) -> int:
-        """How many images fit into the memory, at most ``wanted``; ``head_bytes`` is what an image's head takes."""
+        """Return how many images fit into the memory beside each other.
+
+        Args:
+            n_outputs: How many outputs of an image are explained.
+            wanted: How many images are wanted at most; by default 32 on a CPU, 2048 elsewhere.
+            head_bytes: What an image takes in a `HeadComposer`.
+
+        Raises:
+            PartitionError: ``wanted`` is below 1, or not even one image fits.
+        """
         host = self.tree.tree
         pixels = math.prod(host.shape)
-        credit = 8 * (self.capacity + 2 * host.n_nodes + 2 * pixels)  # one output of one image at a time at worst
+        # One output of one image at a time at worst.
+        credit = 8 * (self.capacity + 2 * host.n_nodes + 2 * pixels)
         an_image = (
             2 * pixels * self.dtype.itemsize
             + Frontier.bytes_an_image(self.capacity)
@@ -76,8 +106,9 @@ class Room:
         fit = (self.memory - chunk - credit) // an_image
         if fit < 1:
             raise PartitionError(
-                f"memory_limit_bytes = {self.memory} is too small: one image takes {an_image + credit} bytes, and "
-                f"{self.forward_batch} masked images (forward_batch) {chunk}"
+                f"memory_limit_bytes = {self.memory} is too small: one image takes "
+                f"{an_image + credit} bytes, and {self.forward_batch} masked images "
+                f"(forward_batch) {chunk}"
             )
         return int(min(wanted, fit))
 
@@ -85,35 +116,50 @@ class Room:
 class Group:
     """Images that go in lockstep, from the first two evaluations to their maps.
 
-    ``first`` is the number of the group's first image among all; ``images`` (n, C, H, W) lie on the device.
+    Args:
+        tree: The partition tree of the images' shape.
+        forward: The model.
+        masker: Makes the backgrounds that stand in for hidden pixels.
+        images: Floating point (n, C, H, W) in [0, 1], on the device.
+        first: The number of the group's first image among all.
+        room: The settings.
     """
 
     def __init__(
-        self, tree: TreeOnDevice, forward: Forward, masker: Masker, images: Tensor, first: int, room: Room
+        self, tree: TreeOnDevice, forward: Forward, masker: Masker, images: Tensor, first: int,
+        room: Room,
     ) -> None:
         self.tree, self.forward, self.room, self.first = tree, forward, room, first
         self.n = len(images)
         self.device = images.device
         backgrounds = masker.background(images)
-        # a box's share of the first layer pays where boxes occur again and again: not with a fixed context
+        # A box's share of the first layer pays where boxes occur again and again: not with a fixed
+        # context.
         score = forward.score
         self.ahead = None
         if isinstance(score, FastScore) and score.head is not None and room.fixed_context is None:
             self.ahead = HeadComposer(tree, score.head, images, backgrounds, room.forward_batch)
-        self.compose = Composer(tree, images, backgrounds).compose if self.ahead is None else self.ahead.compose
+        self.compose = (Composer(tree, images, backgrounds).compose if self.ahead is None
+                        else self.ahead.compose)
         everyone = torch.arange(self.n, device=self.device)
         base = forward(lambda which: backgrounds[which], everyone, first_image=first)
         full = forward(lambda which: images[which], everyone, first_image=first)
-        self.scores = torch.empty((self.n, room.evaluations, base.shape[1]), dtype=base.dtype, device=self.device)
+        self.scores = torch.empty((self.n, room.evaluations, base.shape[1]), dtype=base.dtype,
+                                  device=self.device)
         self.scores[:, 0], self.scores[:, 1] = base, full
         self.spent = torch.zeros(self.n, dtype=torch.int64, device=self.device)
-        self.queue = Frontier(self.n, room.capacity, self.device, keep_splits=room.fixed_context is not None)
+        self.queue = Frontier(self.n, room.capacity, self.device,
+                              keep_splits=room.fixed_context is not None)
         zero = torch.zeros_like(everyone)
         slot = self.queue.reserve(torch.ones_like(everyone), 1)
         self._push(everyone, slot, zero, zero, zero, zero + 1)
 
     def explain(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """values, scores, base values and evaluations of the group, as arrays."""
+        """Explain the group.
+
+        Returns:
+            Values, scores, base values and evaluations; see `engine.PartitionResult`.
+        """
         while self._step():
             pass
         values = self._credit()
@@ -121,7 +167,7 @@ class Group:
         return values, ends[:, 1], ends[:, 0], (self.spent + 2).cpu().numpy()
 
     def _step(self) -> bool:
-        """One look at every queue; False when there is nothing left to do."""
+        """Look at every queue once; return False when there is nothing left to do."""
         room, tree, queue = self.room, self.tree, self.queue
         # shap pops while masks < batch_size and evaluations + masks < budget, two masks a pop
         allowed = ((room.budget - self.spent + 1) // 2).clamp(0, room.pops_a_step)
@@ -130,7 +176,8 @@ class Group:
             return False
         image, node, context = popped.image, popped.node, popped.context
         left, right = tree.left[node], tree.right[node]
-        with_left = context | (1 << tree.depth[node])  # as the right child's context; the left's "with right"
+        # The right child's context with the left child shown; the left one's "with right".
+        with_left = context | (1 << tree.depth[node])
         nodes = torch.stack([right, left], dim=1).flatten()
         if self.ahead is not None:
             self.ahead.prepare(image.repeat_interleave(2), nodes)
@@ -152,22 +199,26 @@ class Group:
         slot = first[image] + len(children) * popped.rank
         columns = [torch.stack(column, dim=1).flatten() for column in zip(*children, strict=True)]
         ranks = torch.arange(len(children), device=self.device)
-        self._push(image.repeat_interleave(len(children)), (slot[:, None] + ranks).flatten(), *columns)
+        self._push(image.repeat_interleave(len(children)), (slot[:, None] + ranks).flatten(),
+                   *columns)
         return True
 
-    def _push(self, image: Tensor, slot: Tensor, node: Tensor, context: Tensor, low: Tensor, high: Tensor) -> None:
+    def _push(
+        self, image: Tensor, slot: Tensor, node: Tensor, context: Tensor, low: Tensor, high: Tensor
+    ) -> None:
         difference = self.scores[image, high].double() - self.scores[image, low].double()
         priority = difference.abs().amax(dim=1) * self._weight(node)
-        self.queue.push(image, slot, node, context, low, high, priority, self.tree.left[node] < 0)
+        self.queue.push(image, slot, node, context, low, high, priority,
+                        self.tree.left[node] < 0)
 
     def _weight(self, node: Tensor) -> Tensor:
-        """What a difference counts: each split halves it, unless the context is fixed."""
+        """Return the weight of a difference: each split halves it, unless the context is fixed."""
         if self.room.fixed_context is not None:
             return torch.ones(node.shape, dtype=torch.float64, device=self.device)
         return torch.exp2(-self.tree.depth[node].double())
 
     def _credit(self) -> np.ndarray:
-        """Give every entry's difference to its node, and every node's value evenly to its leaves."""
+        """Return a difference's weight: each split halves it, unless the context is fixed."""
         n_outputs = self.scores.shape[2]
         host = self.tree.tree
         values = np.empty((self.n, n_outputs, *host.shape), dtype=np.float32)
@@ -178,11 +229,12 @@ class Group:
             rows = slice(i, min(i + images, self.n))
             for k in range(0, n_outputs, some):
                 spread = self.tree.spread(self._node_values(rows, slice(k, k + some)))
-                values[rows, k : k + some] = spread.float().cpu().numpy().reshape(values[rows, k : k + some].shape)
+                part = values[rows, k : k + some]  # a view
+                part[:] = spread.float().cpu().numpy().reshape(part.shape)
         return values
 
     def _node_values(self, rows: slice, outputs: slice) -> Tensor:
-        """float64 (g, outputs, nodes): the sum of what each node was credited with."""
+        """Return the sum of each node's credits: float64 (g, outputs, nodes)."""
         queue = self.queue
         scores = self.scores[rows, :, outputs].transpose(1, 2).double()
         node = queue.node[rows].long()
@@ -198,5 +250,6 @@ class Group:
             interaction = at(queue.high[rows]) - at(first) - at(first + 1) + at(queue.low[rows])
             sign = 1.0 if self.room.fixed_context == 0 else -1.0
             credit += sign * interaction * (split >= 0)[:, None]
-        total = torch.zeros((*scores.shape[:2], self.tree.tree.n_nodes), dtype=torch.float64, device=self.device)
+        total = torch.zeros((*scores.shape[:2], self.tree.tree.n_nodes), dtype=torch.float64,
+                            device=self.device)
         return total.scatter_add_(2, node[:, None].expand_as(credit), credit)

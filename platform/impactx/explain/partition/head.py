@@ -1,18 +1,20 @@
 """Masked images after a model's first layer, without running that layer on them.
 
-The first layer is affine (``fast.Head``): on a masked image it gives what it gives on the background, plus one
-contribution for each box that the mask shows,
+The first layer is affine (``fast.Head``): on a masked image it gives what it gives on the
+background, plus one contribution for each box that the mask shows,
 
-    affine(masked) = affine(background) + sum over shown boxes b of [affine(b x (image - background)) - affine(0)].
+    affine(masked) = affine(background)
+                     + sum over shown boxes b of [affine(b x (image - background)) - affine(0)].
 
-A contribution is zero outside its box, widened by the kernel. It is computed once for an image and box, when
-the box is first shown: a child's mask differs from its parent's in one box, so those are the two halves of the
-node that is split. About a tenth as many boxes as masks occur, so the layer is hardly ever run; a mask costs some
-additions on small patches, then ReLU and max-pool. A sum over at most ``max_depth`` patches in fixed order keeps
-float rounding where a convolution has it.
+A contribution is zero outside its box, widened by the kernel. It is computed once for an image and
+box, when the box is first shown: a child's mask differs from its parent's in one box, so those are
+the two halves of the node that is split. About a tenth as many boxes as masks occur, so the layer
+is hardly ever run; a mask costs some additions on small patches, then ReLU and max-pool. A sum over
+at most ``max_depth`` patches in fixed order keeps float rounding where a convolution has it.
 
-Patches lie in one flat buffer, as (phase, row, column, channel) with the rows and columns of the pooled map; phase is
-the position within a pooling window, so pooling is a maximum over phases of contiguous runs.
+Patches lie in one flat buffer, as (phase, row, column, channel) with the rows and columns of the
+pooled map; phase is the position within a pooling window, so pooling is a maximum over phases of
+contiguous runs.
 """
 
 from __future__ import annotations
@@ -22,12 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from impactx.explain.fast import Head
-from impactx.explain.tree import TreeOnDevice
+from impactx.explain.partition.fast import Head
+from impactx.explain.partition.tree import TreeOnDevice
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _store_patches(full, zero, pool_h, pool_w, patches, used, places, rows):  # type: ignore[no-untyped-def]
+@numba.njit(nogil=True, cache=True)
+def _store_patches(  # type: ignore[no-untyped-def]
+        full, zero, pool_h, pool_w, patches, used, places, rows):
     """Cut each contribution to the window where it is not zero and append it to ``patches``."""
     n, channels = full.shape[0], full.shape[1]
     height, width = full.shape[2] // pool_h, full.shape[3] // pool_w
@@ -53,8 +56,9 @@ def _store_patches(full, zero, pool_h, pool_w, patches, used, places, rows):  # 
     return used
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _add_and_pool(base, patches, places, slots, which, nodes, contexts, siblings, relu, work, out):  # type: ignore[no-untyped-def]
+@numba.njit(nogil=True, cache=True)
+def _add_and_pool(  # type: ignore[no-untyped-def]
+        base, patches, places, slots, which, nodes, contexts, siblings, relu, work, out):
     """out[b] = pool(relu(base + patches of the shown boxes)); all maps flat, channels innermost."""
     phases, height, width, channels = base.shape[1], base.shape[2], base.shape[3], base.shape[4]
     row_length = width * channels
@@ -72,7 +76,8 @@ def _add_and_pool(base, patches, places, slots, which, nodes, contexts, siblings
                 for phase in range(phases):
                     for r in range(place[1], place[2]):
                         first = phase * plane + r * row_length + place[3] * channels
-                        target = work[first : first + run]  # views: plain loops from 0 become vector code
+                        # Views: plain loops from 0 become vector code.
+                        target = work[first : first + run]
                         patch = patches[source : source + run]
                         for j in range(run):
                             target[j] += patch[j]
@@ -94,21 +99,26 @@ class HeadComposer:
     """Builds the inputs of ``FastScore.rest`` for one group of images on a CPU.
 
     Args:
-        head: the model's affine beginning.
-        images, backgrounds: (G, C, H, W). forward_batch: boxes a call of the head.
+        tree: The partition tree of the images' shape.
+        head: The model's affine beginning.
+        images: Floating point (G, C, H, W), on a CPU.
+        backgrounds: (G, C, H, W), of the same dtype.
+        forward_batch: How many boxes go through the head together.
     """
 
     def __init__(
-        self, tree: TreeOnDevice, head: Head, images: Tensor, backgrounds: Tensor, forward_batch: int
+        self, tree: TreeOnDevice, head: Head, images: Tensor, backgrounds: Tensor,
+        forward_batch: int,
     ) -> None:
         self.tree, self.head, self.forward_batch = tree.tree, head, forward_batch
         self.difference = images - backgrounds
         self.zero = head.affine(torch.zeros_like(images[:1])).contiguous()
-        base = torch.cat([head.affine(part) for part in backgrounds.split(forward_batch)])
+        base = torch.cat([head.affine(part) for part in torch.split(backgrounds, forward_batch)])
         (ph, pw), (n, channels, h, w) = head.pool, base.shape
         height, width = h // ph, w // pw
         base = base[:, :, : height * ph, : width * pw].reshape(n, channels, height, ph, width, pw)
-        self.base = base.permute(0, 3, 5, 2, 4, 1).reshape(n, ph * pw, height, width, channels).contiguous().numpy()
+        base = base.permute(0, 3, 5, 2, 4, 1).reshape(n, ph * pw, height, width, channels)
+        self.base = base.contiguous().numpy()
         self.full_size = self.base[0].size
         self.patches = np.empty(4 * self.full_size, self.base.dtype)
         self.used = 0
@@ -120,12 +130,21 @@ class HeadComposer:
 
     @property
     def bytes_an_image(self) -> int:
-        """About what an image takes: the boxes of a level are disjoint, so a level is a few maps, kernel borders
-        included (measured: 14 maps in all at 2000 evaluations and 12 levels)."""
-        return self.base.itemsize * self.full_size * (1 + 3 * self.tree.max_depth) + 4 * self.tree.n_nodes
+        """About what an image takes, in bytes.
+
+        The boxes of a level are disjoint, so a level is a few maps, kernel borders included
+        (measured: 14 maps in all at 2000 evaluations and 12 levels).
+        """
+        maps = int(self.base.itemsize * self.full_size) * (1 + 3 * self.tree.max_depth)
+        return maps + 4 * self.tree.n_nodes
 
     def prepare(self, image: Tensor, node: Tensor) -> None:
-        """Make sure that the contributions of these boxes (int64 (M,), (M,)) are there."""
+        """Compute the contributions of boxes that are not there yet.
+
+        Args:
+            image: int64 (M,), each box's image.
+            node: int64 (M,), each box's node.
+        """
         flat = np.unique(image.numpy() * self.tree.n_nodes + node.numpy())
         flat = flat[self.slots.reshape(-1)[flat] < 0]
         if not len(flat):
@@ -154,12 +173,21 @@ class HeadComposer:
         )
 
     def compose(self, which: Tensor, nodes: Tensor, contexts: Tensor) -> Tensor:
-        """Inputs of the rest, (B, c, h, w) in channels-last order, in a buffer that the next call writes again."""
+        """Return the inputs of the rest of the model, for masks.
+
+        Args:
+            which: int64 (B,), each mask's image, as its index in the group.
+            nodes: int64 (B,), each mask's node.
+            contexts: int64 (B,), each mask's context.
+
+        Returns:
+            (B, c, h, w) in channels-last order, in a buffer that the next call writes again.
+        """
         if len(self._out) < len(which):
             self._out = np.empty((len(which), *self.base.shape[2:]), self.base.dtype)
         out = self._out[: len(which)]
         _add_and_pool(
-            self.base, self.patches, self.places, self.slots, which.numpy(), nodes.numpy(), contexts.numpy(),
-            self.tree.siblings, self.head.relu, self._work, out,
+            self.base, self.patches, self.places, self.slots, which.numpy(), nodes.numpy(),
+            contexts.numpy(), self.tree.siblings, self.head.relu, self._work, out,
         )
         return torch.from_numpy(out).permute(0, 3, 1, 2)
