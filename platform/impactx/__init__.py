@@ -21,11 +21,11 @@ if TYPE_CHECKING:
         train_classifier,
         train_impactx,
     )
+    from impactx.approaches.impactx import Impactx
     from impactx.datasets import load_dataset
     from impactx.settings import (
         AugmentationSettings,
         DatasetSettings,
-        ImpactxSettings,
         ModelSettings,
         PartitionSettings,
         TrainingSettings,
@@ -34,12 +34,13 @@ if TYPE_CHECKING:
 _HOMES = {
     "impactx.api": ("Prediction", "Schedule", "TrainedModel", "explain_dataset", "load_model", "train_classifier",
                     "train_impactx"),
+    "impactx.approaches.impactx": ("Impactx",),
     "impactx.datasets": ("load_dataset",),
-    "impactx.settings": ("AugmentationSettings", "DatasetSettings", "ImpactxSettings", "ModelSettings",
+    "impactx.settings": ("AugmentationSettings", "DatasetSettings", "ModelSettings",
                          "PartitionSettings", "TrainingSettings"),
 }
 
-__all__ = ["AugmentationSettings", "DatasetSettings", "ImpactxSettings", "ModelSettings", "PartitionSettings",
+__all__ = ["AugmentationSettings", "DatasetSettings", "Impactx", "ModelSettings", "PartitionSettings",
            "Prediction", "Schedule", "TrainedModel", "TrainingSettings", "explain_dataset", "load_dataset",
            "load_model", "train_classifier", "train_impactx"]
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from impactx.fetching import is_remote
 from impactx.settings import ExperimentSettings, Settings, tagged
+from impactx.settings.registry import UNKNOWN, UNNAMED, registry_of
 
 DEFAULT_PRESET = "full_grid"
 Root = typing.TypeVar("Root", bound=Settings)
@@ -113,7 +114,7 @@ def load_settings(preset: str = DEFAULT_PRESET, overrides: Sequence[str] = (), f
     try:
         settings = root.model_validate(composed)
     except ValidationError as error:
-        errors += [_readable(e, root) for e in error.errors()]
+        errors += [_readable(e, root, composed) for e in error.errors()]
     errors += _unusable_models(composed)
     if errors or settings is None:
         count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
@@ -227,8 +228,11 @@ def _lay_over(composed: dict[str, Any], values: list[tuple[str, str]]) -> list[s
     return errors
 
 
-def _place(location: Sequence[Any], root: type[Settings]) -> tuple[list[Any], Any]:
-    """Where an error is, as one would write it (without pydantic's own words), and the type of what is there."""
+def _place(location: Sequence[Any], root: type[Settings], value: Any) -> tuple[list[Any], Any]:
+    """Where an error is, as one would write it (without pydantic's own words), and the type of what is there.
+
+    value: what was given for the root.
+    """
     model: Any = root
     written: list[Any] = []
     for part in location:
@@ -238,6 +242,8 @@ def _place(location: Sequence[Any], root: type[Settings]) -> tuple[list[Any], An
             model = kinds[part]
             continue
         written.append(part)
+        model = _extension(model, value)
+        value = value.get(part) if isinstance(value, dict) else None
         if typing.get_origin(model) is typing.Annotated:
             model = typing.get_args(model)[0]
         if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
@@ -249,19 +255,31 @@ def _place(location: Sequence[Any], root: type[Settings]) -> tuple[list[Any], An
         if typing.get_origin(annotation) in (typing.Union, types.UnionType) and not tagged(annotation):
             annotation = next((a for a in typing.get_args(annotation) if a is not type(None)), None)
         model = annotation
-    return written, model
+    return written, _extension(model, value)
 
 
-def _readable(error: Any, root: type[Settings]) -> str:
-    location, model = _place(error["loc"], root)
+def _extension(annotation: Any, value: Any) -> Any:
+    """The class of the extension that a value describes, where any of a kind may stand there; else the annotation."""
+    if (registry := registry_of(annotation)) is None or not isinstance(value, dict):
+        return annotation
+    name = value.get(registry.tag, registry.default)
+    return registry.get(name) if name in registry.names() else annotation
+
+
+def _readable(error: Any, root: type[Settings], composed: Any) -> str:
+    location, model = _place(error["loc"], root, composed)
     where = ".".join(map(str, location)) or "the whole"
     if error["type"] == "extra_forbidden":
-        _, parent = _place(error["loc"][:-1], root)
+        _, parent = _place(error["loc"][:-1], root, composed)
         allowed = list(parent.model_fields) if isinstance(parent, type) and issubclass(parent, BaseModel) else []
         chosen = next((f" with {name} {fields[name].default}" for fields in [getattr(parent, "model_fields", {})]
                        for name in ("method", "kind") if name in fields), "")
         return (f"{where} = {error['input']!r}: no such setting{chosen}; {_similar(str(location[-1]), allowed)}"
                 f"allowed here: {', '.join(allowed) or 'nothing'}")
+    if error["type"] in (UNKNOWN, UNNAMED):
+        if error["type"] == UNNAMED:
+            return f"{where}.{error['msg']}"
+        return f"{where}.{error['ctx']['tag']} = {error['ctx']['value']!r}: {error['msg']}"
     if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
         tag = error["ctx"]["discriminator"].strip("'")
         names = list(tagged(model))

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from lab import descendants, gone, until
 
+from impactx.approaches.checkpoint import save_checkpoint
 from impactx.configuration import load_settings
 from impactx.datasets import load_dataset
 from impactx.explain.attribution import build_attribution
 from impactx.explain.reading import store_at
-from impactx.models import build_classifier, save_checkpoint
+from impactx.models import build_classifier
 from impactx.settings import ModelSettings, PartitionSettings
 
 LENET = ModelSettings(name="lenet5", architecture="lenet5")

@@ -11,6 +11,12 @@ import pytest
 import torch
 
 import impactx
+from impactx.approaches.abn import AbnNetwork
+from impactx.approaches.checkpoint import load_checkpoint
+from impactx.approaches.ensemble import EnsembleNetwork
+from impactx.approaches.impactx import ImpactxNetwork
+from impactx.approaches.single_stage import SingleStageNetwork
+from impactx.approaches.wae import WaeNetwork
 from impactx.configuration import ConfigurationError, load_settings
 from impactx.experiment.executor import LocalExecutor
 from impactx.experiment.model_source import open_source
@@ -20,7 +26,6 @@ from impactx.experiment.run import Job
 from impactx.experiment.tracker import NoTracker
 from impactx.experiment.units import WorkError
 from impactx.explain.store import MapStore
-from impactx.models import Abn, Ensemble, Impactx, SingleStageImpactx, Wae, load_checkpoint
 
 pytest.importorskip("captum")
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -110,10 +115,10 @@ def test_every_approach_comes_to_its_row(first):
 def test_every_final_model_is_kept_as_what_it_is(first):
     rows, _, _ = first
     kinds = {name: type(loaded(rows[name]).model) for name in rows if name != "baseline"}
-    assert kinds == dict.fromkeys(NAMES[:7], Impactx) | {"ensemble": Ensemble, "abn": Abn, "wae": Wae,
-                                                         "single_stage": SingleStageImpactx}
+    assert kinds == dict.fromkeys(NAMES[:7], ImpactxNetwork) | {"ensemble": EnsembleNetwork, "abn": AbnNetwork, "wae": WaeNetwork,
+                                                         "single_stage": SingleStageNetwork}
     assert {name: loaded(row).weight for name, row in rows.items()} == {name: row.weight for name, row in rows.items()}
-    assert loaded(rows["wae"]).approach_settings.attribution.max_evals == 12
+    assert loaded(rows["wae"]).approach.attribution.max_evals == 12
     single = loaded(rows["single_stage"])
     factor = float(single.model.factor)  # 0 where the best epoch is one that had no maps
     assert single.map_scale == (pytest.approx(1 / factor) if factor else None)

@@ -18,6 +18,9 @@ import pytest
 import torch
 
 import impactx
+from impactx.approaches.base import Bench, Candidate
+from impactx.approaches.baseline import Baseline
+from impactx.approaches.checkpoint import load_checkpoint
 from impactx.command import main
 from impactx.configuration import ConfigurationError, load_settings
 from impactx.datasets import DataError, make_split
@@ -35,10 +38,9 @@ from impactx.experiment.units import WorkError
 from impactx.experiment.work import evaluate_unit, finish_maps, maps_complete, train_unit
 from impactx.explain.attribution import Explanations
 from impactx.explain.store import HEAD, MapStore, StoreError
-from impactx.models import build_classifier, load_checkpoint
+from impactx.models import build_classifier
 from impactx.settings import ModelSettings, TrainingSettings
 from impactx.storage import Storage, StorageError
-from impactx.training import train_stage1, train_stage2
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("datasets.digits.subset=100", "grid.learning_rate=[0.002,0.004]", "grid.batch_size=[16]",
@@ -448,14 +450,14 @@ def test_a_data_set_above_the_memory_budget_trains_to_the_same_numbers(first):
     split = make_split(data.train.labels, 0.2, common_fraction=0.2, seed=0)
     maps = np.random.default_rng(0).normal(size=(100, 3, 32, 32)).astype(np.float32)
     lenet = ModelSettings(name="lenet5", architecture="lenet5")
-    how = {"seed": 0, "learning_rate": 0.002, "batch_size": 16, "augmentation": impactx.AugmentationSettings()}
     histories = []
     for megabytes in (4096, 0):
         training = TrainingSettings(epochs=2).model_copy(update={"memory_mb": megabytes})
-        a, one = train_stage1(data, split, lenet, training, **how)
-        _, two = train_stage2(data, split, lenet, training, classifier=a, approach=impactx.ImpactxSettings(),
-                              weight=0.8, maps=maps, scale=2.0, **how)
-        histories.append([{k: v for k, v in row.items() if k != "seconds"} for row in one.history + two.history])
+        bench = Bench(data, split, lenet, training, 0.002, 16, 0, candidate=Candidate(0.8), maps=lambda: (maps, 2.0))
+        a = Baseline().train(bench)
+        two = impactx.Impactx().train(replace(bench, classifier=lambda a=a: a.model))
+        histories.append([{k: v for k, v in row.items() if k != "seconds"}
+                          for row in a.fit.history + two.fit.history])
     assert histories[0] == histories[1]
 
 

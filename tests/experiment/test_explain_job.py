@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from torch import nn
 
+from impactx.approaches.checkpoint import save_checkpoint
+from impactx.approaches.impactx import Impactx
 from impactx.command import explain_options
 from impactx.configuration import ConfigurationError
 from impactx.datasets import DataError, load_dataset
@@ -24,8 +26,8 @@ from impactx.experiment.tracker import NoTracker
 from impactx.experiment.units import WorkError
 from impactx.experiment.work import ShardWorker
 from impactx.explain.sheet import SheetError
-from impactx.models import build_classifier, build_impactx, save_checkpoint
-from impactx.settings import DatasetSettings, ImpactxSettings, ModelSettings
+from impactx.models import build_classifier
+from impactx.settings import DatasetSettings, ModelSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 JOB = str(ROOT / "jobs" / "explain.py")
@@ -171,9 +173,9 @@ def test_a_sheet_that_cannot_be_drawn_is_told_before_anything_is_made(options, t
 
 def test_impactx_is_explained_by_its_own_logits(options, tmp_path):
     a = build_classifier(LENET, 10, (32, 32), seed=0)
-    net = build_impactx(ImpactxSettings(latent=16), LENET, a, seed=0).eval()
+    net = Impactx(latent=16).build(LENET, a, seed=0).eval()
     (tmp_path / "x.pt").write_bytes(save_checkpoint(
-        net, model_settings=LENET, approach_settings=ImpactxSettings(latent=16), class_names=list("0123456789")))
+        net, model_settings=LENET, approach=Impactx(latent=16), class_names=list("0123456789")))
     job, _ = explained(options("--model", str(tmp_path / "x.pt")))
     scores = job.store().read_shard(0)["score"].to_numpy()
     x = torch.from_numpy(np.array(job.data.train.images[:25])).permute(0, 3, 1, 2) / 255

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from impactx.approaches.checkpoint import load_checkpoint
 from impactx.configuration import ConfigurationError, load_settings
 from impactx.evaluation import morf
 from impactx.experiment.executor import LocalExecutor
@@ -21,7 +22,6 @@ from impactx.experiment.tracker import NoRun, NoTracker
 from impactx.experiment.units import MAP_SCORES
 from impactx.explain.attribution import build_attribution
 from impactx.explain.store import MapStore
-from impactx.models import load_checkpoint
 
 pytest.importorskip("captum")
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from impactx.experiment.approaches import Approach, Basis
 from impactx.experiment.budget import Budget
 from impactx.experiment.claims import TakenOver
 from impactx.experiment.executor import STOPPED_TAG, Limits, Task, final_metrics, training_files
@@ -18,6 +17,7 @@ from impactx.experiment.journal import CellJournal
 from impactx.experiment.paper import published
 from impactx.experiment.plan import Cell, Configuration, select
 from impactx.experiment.results import Row, results_csv, summarise
+from impactx.experiment.stage2 import Basis, Entry
 from impactx.experiment.summary import CellLog
 from impactx.experiment.threads import run_all
 from impactx.experiment.tracker import Run
@@ -336,7 +336,7 @@ class CellRun:
                 models += self._models(run, approach, bases, made)
         return self._train_all(models)
 
-    def _models(self, run: Run, approach: Approach, bases: list[Basis], made: set[str]) -> list[Unit]:
+    def _models(self, run: Run, approach: Entry, bases: list[Basis], made: set[str]) -> list[Unit]:
         """An approach's final trainings, by what its own search chooses, in the repeats whose maps are made.
 
         made: keys of stores. Raises SelectionError, and WorkError where there is no such repeat.
@@ -345,12 +345,12 @@ class CellRun:
         bases = [basis for basis, names in zip(bases, absent, strict=True) if not names]
         if not bases:
             raise WorkError(f"it has no maps, their making failed: {', '.join(sum(absent, []))}")
-        point = approach.points()[0]
-        if candidates := approach.trials(bases[0]):
-            best, found = self._search(f"stage 2 of {approach.name}", [unit for unit, _ in candidates], "val_accuracy")
-            point = next(point for unit, point in candidates if unit.key == best.key)
+        candidate = approach.approach.candidates()[0]
+        if trials := approach.trials(bases[0]):
+            best, found = self._search(f"stage 2 of {approach.name}", [unit for unit, _ in trials], "val_accuracy")
+            candidate = next(one for unit, one in trials if unit.key == best.key)
             self._log_selection(run, approach.name, best, found)
-        return [approach.model(basis, point) for basis in bases]
+        return [approach.model(basis, candidate) for basis in bases]
 
     def _log_selection(self, run: Run, what: str, chosen: Unit, result: dict[str, Any]) -> None:
         run.log_params({"selected": {what: {k: chosen.params[k] for k in (

@@ -20,17 +20,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from impactx.approaches.checkpoint import CheckpointError, Loaded, load_checkpoint
 from impactx.experiment.source_code import code_fingerprint
+from impactx.experiment.stage2 import BASELINE
 from impactx.experiment.units import WorkError
-from impactx.models import (
-    CheckpointError,
-    Classifier,
-    Loaded,
-    Preprocess,
-    load_checkpoint,
-    seeded,
-    weights_fingerprint,
-)
+from impactx.models import Classifier, Preprocess, seeded, weights_fingerprint
 from impactx.models.backbones import check_architecture, normalisation
 from impactx.models.logits import Logits
 from impactx.models.weights import WeightsError, first_line, load_trunk_file
@@ -90,7 +84,7 @@ def _of_checkpoint(loaded: Loaded) -> tuple[nn.Module, dict[str, Any]]:
     # The same as a plan says of A: maps of an experiment's model are found again by whoever explains it.
     settings = loaded.model_settings
     about = {"architecture": settings.architecture, "input_size": settings.input_size}
-    return loaded.model, about if loaded.kind == "classifier" else about | {"kind": loaded.kind}
+    return loaded.model, about if loaded.kind == BASELINE else about | {"kind": loaded.kind}
 
 
 def _read_checkpoint(path: str) -> Loaded:

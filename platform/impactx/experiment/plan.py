@@ -1,7 +1,7 @@
 """The plan of a cell: which units there are, in which order their results are needed, and the choice made.
 
 A cell is one data set with one model.  Stage 1 searches Table 1's grid; the selected configuration is trained
-once for each repeat; each repeat gets its maps; stage 2 is every approach (experiment.approaches): its own search in
+once for each repeat; each repeat gets its maps; stage 2 is every approach (experiment.stage2): its own search in
 repeat 0, and its training in each repeat; at last every final model reads the test set once.
 """
 
@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from typing import Any
 
-from impactx.experiment.approaches import Approach, Basis, approaches_of
+from impactx.approaches.baseline import Baseline
+from impactx.experiment.stage2 import BASELINE, Basis, Entry, entries_of
 from impactx.experiment.units import FORMAT, Unit, fingerprint
 from impactx.settings import AttributionSettings, DatasetSettings, ExperimentSettings, ModelSettings
 
-BASELINE = "baseline"
 # Settings of a training that do not change what comes out of it.
 EXECUTION_ONLY = {"eval_batch_size", "keep_trial_weights", "compile", "memory_mb"}
 
@@ -96,7 +96,9 @@ class Cell:
             "training": settings.training.model_dump(mode="json", exclude=EXECUTION_ONLY),
         }
         self._inputs = {"dataset": dataset.model_dump(mode="json"), "model": model.model_dump(mode="json"),
-                        "training": settings.training.model_dump(mode="json")}
+                        "training": settings.training.model_dump(mode="json"), "scale": settings.maps.scale}
+        self._of_a = {"approach": Baseline().model_dump(mode="json"),
+                      "attribution": settings.attribution.model_dump(mode="json")}
         self._params = {"dataset": dataset.name, "model": model.name}
 
     @property
@@ -147,11 +149,11 @@ class Cell:
         """One trial a point of the grid."""
         halving = self._halving()
         return [self.training("trial", f"A lr={c.learning_rate:g} bs={c.batch_size} vf={c.validation_fraction:g}",
-                              1, BASELINE, c, 0, {}, halving, {}) for c in self.configurations()]
+                              1, BASELINE, c, 0, {}, self._of_a | halving, {}) for c in self.configurations()]
 
     def stage1_model(self, c: Configuration, repeat: int) -> Unit:
         """The training of the selected configuration in one repeat: the classifier A."""
-        return self.training("model", f"A repeat {repeat}", 1, BASELINE, c, repeat, {}, {}, {})
+        return self.training("model", f"A repeat {repeat}", 1, BASELINE, c, repeat, {}, self._of_a, {})
 
     def maps(self, a: Unit, a_result: Mapping[str, Any], repeat: int, *,
              attribution: AttributionSettings | None = None, target: str = "label", part: str = "train") -> Unit:
@@ -179,9 +181,9 @@ class Cell:
         """What the approaches of one repeat start from: the unit that trained A by configuration `c`, its result."""
         return Basis(self, c, repeat, a, a_result)
 
-    def approaches(self) -> list[Approach]:
-        """The approaches that are compared with A."""
-        return approaches_of(self.settings)
+    def approaches(self) -> list[Entry]:
+        """The approaches that are compared with A, by their names."""
+        return entries_of(self.settings)
 
     def test(self, model: Unit, model_result: Mapping[str, Any]) -> Unit:
         """The one reading of the test set for a final model (with the test images' maps, where it needs them)."""

@@ -12,8 +12,8 @@ import torch
 from impactx.configuration import ConfigurationError, check_weights_file
 from impactx.datasets import DataError, Dataset, load_dataset, locate, make_split
 from impactx.evaluation.morf import grid_of
-from impactx.experiment.approaches import approaches_of
 from impactx.experiment.plan import Cell, DataFacts
+from impactx.experiment.stage2 import entries_of
 from impactx.experiment.survey import evaluations_of_map, images_of_store, survey
 from impactx.experiment.units import Artifacts
 from impactx.experiment.workplace import Workplace
@@ -102,7 +102,7 @@ def _check_names(settings: ExperimentSettings) -> dict[str, str | None]:
 
 def _attributions(settings: ExperimentSettings) -> dict[str, AttributionSettings]:
     """The experiment's attribution and those that approaches have of their own, by where they are set."""
-    own = {f"approaches.{a.name}.attribution": a.attribution for a in approaches_of(settings)}
+    own = {f"approaches.{name}.attribution": a.own_attribution for name, a in settings.approaches.items()}
     return {"attribution": settings.attribution} | {place: found for place, found in own.items() if found is not None}
 
 
@@ -178,11 +178,11 @@ def prepare(settings: ExperimentSettings) -> Prepared:
                 build_classifier(model, data.num_classes, data.image_size, seed=settings.seed)
             except ValueError as error:
                 raise ConfigurationError(f"models.{model.name}, for {dataset.name}: {error}") from error
-            for approach in approaches_of(settings):
+            for name, approach in settings.approaches.items():
                 try:
                     approach.check(model, data.num_classes, data.image_size)
                 except ValueError as error:
-                    raise ConfigurationError(f"approaches.{approach.name}, for {dataset.name} x {model.name}: {error}"
+                    raise ConfigurationError(f"approaches.{name}, for {dataset.name} x {model.name}: {error}"
                                              ) from error
             cells.append(Cell(settings, dataset, model, facts, weights_files[model.name]))
     _check_distinct(cells)
@@ -243,19 +243,19 @@ def dry_run(settings: ExperimentSettings) -> str:
 
 
 def _dry_cell(cell: Cell, artifacts: Artifacts, images: int | None, known: bool, totals: list[int]) -> list[str]:
-    settings, approaches = cell.settings, approaches_of(cell.settings)
+    settings, approaches = cell.settings, entries_of(cell.settings)
     found = survey(cell, artifacts)
     trials, stores, repeats = found.stage1.units, found.stores.units, settings.repeats
     size = cell.facts.image_size if known else (cell.dataset.image_size,) * 2 if cell.dataset.image_size else None
-    searched = {a.name: n for a in approaches if (n := len(a.points())) > 1}
+    searched = {a.name: n for a in approaches if (n := len(a.approach.candidates())) > 1}
     trainings = repeats * (1 + len(approaches))
     counted = [images_of_store(cell, unit, images) for unit in stores]
     of_stores = [evaluations_of_map(cell, unit.inputs["attribution"], unit.inputs.get("target"), size)
                  for unit in stores]
     shards = sum(-(-n // settings.maps.shard_size) for n in counted if n)
     evaluations = sum((n or 0) * (per_map or 0) for n, per_map in zip(counted, of_stores, strict=True))
-    in_training = {a.name: (a.maps_in_training(images or 0, settings.training.epochs),
-                            (a.attribution or settings.attribution).evaluations(size) or 0) for a in approaches}
+    in_training = {a.name: (a.approach.maps_in_training(images or 0, settings.training.epochs),
+                            (a.approach.own_attribution or settings.attribution).evaluations(size) or 0) for a in approaches}
     own = sum(maps * per_map * (repeats + searched.get(name, 0)) for name, (maps, per_map) in in_training.items())
     stage2_trials = sum(searched.values())
     judging = 0

@@ -63,8 +63,8 @@ def probes_of(cells: Sequence[Cell]) -> list[Probe]:
         sizes = cell.settings.grid.batch_size
         found += [Probe(cell, STAGE1, size) for size in sizes]
         for approach in cell.approaches():
-            own = getattr(approach.settings, "batch_size", None)
-            found += [Probe(cell, approach.name, size) for size in ([own] if own else sizes)]
+            found += [Probe(cell, approach.name, size)
+                      for size in dict.fromkeys(_batch_size(cell, approach.name, size) for size in sizes)]
         steps = survey(cell)
         found += [Probe(cell, MAPS, 0, made) for made in dict.fromkeys(made_of(unit) for unit in steps.stores.units)]
         makers = [one for judgement in steps.judged.values() for one in judgement.attributions]
@@ -216,11 +216,11 @@ class OwnMaps:
 
 def _own(cell: Cell, what: str, points: Sequence[Configuration]) -> OwnMaps | None:
     """None where a training makes none."""
-    approach = next((one for one in cell.approaches() if one.name == what), None)
+    approach = cell.settings.approaches.get(what)
     images = [cell.facts.train_images - _validation(cell, point) for point in points]
     if approach is None or not (most := approach.maps_in_training(max(images), round(_length(cell).high))):
         return None
-    attribution = approach.attribution or cell.settings.attribution
+    attribution = approach.own_attribution or cell.settings.attribution
     least = approach.maps_in_training(min(images), round(_length(cell).low))
     return OwnMaps(attribution, Range(least, most), attribution.evaluations(cell.facts.image_size) or 0)
 
@@ -293,8 +293,13 @@ def _passes_seconds(cell: Cell, passes: Passes, measured: Measured) -> Range:
 
 def _epoch(measured: Measured, slot: str, cell: Cell, what: str, point: Configuration) -> float:
     validation = _validation(cell, point)
-    own = getattr(cell.settings.approaches.get(what), "batch_size", None)
-    return measured.epoch(slot, cell, what, own or point.batch_size, cell.facts.train_images - validation, validation)
+    return measured.epoch(slot, cell, what, _batch_size(cell, what, point.batch_size), cell.facts.train_images - validation, validation)
+
+
+def _batch_size(cell: Cell, what: str, of_a: int) -> int:
+    """Of the trainings of an approach (or of A), where A's is `of_a`."""
+    approach = cell.settings.approaches.get(what)
+    return of_a if approach is None else approach.point(1.0, of_a, approach.candidates()[0])[1]
 
 
 def _validation(cell: Cell, point: Configuration) -> int:

@@ -14,17 +14,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from impactx.datasets import make_split
-from impactx.experiment.approaches import Approach, Bench
+from impactx.approaches.base import Approach, Bench
+from impactx.approaches.baseline import Baseline
+from impactx.datasets import Dataset, make_split
 from impactx.experiment.plan import Cell
-from impactx.experiment.units import Unit, WorkError
+from impactx.experiment.units import WorkError
+from impactx.experiment.work import StorageFiles
 from impactx.experiment.workplace import Workplace
 from impactx.explain.allocation import keep_freed_memory
 from impactx.explain.attribution import build_attribution
 from impactx.explain.weighted import explain_by_own_probabilities
-from impactx.models import Classifier, build_classifier
+from impactx.models import build_classifier
 from impactx.settings import parse_attribution
-from impactx.training import train_stage1
+from impactx.storage import Storage
+from impactx.training import LoopArguments
 
 SECONDS = 2.0  # of work that is measured; more only where one step takes longer
 STAGE1 = "stage 1"
@@ -64,16 +67,19 @@ def measure_training(cell: Cell, place: Workplace, what: str, batch_size: int, d
         """Seconds of a whole epoch with so many steps and validation images; the first one warms up."""
         ends: list[float] = []
         part = replace(split, train=split.train[:steps * batch_size], validation=split.validation[:images])
-        how = {"learning_rate": min(grid.learning_rate), "batch_size": batch_size, "device": device,
-               "seed": cell.settings.seed, "augmentation": cell.dataset.augmentation,
-               "save": lambda state: storage.write(scratch, state), "on_epoch": lambda row: _mark(ends)}
+        loop = LoopArguments(device, save=lambda state: storage.write(scratch, state), on_epoch=lambda row: _mark(ends))
         with contextlib.suppress(_Enough), tempfile.TemporaryDirectory(prefix="impactx-plan-") as folder:
-            if what == STAGE1:
-                train_stage1(data, part, cell.model, settings, **how)
-            else:
-                approach = _named(cell, what).without_maps_in_training()
-                approach.train(_Rehearsal(_unit(cell, approach), replace(place, output=folder), data, part, cell.model,
-                                          settings, how))
+            approach = Baseline() if what == STAGE1 else _named(cell, what).without_maps_in_training()
+            # A fresh A and made-up maps: the time does not depend on what is in them.
+            approach.train(Bench(
+                data=data, split=part, model=cell.model, training=settings, learning_rate=min(grid.learning_rate),
+                batch_size=batch_size, seed=cell.settings.seed, augmentation=cell.dataset.augmentation,
+                candidate=approach.candidates()[-1],
+                attribution=approach.own_attribution or cell.settings.attribution,
+                map_scale=cell.settings.maps.scale, loop=loop, memory_bytes=place.memory_bytes,
+                classifier=lambda: build_classifier(cell.model, data.num_classes, data.image_size,
+                                                    seed=cell.settings.seed),
+                maps=lambda: _made_up_maps(data), files=StorageFiles(Storage(folder), "state")))
         return ends[1] - ends[0]
 
     try:
@@ -103,27 +109,14 @@ def _mark(ends: list[float]) -> None:
 
 
 def _named(cell: Cell, approach: str) -> Approach:
-    return next(one for one in cell.approaches() if one.name == approach)
+    return cell.settings.approaches[approach]
 
 
-def _unit(cell: Cell, approach: Approach) -> Unit:
-    """A training of an approach, as it is planned for a model that is not there."""
-    point = cell.configurations()[0]
-    return approach.model(cell.basis(point, cell.stage1_model(point, 0), {"weights": "none"}, 0), approach.points()[-1])
-
-
-class _Rehearsal(Bench):
-    """A bench with a fresh A and made-up maps: the time does not depend on what is in them."""
-
-    def maps(self) -> tuple[np.ndarray, float | np.ndarray]:
-        """One map stands for all."""
-        shape = (1, self.data.channels, *self.data.image_size)
-        one = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-        return np.broadcast_to(one, (len(self.data.train.labels), *shape[1:])), 1.0
-
-    def classifier(self) -> Classifier:
-        """As it is built."""
-        return build_classifier(self.model, self.data.num_classes, self.data.image_size, seed=self.how["seed"])
+def _made_up_maps(data: Dataset) -> tuple[np.ndarray, float]:
+    """One map stands for all."""
+    shape = (1, data.channels, *data.image_size)
+    one = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    return np.broadcast_to(one, (len(data.train.labels), *shape[1:])), 1.0
 
 
 def measure_maps(cell: Cell, place: Workplace, attribution: Mapping[str, Any], target: str, device: str,

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from impactx.approaches.base import Approach
 from impactx.evaluation.morf import grid_of
-from impactx.experiment.approaches import Approach
 from impactx.experiment.budget import Budget
 from impactx.experiment.explanations import images_judged
 from impactx.experiment.plan import BASELINE, Cell, Configuration, SelectionError, select
@@ -155,15 +155,15 @@ def survey(cell: Cell, artifacts: Artifacts | None = None) -> Survey:
                         for unit in approach.stores(basis)}.values()), chosen is not None)
     searches, models = {}, {BASELINE: a}
     for approach in approaches:
-        point, known = approach.points()[0], chosen is not None
-        if candidates := approach.trials(bases[0]):
-            search = searches[approach.name] = step([unit for unit, _ in candidates], known)
+        candidate, known = approach.approach.candidates()[0], chosen is not None
+        if trials := approach.trials(bases[0]):
+            search = searches[approach.name] = step([unit for unit, _ in trials], known)
             best = _selected(search, results, "val_accuracy")
             known = best is not None
-            point = next((point for unit, point in candidates if best and unit.key == best.key), point)
-        models[approach.name] = step([approach.model(basis, point) for basis in bases], known)
+            candidate = next((one for unit, one in trials if best and unit.key == best.key), candidate)
+        models[approach.name] = step([approach.model(basis, candidate) for basis in bases], known)
     taught = {unit.folder: parse_attribution(unit.inputs["attribution"]) for unit in stores.units}
-    named = {approach.name: approach for approach in approaches}
+    named = {entry.name: entry.approach for entry in approaches}
     judged = {}
     for name, trained in models.items():
         for model in trained.units:

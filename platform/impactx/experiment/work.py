@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from impactx.approaches.base import Approach, Bench, Candidate
+from impactx.approaches.checkpoint import save_checkpoint
 from impactx.datasets import Dataset, Split, make_split
 from impactx.datasets.batches import DeviceData
 from impactx.datasets.entry import ImageSet
-from impactx.experiment.approaches import Bench, Trained, approach_of
 from impactx.experiment.claims import Claim
 from impactx.experiment.model_source import open_model
 from impactx.experiment.units import CHECKPOINT, CLAIM, PREDICTIONS, RUNNING, Unit, WorkError
@@ -23,18 +24,18 @@ from impactx.experiment.workplace import Workplace
 from impactx.explain.allocation import keep_freed_memory
 from impactx.explain.attribution import build_attribution
 from impactx.explain.scores import completeness_gaps
-from impactx.explain.store import PRECISION_ERROR, MapStore, StoreError, StoreSpec
+from impactx.explain.store import PRECISION_ERROR, MapStore, StoreError, StoreSpec, map_scale
 from impactx.explain.weighted import explain_by_own_probabilities
-from impactx.models import save_checkpoint, weights_fingerprint
+from impactx.models import weights_fingerprint
 from impactx.settings import (
     DatasetSettings,
     ModelSettings,
     TrainingSettings,
-    parse_approach,
     parse_attribution,
 )
-from impactx.training import train_stage1
-from impactx.training.loop import Metrics, ResumeError
+from impactx.settings.extensions import approach as registry
+from impactx.storage import Storage
+from impactx.training.loop import LoopArguments, Metrics, ResumeError
 
 log = logging.getLogger("impactx")
 
@@ -55,6 +56,35 @@ def split_of(unit: Unit, data: Dataset) -> Split:
                       common_fraction=about["common_fraction"], seed=about["seed"])
 
 
+class StorageFiles:
+    """Files of a training in a folder of the output (see approaches.base.Files)."""
+
+    def __init__(self, storage: Storage, folder: str) -> None:
+        self.storage, self.folder = storage, folder
+
+    def write(self, name: str, content: bytes) -> None:
+        """See Storage.write."""
+        self.storage.write(f"{self.folder}/{name}", content)
+
+    def read(self, name: str) -> bytes:
+        """See Storage.read."""
+        return self.storage.read(f"{self.folder}/{name}")
+
+    def delete(self, name: str) -> None:
+        """See Storage.delete."""
+        self.storage.delete(f"{self.folder}/{name}")
+
+
+def _training_maps(unit: Unit, place: Workplace, data: Dataset, split: Split) -> tuple[np.ndarray, float | np.ndarray]:
+    """The maps that a training's inputs name, and the factor(s) by which they are to be multiplied.
+
+    Raises StoreError where they are not those of the unit's recipe.
+    """
+    store = MapStore.open(place.artifacts.storage, unit.inputs["maps"], unit.recipe["maps"])
+    maps = place.map_array(store, data)
+    return maps, map_scale(maps, split.train, unit.inputs["scale"])
+
+
 def train_unit(unit: Unit, place: Workplace, *, device: torch.device | str = "cpu", rank: int = 0,
                world_size: int = 1, on_epoch: Callable[[Metrics], object] | None = None) -> dict[str, Any]:
     """Train a trial or model of either stage, resuming where an earlier try stopped; rank 0 keeps the result.
@@ -73,6 +103,7 @@ def train_unit(unit: Unit, place: Workplace, *, device: torch.device | str = "cp
         raise WorkError(f"{unit.name}: the data set {data.name!r} on this node has fingerprint {data.fingerprint}, "
                         f"the plan's is {recipe['data']['fingerprint']}: give every node the same files")
     model_settings = ModelSettings.model_validate(inputs["model"])
+    approach: Approach = registry.parse(inputs["approach"])
     training = TrainingSettings.model_validate(inputs["training"])
     split = split_of(unit, data)
     running = f"{unit.folder}/{RUNNING}"
@@ -89,18 +120,18 @@ def train_unit(unit: Unit, place: Workplace, *, device: torch.device | str = "cp
         except FileNotFoundError:
             return None
 
-    how: dict[str, Any] = {
-        "learning_rate": recipe["learning_rate"], "batch_size": recipe["batch_size"], "seed": recipe["seed"],
-        "augmentation": DatasetSettings.model_validate(inputs["dataset"]).augmentation, "device": device,
-        "load": load, "save": save, "on_epoch": on_epoch,
-        "rank": rank, "world_size": world_size}
+    bench = Bench(
+        data=data, split=split, model=model_settings, training=training, learning_rate=recipe["learning_rate"],
+        batch_size=recipe["batch_size"], seed=recipe["seed"],
+        augmentation=DatasetSettings.model_validate(inputs["dataset"]).augmentation,
+        candidate=Candidate(recipe.get("lambda"), inputs.get("learning_rate_factor", 1.0)),
+        attribution=parse_attribution(inputs["attribution"]), map_scale=inputs["scale"],
+        loop=LoopArguments(device, load, save, on_epoch, rank, world_size), memory_bytes=place.memory_bytes,
+        classifier=lambda: place.checkpoint(inputs["checkpoint"], recipe["weights"]).model,
+        maps=lambda: _training_maps(unit, place, data, split), files=StorageFiles(artifacts.storage, unit.folder))
     started = time.perf_counter()
     try:
-        if recipe["stage"] == 1:
-            trained = Trained(*train_stage1(data, split, model_settings, training, **how))
-        else:
-            approach = approach_of(unit.params.get("approach", unit.name), parse_approach(inputs["approach"]))
-            trained = approach.train(Bench(unit, place, data, split, model_settings, training, how))
+        trained = approach.train(bench)
     except ResumeError as error:
         raise WorkError(f"{unit.name}: {artifacts.storage.uri(running)}: {error}; delete the file, this training "
                         "then starts anew") from error
@@ -111,7 +142,7 @@ def train_unit(unit: Unit, place: Workplace, *, device: torch.device | str = "cp
         model = trained.model.to("cpu")
         weights = weights_fingerprint(model)
         files[CHECKPOINT] = save_checkpoint(
-            model, model_settings=model_settings, approach_settings=trained.settings, class_names=data.class_names,
+            model, model_settings=model_settings, approach=trained.approach, class_names=data.class_names,
             map_scale=trained.map_scale, weight=recipe.get("lambda"), extra={"unit": unit.key})
     best = trained.best or (result.best if result.best_epoch else None)
     summary = _plain(dict(trained.extra) | {

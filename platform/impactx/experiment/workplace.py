@@ -47,11 +47,12 @@ class Workplace:
         return _open_dataset(DatasetSettings.model_validate(settings), self.data_root, self.cache)
 
     def checkpoint(self, folder: str, weights: str) -> Any:
-        """The model that another unit left in its folder (see models.load_checkpoint), with these weights.
+        """The model that another unit left in its folder (see approaches.checkpoint), with these weights.
 
         Raises WorkError, naming the file, where it is absent, damaged or of another model.
         """
-        from impactx.models import CheckpointError, load_checkpoint, weights_fingerprint
+        from impactx.approaches.checkpoint import CheckpointError, load_checkpoint
+        from impactx.models import weights_fingerprint
 
         where = self.artifacts.storage.uri(f"{folder}/{CHECKPOINT}")
         remedy = f"delete the folder {self.artifacts.storage.uri(folder)}, the model is then trained anew"

@@ -6,15 +6,6 @@ The classes hold values and check them; they read no file and import neither tor
 choice where the paper is silent (the reasons stand in docs/METHOD.md).
 """
 
-from impactx.settings.approaches import (
-    AbnSettings,
-    ApproachSettings,
-    EnsembleSettings,
-    ImpactxSettings,
-    SingleStageSettings,
-    WaeSettings,
-    parse_approach,
-)
 from impactx.settings.attribution import (
     AttributionSettings,
     GradCamSettings,
@@ -26,11 +17,7 @@ from impactx.settings.attribution import (
     ShapPartitionSettings,
     parse_attribution,
 )
-from impactx.settings.base import (
-    Precision,
-    Settings,
-    tagged,
-)
+from impactx.settings.base import Precision, Settings
 from impactx.settings.cell import (
     AugmentationSettings,
     DatasetSettings,
@@ -45,22 +32,19 @@ from impactx.settings.job import (
     ExplainSettings,
     TrackingSettings,
 )
+from impactx.settings.registry import tagged
 
 __all__ = [
-    "AbnSettings",
-    "ApproachSettings",
     "AttributionSettings",
     "AugmentationSettings",
     "ClusterSettings",
     "DatasetSettings",
-    "EnsembleSettings",
     "EvaluationSettings",
     "ExperimentSettings",
     "ExplainSettings",
     "GradCamSettings",
     "GradientShapSettings",
     "GridSettings",
-    "ImpactxSettings",
     "IntegratedGradientsSettings",
     "MapSettings",
     "ModelSettings",
@@ -69,11 +53,8 @@ __all__ = [
     "Precision",
     "Settings",
     "ShapPartitionSettings",
-    "SingleStageSettings",
     "TrackingSettings",
     "TrainingSettings",
-    "WaeSettings",
-    "parse_approach",
     "parse_attribution",
     "tagged",
 ]

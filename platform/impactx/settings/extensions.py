@@ -37,7 +37,8 @@ class MapMetricSettings(Settings):
 
 attribution: Registry[AttributionSettings] = Registry(
     "attribution", "method", ["impactx.explain.methods"])
-approach: Registry[ApproachSettings] = Registry("approach", "kind", ["impactx.approaches"])
+approach: Registry[ApproachSettings] = Registry(
+    "approach", "kind", ["impactx.approaches"], default="impactx")
 source: Registry[SourceSettings] = Registry("data source", "kind", ["impactx.datasets.sources"])
 map_metric: Registry[MapMetricSettings] = Registry(
     "metric of maps", "metric", ["impactx.evaluation.metrics"])

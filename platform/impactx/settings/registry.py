@@ -10,6 +10,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+import types
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Generic, TypeVar
 
@@ -34,6 +36,7 @@ class Registry(Generic[E]):
         tag: The field that names an extension in a configuration, such as "method".
         packages: Where the built-in ones are: names of packages, all of whose modules are imported
             at the first look.
+        default: The name of plain data without a tag; None: the tag must be given.
 
     A registry is the decorator of its extensions:
 
@@ -42,8 +45,9 @@ class Registry(Generic[E]):
             method: Literal["occlusion"] = "occlusion"
     """
 
-    def __init__(self, kind: str, tag: str, packages: Sequence[str] = ()) -> None:
-        self.kind, self.tag = kind, tag
+    def __init__(self, kind: str, tag: str, packages: Sequence[str] = (),
+                 default: str | None = None) -> None:
+        self.kind, self.tag, self.default = kind, tag, default
         self._packages = list(packages)
         self._classes: dict[str, type[E]] = {}
 
@@ -97,7 +101,7 @@ class Registry(Generic[E]):
         """
         if not isinstance(value, Mapping):
             return value
-        name = value.get(self.tag)
+        name = value.get(self.tag, self.default)
         if name is None:
             raise PydanticCustomError(UNNAMED, "{message}", {
                 "tag": self.tag, "names": self.names(),
@@ -130,3 +134,45 @@ class Registry(Generic[E]):
             package = importlib.import_module(self._packages.pop())
             for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
                 importlib.import_module(module.name)
+
+
+def registry_of(annotation: Any) -> Registry[Any] | None:
+    """Return the registry of a field that holds any extension of a kind, or None for another field.
+
+    Args:
+        annotation: The field's annotation, as `Registry.field` made it; or such a one or null.
+    """
+    if typing.get_origin(annotation) is Annotated:
+        for item in typing.get_args(annotation)[1:]:
+            registry = getattr(getattr(item, "func", None), "__self__", None)
+            if isinstance(item, BeforeValidator) and isinstance(registry, Registry):
+                return registry
+        return None
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        members = [m for m in typing.get_args(annotation) if m is not type(None)]
+        return registry_of(members[0]) if len(members) == 1 else None
+    return None
+
+
+def tagged(annotation: Any) -> dict[str, type[Settings]]:
+    """Return the classes that a field may hold by their tag; an empty dict for another field.
+
+    Args:
+        annotation: The annotation of a field that holds any extension of a kind, or of a union of
+            settings with a tag (their `method` or `kind`); or such a one or null.
+    """
+    if (registry := registry_of(annotation)) is not None:
+        return {name: registry.get(name) for name in registry.names()}
+    if typing.get_origin(annotation) is Annotated:
+        annotation = typing.get_args(annotation)[0]
+    if typing.get_origin(annotation) not in (typing.Union, types.UnionType):
+        return {}
+    members = [m for m in typing.get_args(annotation) if m is not type(None)]
+    if len(members) == 1:
+        return tagged(members[0])
+    classes: dict[str, type[Settings]] = {}
+    for member in members:
+        if isinstance(member, type) and issubclass(member, Settings):
+            for name in {"method", "kind"} & set(member.model_fields):
+                classes[member.model_fields[name].default] = member
+    return classes

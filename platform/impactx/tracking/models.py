@@ -15,8 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from impactx.approaches.checkpoint import Loaded, load_checkpoint
 from impactx.experiment.tracker import TrackingError
-from impactx.models import Loaded, load_checkpoint, map_kind
+from impactx.models import map_kind
 from impactx.models.preprocess import SERVED_IMAGES
 from impactx.tracking.addresses import addresses, redact
 from impactx.tracking.client import connect, search
@@ -95,7 +96,7 @@ def save(folder: Path, content: bytes, **origin: str) -> None:
 
 def requirements(loaded: Loaded) -> list[str]:
     """What a machine must have installed to use the model: pinned, or where it is not installed here, its name."""
-    attribution = getattr(loaded.approach_settings, "attribution", None)
+    attribution = loaded.approach.own_attribution
     given = getattr(loaded.model, "takes_maps", False) and attribution is not None
     return [_pinned(name) for name in (*REQUIREMENTS, *(OF_ATTRIBUTIONS[attribution.method] if given else ()))]
 
