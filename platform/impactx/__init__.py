@@ -21,12 +21,12 @@ if TYPE_CHECKING:
         train_classifier,
         train_impactx,
     )
+    from impactx.approaches.impactx import Impactx
     from impactx.datasets import load_dataset
     from impactx.explain.methods.partition import Partition
     from impactx.settings import (
         AugmentationSettings,
         DatasetSettings,
-        ImpactxSettings,
         ModelSettings,
         TrainingSettings,
     )
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 _HOMES = {
     "impactx.api": ("Prediction", "Schedule", "TrainedModel", "explain_dataset", "load_model", "train_classifier",
                     "train_impactx"),
+    "impactx.approaches.impactx": ("Impactx",),
     "impactx.datasets": ("load_dataset",),
-    "impactx.settings": ("AugmentationSettings", "DatasetSettings", "ImpactxSettings", "ModelSettings",
-                         "TrainingSettings"),
+    "impactx.settings": ("AugmentationSettings", "DatasetSettings", "ModelSettings", "TrainingSettings"),
     "impactx.explain.methods.partition": ("Partition",),
 }
 
-__all__ = ["AugmentationSettings", "DatasetSettings", "ImpactxSettings", "ModelSettings", "Partition",
+__all__ = ["AugmentationSettings", "DatasetSettings", "Impactx", "ModelSettings", "Partition",
            "Prediction", "Schedule", "TrainedModel", "TrainingSettings", "explain_dataset", "load_dataset",
            "load_model", "train_classifier", "train_impactx"]
 

@@ -8,28 +8,31 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from impactx.datasets import Dataset, make_split
+from impactx.approaches.base import Approach, Bench, Candidate, Trained
+from impactx.approaches.baseline import Baseline
+from impactx.approaches.checkpoint import load_checkpoint, save_checkpoint
+from impactx.approaches.impactx import Impactx
+from impactx.datasets import Dataset, Split, make_split
 from impactx.datasets.batches import DeviceData, check_maps
 from impactx.explain.attribution import Attribution
 from impactx.explain.maps.scale import map_scale
 from impactx.explain.methods.partition import Partition
 from impactx.explain.weighted import explain_by_own_probabilities
-from impactx.models import Classifier, MapKind, load_checkpoint, map_kind, save_checkpoint
+from impactx.models import Classifier, MapKind, map_kind
 from impactx.settings import (
     AugmentationSettings,
-    ImpactxSettings,
     ModelSettings,
     Settings,
     TrainingSettings,
 )
 from impactx.timing import Progress
-from impactx.training import FitResult, train_stage1, train_stage2
-from impactx.training.loop import Metrics
+from impactx.training.loop import LoopArguments, Metrics
 
 log = logging.getLogger("impactx")
 
@@ -71,7 +74,7 @@ class TrainedModel:
     model: nn.Module
     model_settings: ModelSettings
     class_names: tuple[str, ...]
-    approach_settings: Settings | None = None
+    approach: Approach = Baseline()
     map_unit: float | None = None
     schedule: Schedule = Schedule()
     history: list[Metrics] = field(default_factory=list)
@@ -131,13 +134,13 @@ class TrainedModel:
         """The maps that a model must be given, by the attribution that it was trained with."""
         if not self._takes_maps:
             return None
-        attribution = getattr(self.approach_settings, "attribution", None) or Partition()
+        attribution = self.approach.own_attribution or Partition()
         return explain_by_own_probabilities(attribution, self.model.a, images, device=device).maps
 
     def save(self, path: str | Path) -> None:
         """Write a checkpoint that `load_model` reads."""
         Path(path).write_bytes(save_checkpoint(
-            self.model, model_settings=self.model_settings, approach_settings=self.approach_settings,
+            self.model, model_settings=self.model_settings, approach=self.approach,
             class_names=list(self.class_names), map_scale=self.map_unit, weight=self.weight))
 
 
@@ -147,7 +150,7 @@ def load_model(source: str | Path | bytes) -> TrainedModel:
     Raises CheckpointError where it is none.
     """
     loaded = load_checkpoint(source)
-    return TrainedModel(loaded.model, loaded.model_settings, tuple(loaded.class_names), loaded.approach_settings,
+    return TrainedModel(loaded.model, loaded.model_settings, tuple(loaded.class_names), loaded.approach,
                         loaded.map_scale, weight=loaded.weight)
 
 
@@ -157,10 +160,8 @@ def train_classifier(data: Dataset, model: ModelSettings, training: TrainingSett
     split = make_split(data.train.labels, schedule.validation_fraction, seed=schedule.seed,
                        common_fraction=schedule.validation_fraction, class_names=data.class_names)
     progress = Progress("stage 1", "epochs", training.epochs)
-    a, result = train_stage1(data, split, model, training, device=device, seed=schedule.seed,
-                             learning_rate=schedule.learning_rate, batch_size=schedule.batch_size,
-                             augmentation=schedule.augmentation, on_epoch=_say(progress))
-    return _trained(a, result, model, data, schedule)
+    bench = _bench(data, split, model, training, schedule, device, progress)
+    return _finished(Baseline().train(bench), bench, schedule)
 
 
 def explain_dataset(a: TrainedModel, data: Dataset, attribution: Attribution = Partition(), *,  # noqa: B008
@@ -183,7 +184,7 @@ def explain_dataset(a: TrainedModel, data: Dataset, attribution: Attribution = P
 
 def train_impactx(a: TrainedModel, data: Dataset, maps: np.ndarray,
                   training: TrainingSettings = TrainingSettings(), *, weight: float = 0.8,  # noqa: B008
-                  approach: ImpactxSettings = ImpactxSettings(), scale: str = "std",  # noqa: B008
+                  approach: Impactx = Impactx(), scale: str = "std",  # noqa: B008
                   schedule: Schedule | None = None, device: str = "cpu") -> TrainedModel:
     """Stage 2: train IMPACTX around A on the same split, by equation (1) with lambda = weight.
 
@@ -199,20 +200,22 @@ def train_impactx(a: TrainedModel, data: Dataset, maps: np.ndarray,
                        class_names=data.class_names)
     factor = map_scale(maps, split.train, scale)
     progress = Progress("stage 2", "epochs", training.epochs)
-    net, result = train_stage2(data, split, a.model_settings, training, classifier=a.model, approach=approach,
-                               weight=weight, maps=maps, scale=factor, device=device, seed=s.seed,
-                               learning_rate=s.learning_rate, batch_size=s.batch_size,
-                               augmentation=s.augmentation, on_epoch=_say(progress))
-    return _trained(net, result, a.model_settings, data, s, approach, 1 / factor if isinstance(factor, float) else None,
-                    weight)
+    bench = _bench(data, split, a.model_settings, training, s, device, progress, candidate=Candidate(weight),
+                   classifier=lambda: a.model, maps=lambda: (maps, factor))
+    return _finished(approach.train(bench), bench, s)
 
 
 def _say(progress: Progress):  # noqa: ANN202
     return lambda row: progress.step(f"validation accuracy {row['val_accuracy']:.4f}")
 
 
-def _trained(model: nn.Module, result: FitResult, settings: ModelSettings, data: Dataset, schedule: Schedule,
-             approach: ImpactxSettings | None = None, map_unit: float | None = None, weight: float | None = None
-             ) -> TrainedModel:
-    return TrainedModel(model.cpu().eval(), settings, data.class_names, approach, map_unit, schedule, result.history,
-                        result.best, weight)
+def _bench(data: Dataset, split: Split, model: ModelSettings, training: TrainingSettings, schedule: Schedule,
+           device: str, progress: Progress, **more: Any) -> Bench:
+    return Bench(data=data, split=split, model=model, training=training, learning_rate=schedule.learning_rate,
+                 batch_size=schedule.batch_size, seed=schedule.seed, augmentation=schedule.augmentation,
+                 loop=LoopArguments(device, on_epoch=_say(progress)), **more)
+
+
+def _finished(trained: Trained, bench: Bench, schedule: Schedule) -> TrainedModel:
+    return TrainedModel(trained.model.cpu().eval(), bench.model, bench.data.class_names, trained.approach,
+                        trained.map_scale, schedule, trained.fit.history, trained.fit.best, bench.candidate.weight)

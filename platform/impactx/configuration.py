@@ -18,8 +18,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from impactx.fetching import is_remote
-from impactx.settings import ExperimentSettings, Settings, settable, tagged
-from impactx.settings.extensions import registry_of
+from impactx.settings import ExperimentSettings, Settings, settable
+from impactx.settings.extensions import registry_of, tagged
 from impactx.settings.registry import UNKNOWN, UNNAMED
 
 DEFAULT_PRESET = "full_grid"
@@ -244,6 +244,8 @@ def _place(location: Sequence[Any], root: type[Settings], data: Any) -> tuple[li
             model = kinds[part]
             continue
         written.append(part)
+        model = _extension(model, value)
+        value = value.get(part) if isinstance(value, dict) else None
         if typing.get_origin(model) is typing.Annotated:
             model = typing.get_args(model)[0]
         if isinstance(model, type) and issubclass(model, BaseModel) and part in (fields := settable(model)):
@@ -256,7 +258,7 @@ def _place(location: Sequence[Any], root: type[Settings], data: Any) -> tuple[li
             annotation = next((a for a in typing.get_args(annotation) if a is not type(None)), None)
         data = _inside(data, part)
         registry = registry_of(annotation)
-        name = _inside(data, registry.tag) if registry is not None else None
+        name = _inside(data, registry.tag) or registry.default if registry is not None else None
         model = registry.get(name) if registry is not None and name in registry.names() else annotation
     return written, model
 

@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image
 
 from impactx.api import Prediction, TrainedModel, load_model
+from impactx.approaches.checkpoint import CheckpointError
 from impactx.datasets.decoding import decode
 from impactx.datasets.errors import DataError
 from impactx.explain.maps.sheet import colour_limit, draw_sheet
-from impactx.models import CheckpointError
 from impactx.storage import Storage
 
 log = logging.getLogger("impactx")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from lab import descendants, gone, until
 
+from impactx.approaches.checkpoint import save_checkpoint
 from impactx.configuration import load_settings
 from impactx.datasets import load_dataset
 from impactx.explain.maps.reading import store_at

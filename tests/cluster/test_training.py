@@ -9,10 +9,11 @@ import pytest
 import torch
 from lab import Lab, ignore, kill, task, until
 
+from impactx.approaches.checkpoint import load_checkpoint
 from impactx.experiment.plan import Configuration
 from impactx.experiment.units import CHECKPOINT, RUNNING, WorkError
 from impactx.experiment.work import split_of
-from impactx.models import build_classifier, build_impactx, load_checkpoint
+from impactx.models import build_classifier
 
 pytestmark = pytest.mark.usefixtures("cluster")
 TIMES = ("seconds", "seconds_this_process")
@@ -87,7 +88,7 @@ def test_two_workers_equal_one_in_float64(trained, lab):
     two.ray(train_workers=2, train_cpus=0.5).train(task(net), ignore)
     found = same_model(trained, two, net, 1e-9)
     classifier = load_checkpoint(trained.place.artifacts.storage.read(f"{a.folder}/{CHECKPOINT}")).model
-    moved(build_impactx(two.settings.approaches["impactx"], two.settings.models["lenet5"], classifier, seed=0,
+    moved(two.settings.approaches["impactx"].build(two.settings.models["lenet5"], classifier, seed=0,
                         channels=3), found)
     for name, value in classifier.state_dict().items():
         torch.testing.assert_close(found[f"a.{name}"], value, rtol=0, atol=0)

@@ -11,27 +11,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from impactx.approaches.abn import Abn, AbnOutput, NoSplit
+from impactx.approaches.ensemble import EnsembleNetwork
+from impactx.approaches.single_stage import SingleStage
+from impactx.approaches.wae import Wae
+from impactx.explain.attribution import build_attribution
+from impactx.explain.fast import fast_score
 from impactx.explain.masking import parse_masker
 from impactx.explain.partition.fast import fast_score
 from impactx.explain.weighted import class_probabilities, explain_by_own_probabilities
-from impactx.models import (
-    AbnOutput,
-    Ensemble,
-    NoSplit,
-    build_abn,
-    build_classifier,
-    build_single_stage,
-    build_trunk,
-    build_wae,
-)
+from impactx.models import build_classifier, build_trunk
 from impactx.models.logits import Logits
-from impactx.settings import (
-    AbnSettings,
-    ModelSettings,
-    SingleStageSettings,
-    WaeSettings,
-    extensions,
-)
+from impactx.settings import ModelSettings, parse_attribution
 
 sys.path.insert(0, str(Path(__file__).parent))
 from partition_twin import partition_values  # noqa: E402
@@ -57,7 +48,7 @@ def norm(x, bn):
 # ---- ABN
 
 def test_abn_of_lenet5_has_the_tensors_of_the_description():
-    net = build_abn(AbnSettings(), LENET, 10, (32, 32), seed=0)
+    net = Abn().build(LENET, 10, (32, 32), seed=0)
     assert shapes(net.branch) == {
         "stage.0.weight": (16, 6, 5, 5), "stage.0.bias": (16,), "norm.weight": (16,), "norm.bias": (16,),
         "to_classes.weight": (10, 16, 1, 1), "classes_norm.weight": (10,), "classes_norm.bias": (10,),
@@ -71,7 +62,7 @@ def test_abn_of_lenet5_has_the_tensors_of_the_description():
 
 
 def test_abn_of_lenet5_is_the_description_written_out():
-    net = build_abn(AbnSettings(), LENET, 10, (32, 32), seed=3).double()
+    net = Abn().build(LENET, 10, (32, 32), seed=3).double()
     x, b, trunk, head = images(), net.branch, net.a.trunk, net.a.head
     features = F.max_pool2d(F.relu(F.conv2d((x - 0.5) / 0.5, trunk.conv1.weight, trunk.conv1.bias)), 2)
     assert features.shape == (5, 6, 14, 14)  # before the second and last halving
@@ -92,7 +83,7 @@ def test_abn_of_lenet5_is_the_description_written_out():
 
 
 def test_both_losses_reach_the_backbone_and_the_map_is_not_detached():
-    net = build_abn(AbnSettings(), LENET, 10, (32, 32), seed=3).double()
+    net = Abn().build(LENET, 10, (32, 32), seed=3).double()
     found = net(images())
     of_attention = torch.autograd.grad(found.attention_logits.sum(), net.a.trunk.conv1.weight, retain_graph=True)
     of_perception = torch.autograd.grad(found.logits.sum(), net.branch.to_map.weight)
@@ -108,7 +99,7 @@ def test_both_losses_reach_the_backbone_and_the_map_is_not_detached():
     ("resnetblur18", 64, "layer3", 128, 8)])
 def test_a_timm_backbone_is_cut_before_its_last_halving_stage(architecture, size, path, features, map_size):
     settings = ModelSettings(name="m", architecture=architecture, input_size=size)
-    net = build_abn(AbnSettings(), settings, 10, (32, 32), seed=1).eval()
+    net = Abn().build(settings, 10, (32, 32), seed=1).eval()
     assert net.where == f"{path}.0"
     stage = net.a.trunk.get_submodule(path)[1]
     given = []
@@ -130,7 +121,7 @@ def test_a_timm_backbone_is_cut_before_its_last_halving_stage(architecture, size
 def test_a_branch_that_says_nothing_leaves_the_backbone_as_it_is():
     """With M = 0 the perception branch is A itself: the cut is on the way of everything, and nothing is lost there."""
     settings = ModelSettings(name="m", architecture="mobilenetv1_100", input_size=224)
-    net, a = build_abn(AbnSettings(), settings, 10, (32, 32), seed=1), build_classifier(settings, 10, (32, 32), seed=1)
+    net, a = Abn().build(settings, 10, (32, 32), seed=1), build_classifier(settings, 10, (32, 32), seed=1)
     with torch.no_grad():
         net.branch.map_norm.bias.fill_(-1e4)
         torch.testing.assert_close(net.eval().classify(images(2, dtype=torch.float32)),
@@ -152,7 +143,7 @@ def unchanged_by_training(net) -> list[str]:
 
 def test_a_pooling_of_its_own_has_its_stage_before_it():
     """VGG's, a flat list of layers: the stage begins after the pooling before, as LeNet-5's does."""
-    net = build_abn(AbnSettings(), ModelSettings(name="m", architecture="vgg11", input_size=64), 3, (32, 32), seed=1)
+    net = Abn().build(ModelSettings(name="m", architecture="vgg11", input_size=64), 3, (32, 32), seed=1)
     assert net.where == "features.11.0"  # features: ... 10 pooling to 8x8, 11 conv, relu, 13 conv, relu, 15 pooling ...
     assert [type(layer).__name__ for layer in net.branch.stage] == ["Conv2d", "ReLU", "Conv2d", "ReLU", "Identity"]
     assert net(images(2, dtype=torch.float32)).maps.shape == (2, 1, 8, 8)
@@ -162,14 +153,14 @@ def test_a_pooling_of_its_own_has_its_stage_before_it():
 @pytest.mark.parametrize("architecture", ["densenet121", "convnext_atto", "resnetblur18", "lcnet_035"])
 def test_every_parameter_is_trained(architecture):
     settings = ModelSettings(name="m", architecture=architecture, input_size=64)
-    assert unchanged_by_training(build_abn(AbnSettings(), settings, 3, (32, 32), seed=1)) == []
+    assert unchanged_by_training(Abn().build(settings, 3, (32, 32), seed=1)) == []
 
 
 @pytest.mark.parametrize("architecture, left_out", [
     ("convnext_atto", 0), ("resnetblur18", 0), ("densenet121", 1), ("resnet10t", 1), ("legacy_xception", 0)])
 def test_at_stride_1_a_stage_keeps_every_layer_that_can_keep_the_resolution(architecture, left_out):
     """The copy is the stage but for strides, a 2x2 convolution's padding and 2x2 poolings."""
-    net = build_abn(AbnSettings(), ModelSettings(name="m", architecture=architecture, input_size=128), 10, (32, 32),
+    net = Abn().build(ModelSettings(name="m", architecture=architecture, input_size=128), 10, (32, 32),
                     seed=1)
     own = dict(net.a.trunk.get_submodule(net.where.removesuffix(".0"))[1].named_modules())
     copied = dict(net.branch.stage.named_modules())
@@ -182,7 +173,7 @@ def test_at_stride_1_a_stage_keeps_every_layer_that_can_keep_the_resolution(arch
 
 @pytest.mark.parametrize("settings", [LENET, ModelSettings(name="m", architecture="lcnet_035", input_size=32)])
 def test_an_abn_is_explained_in_its_fast_form(settings):
-    net = build_abn(AbnSettings(), settings, 10, (32, 32), seed=1).eval()
+    net = Abn().build(settings, 10, (32, 32), seed=1).eval()
     x = images(4, dtype=torch.float32)
     with torch.no_grad():
         fast = fast_score(Logits(net).eval(), (3, 32, 32))
@@ -197,7 +188,7 @@ def test_an_abn_is_explained_in_its_fast_form(settings):
 def test_a_backbone_without_a_place_for_the_branch_is_refused(architecture, size, said):
     settings = ModelSettings(name="m", architecture=architecture, input_size=size)
     with pytest.raises(NoSplit, match=said):
-        build_abn(AbnSettings(), settings, 10, (32, 32), seed=0)
+        Abn().build(settings, 10, (32, 32), seed=0)
 
 
 # ---- WAE
@@ -206,7 +197,7 @@ def test_a_backbone_without_a_place_for_the_branch_is_refused(architecture, size
 @pytest.mark.parametrize("factor", [7.0, 0.0], ids=["std", "max_abs"])
 def test_wae_is_the_description_written_out(m, factor):
     a = build_classifier(LENET, 10, (32, 32), seed=1).double()
-    net = build_wae(WaeSettings(m=m, latent=24), LENET, a, seed=4, factor=factor)
+    net = Wae(m=m, latent=24).build(LENET, a, seed=4, factor=factor)
     x, maps = images(), 0.02 * torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1),
                                            dtype=torch.float64)
     z = torch.stack([r * (factor or 1 / r.abs().max()) for r in maps])
@@ -271,13 +262,13 @@ def test_an_ensemble_predicts_by_the_mean_of_probabilities():
     members = [build_classifier(LENET, 10, (32, 32), seed=s).double() for s in (0, 1)]
     x = 5 * images()
     mean = sum(m(x).exp() / m(x).exp().sum(1, keepdim=True) for m in members) / 2
-    torch.testing.assert_close(Ensemble(members).classify(x).softmax(1), mean, rtol=0, atol=1e-12)
+    torch.testing.assert_close(EnsembleNetwork(members).classify(x).softmax(1), mean, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("m, auxiliary, learns", [("logits", 0.0, True), ("penultimate", 0.0, False),
                                                   ("penultimate", 0.5, True)])
 def test_the_single_stage_network_is_impactx_with_a_learning_m(m, auxiliary, learns):
-    net = build_single_stage(SingleStageSettings(m=m, latent=24, auxiliary=auxiliary), LENET, 10, (32, 32),
+    net = SingleStage(m=m, latent=24, auxiliary=auxiliary).build(LENET, 10, (32, 32),
                              seed=2).double()
     x = images()
     logits, maps, own = net.train()(x)

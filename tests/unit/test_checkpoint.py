@@ -5,25 +5,24 @@ from __future__ import annotations
 import copy
 import io
 import zipfile
+from typing import ClassVar, Literal
 
 import numpy as np
 import pytest
 import torch
 
+from impactx.approaches.baseline import Baseline
+from impactx.approaches.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from impactx.approaches.impactx import Impactx, ImpactxNetwork
 from impactx.models import (
-    CheckpointError,
     Classifier,
-    Impactx,
-    Kind,
     build_classifier,
-    build_impactx,
-    load_checkpoint,
     map_kind,
-    register_kind,
-    save_checkpoint,
     weights_fingerprint,
 )
-from impactx.settings import ImpactxSettings, ModelSettings
+from impactx.settings import ModelSettings
+from impactx.settings.extensions import approach
+from impactx.settings.registry import RegistrationError
 
 NAMES = [f"class {i}" for i in range(5)]
 LENET = ModelSettings(name="lenet5", architecture="lenet5", mean=(0.4, 0.5, 0.6))
@@ -65,9 +64,9 @@ def test_a_classifier_comes_back(settings, size):
     data = save_checkpoint(model, model_settings=settings, class_names=NAMES, extra=extra)
     loaded = load_checkpoint(data)
     assert type(loaded.model) is Classifier and not loaded.model.training
-    assert (loaded.kind, loaded.num_classes, loaded.image_size) == ("classifier", 5, size)
+    assert (loaded.kind, loaded.num_classes, loaded.image_size) == ("baseline", 5, size)
     assert loaded.map_scale is None
-    assert loaded.model_settings == settings and loaded.approach_settings is None
+    assert loaded.model_settings == settings and loaded.approach == Baseline()
     assert loaded.class_names == NAMES
     assert loaded.extra.pop("split").tolist() == [0, 1, 2, 3]
     assert loaded.extra == {"epoch": 3, "scores": [0.5, None], "s": {"a": "b"}}
@@ -78,20 +77,20 @@ def test_a_classifier_comes_back(settings, size):
 
 @pytest.mark.parametrize("settings", [LENET, SMALL], ids=lambda s: s.name)
 @pytest.mark.parametrize("approach, channels", [
-    (ImpactxSettings(), 3),
-    (ImpactxSettings(m="penultimate", latent=64, lep_start="from_stage1", lambdas=[0.8]), 1)],
+    (Impactx(), 3),
+    (Impactx(m="penultimate", latent=64, lep_start="from_stage1", lambdas=[0.8]), 1)],
     ids=["default", "other"])
 def test_an_impactx_comes_back_from_a_file(tmp_path, settings, approach, channels):
-    model = build_impactx(approach, settings, classifier(settings), seed=2, channels=channels)
+    model = approach.build(settings, classifier(settings), seed=2, channels=channels)
     model(images())
     model.eval()
     path = tmp_path / "model.pt"
-    path.write_bytes(save_checkpoint(model, model_settings=settings, approach_settings=approach,
+    path.write_bytes(save_checkpoint(model, model_settings=settings, approach=approach,
                                      class_names=NAMES, map_scale=0.012))
     for source in (path, str(path)):
         loaded = load_checkpoint(source, kind="impactx", architecture=settings.architecture, num_classes=5)
-        assert type(loaded.model) is Impactx and loaded.map_scale == 0.012
-        assert loaded.approach_settings == approach
+        assert type(loaded.model) is ImpactxNetwork and loaded.map_scale == 0.012
+        assert loaded.approach == approach
         assert weights_fingerprint(loaded.model) == weights_fingerprint(model)
         with torch.no_grad():
             for ours, theirs in zip(loaded.model(images()), model(images()), strict=True):
@@ -104,9 +103,9 @@ def test_an_impactx_comes_back_from_a_file(tmp_path, settings, approach, channel
     ([0.2, 0.8], 0.0, 0.0), ([0.0], 0.8, 0.8), ([0.0], None, 0.0), ([0.0, 0.8], None, None), ([0.8], None, 0.8)])
 def test_the_lambda_of_a_training_is_known(lambdas, kept, found):
     """Checkpoints of before it was kept tell it by their settings where there is but one candidate."""
-    approach = ImpactxSettings(lambdas=lambdas, latent=16)
-    model = build_impactx(approach, LENET, classifier(), seed=2)
-    loaded = load_checkpoint(save_checkpoint(model, model_settings=LENET, approach_settings=approach, weight=kept,
+    approach = Impactx(lambdas=lambdas, latent=16)
+    model = approach.build(LENET, classifier(), seed=2)
+    loaded = load_checkpoint(save_checkpoint(model, model_settings=LENET, approach=approach, weight=kept,
                                              class_names=NAMES, extra={"unit": "k"}))
     assert loaded.weight == found and loaded.extra["unit"] == "k"
     assert map_kind(loaded.model, loaded.weight) == (None if found == 0 else "evidence")
@@ -142,12 +141,12 @@ def test_saving_does_not_share_memory_and_loading_leaves_the_random_numbers():
 def test_only_what_can_be_read_again_is_saved():
     with pytest.raises(TypeError, match=r"extra\['a'\]\[1\] is a numpy.float64"):
         content(extra={"a": [1, np.float64(2)]})
-    with pytest.raises(TypeError, match="Sequential.*unwrap"):
+    with pytest.raises(TypeError, match="kind baseline holds a Classifier, this is a Sequential.*unwrap"):
         save_checkpoint(torch.nn.Sequential(classifier()), model_settings=LENET, class_names=NAMES)
-    with pytest.raises(TypeError, match="kind classifier needs no approach settings, got ImpactxSettings"):
-        content(approach_settings=ImpactxSettings())
-    with pytest.raises(TypeError, match="kind impactx needs ImpactxSettings approach settings, got NoneType"):
-        save_checkpoint(build_impactx(ImpactxSettings(), LENET, classifier(), seed=0), model_settings=LENET,
+    with pytest.raises(TypeError, match="kind impactx holds a ImpactxNetwork, this is a Classifier"):
+        content(approach=Impactx())
+    with pytest.raises(TypeError, match="kind baseline holds a Classifier, this is a ImpactxNetwork"):
+        save_checkpoint(Impactx().build(LENET, classifier(), seed=0), model_settings=LENET,
                         class_names=NAMES)
     with pytest.raises(ValueError, match="5 classes, but 4 class names"):
         save_checkpoint(classifier(), model_settings=LENET, class_names=NAMES[:4])
@@ -189,15 +188,15 @@ def test_a_flipped_bit_in_a_tensor_is_found():
 def test_another_model_is_named():
     data = content()
     text = refusal(data, kind="impactx")
-    assert "another model" in text and "'classifier'" in text and "'impactx' was asked for" in text
+    assert "another model" in text and "'baseline'" in text and "'impactx' was asked for" in text
     assert "its architecture is 'lenet5', 'resnet18' was asked for" in refusal(data, architecture="resnet18")
     assert "its num_classes is 5, 10 was asked for" in refusal(data, num_classes=10)
 
 
 def test_another_version_kind_or_content():
     data = content()
-    assert "format version 2, this impactx reads 1" in refusal(altered(data, version=2, kind=...))
-    assert "kind 'abc', known here: classifier, impactx" in refusal(altered(data, kind="abc"))
+    assert "format version 1, this impactx reads 2" in refusal(altered(data, version=1, kind=...))
+    assert "kind 'abc', known here: abn, baseline, ensemble, impactx" in refusal(altered(data, kind="abc"))
     assert "incomplete: it lacks extra, state" in refusal(altered(data, state=..., extra=...))
     assert "does not know" in refusal(altered(data, model={"name": "m", "architecture": "lenet5", "new": 1}))
     unknown = refusal(altered(data, model={"name": "m", "architecture": "mobilenetv1_10"}))
@@ -220,7 +219,7 @@ def test_code_in_a_checkpoint_is_not_executed(tmp_path):
             return (open, (str(tmp_path / "made"), "w"))
 
     buffer = io.BytesIO()
-    torch.save({"format": "impactx-checkpoint", "version": 1, "extra": Evil()}, buffer)
+    torch.save({"format": "impactx-checkpoint", "version": 2, "extra": Evil()}, buffer)
     assert "no checkpoint of impactx" in refusal(buffer.getvalue())
     assert not (tmp_path / "made").exists()
 
@@ -229,20 +228,25 @@ def test_kinds_are_open():
     class Mine(Classifier):
         pass
 
-    def build(settings, approach, num_classes, size, channels):
-        inner = build_classifier(settings, num_classes, size, seed=0)
-        return Mine(inner.preprocess, inner.trunk, inner.head)
+    @approach
+    class OfMine(Baseline):
+        kind: Literal["test-mine"] = "test-mine"
+        network: ClassVar[type[torch.nn.Module]] = Mine
 
-    register_kind("test-mine", Kind(Mine, None, build))
+        def rebuild(self, model, num_classes, image_size, channels=None):
+            inner = build_classifier(model, num_classes, image_size, seed=0)
+            return Mine(inner.preprocess, inner.trunk, inner.head)
+
     try:
-        model = build(LENET, None, 5, (32, 32), None)
-        loaded = load_checkpoint(save_checkpoint(model, model_settings=LENET, class_names=NAMES))
+        model = OfMine().rebuild(LENET, 5, (32, 32))
+        loaded = load_checkpoint(save_checkpoint(model, model_settings=LENET, approach=OfMine(), class_names=NAMES))
         assert loaded.kind == "test-mine" and type(loaded.model) is Mine
-        with pytest.raises(ValueError, match="'test-mine' is registered already"):
-            register_kind("test-mine", Kind(Mine, None, build))
+        with pytest.raises(RegistrationError, match="'test-mine' is .*OfMine already"):
+            @approach
+            class Another(OfMine):
+                pass
     finally:
-        from impactx.models import checkpoint
-        del checkpoint._kinds["test-mine"]
+        del approach._classes["test-mine"]
 
 
 # ---- fingerprint

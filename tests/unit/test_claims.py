@@ -7,15 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from impactx.experiment.approaches.base import Basis
-from impactx.experiment.approaches.single_stage import SingleStageApproach
+from impactx.approaches.base import Candidate
+from impactx.approaches.checkpoint import load_checkpoint
+from impactx.approaches.single_stage import SingleStage
 from impactx.experiment.claims import Claim, TakenOver
 from impactx.experiment.plan import Cell, Configuration, DataFacts
+from impactx.experiment.stage2 import Basis, Entry
 from impactx.experiment.units import CHECKPOINT, CLAIM, RUNNING
 from impactx.experiment.work import train_unit
 from impactx.experiment.workplace import Workplace
-from impactx.models import load_checkpoint, weights_fingerprint
-from impactx.settings import ExperimentSettings, SingleStageSettings
+from impactx.models import weights_fingerprint
+from impactx.settings import ExperimentSettings
 from impactx.storage import Storage
 
 
@@ -70,8 +72,8 @@ def test_the_checkpoint_keeps_the_lambda_of_its_training(cell, weight):
     """The one that was trained, not those that were searched: of lambda = 0 the decoder learned nothing."""
     configuration, place = Configuration(0.004, 16, 0.2), cell[1]
     a = cell[0].stage1_model(configuration, 0)
-    approach = SingleStageApproach("single", SingleStageSettings(lambdas=[0.0, 0.4], latent=16, explain_every=9))
-    unit = approach.model(Basis(cell[0], configuration, 0, a, {}), {"lambda": weight})
+    approach = Entry("single", SingleStage(lambdas=[0.0, 0.4], latent=16, explain_every=9))
+    unit = approach.model(Basis(cell[0], configuration, 0, a, {}), Candidate(weight))
     train_unit(unit, place)
     assert load_checkpoint(place.artifacts.storage.read(f"{unit.folder}/{CHECKPOINT}")).weight == weight
     train_unit(a, place)

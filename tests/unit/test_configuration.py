@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from impactx.approaches.impactx import Impactx
 from impactx.configuration import ConfigurationError, configs_folder, groups, load_settings, presets
 from impactx.explain.methods.partition import Partition
 from impactx.settings import ExperimentSettings, GridSettings, ImpactxSettings
@@ -63,7 +64,7 @@ def test_full_grid_is_table_1_and_the_nine_cells():
 
 def test_defaults_of_the_classes_are_table_1_as_well():
     table = load_settings("full_grid", folder=CONFIGS)
-    assert GridSettings() == table.grid and ImpactxSettings() == table.approaches["impactx"]
+    assert GridSettings() == table.grid and Impactx() == table.approaches["impactx"]
 
 
 def test_all_errors_come_in_one_message_with_setting_value_and_what_is_allowed():

@@ -10,6 +10,10 @@ from impactx.evaluation.metrics.fidelity import agreement, randomised
 from impactx.evaluation.targets import mean_maps
 from impactx.models import build_classifier, build_impactx
 from impactx.settings import ImpactxSettings, ModelSettings
+from impactx.approaches.impactx import Impactx
+from impactx.evaluation.fidelity import agreement, mean_maps, randomised
+from impactx.models import build_classifier
+from impactx.settings import ModelSettings
 
 
 def maps(seed: int, count: int = 6) -> np.ndarray:
@@ -50,7 +54,7 @@ def test_mean_maps_are_those_of_the_chosen_images(scale):
 
 def test_only_the_decoder_is_randomised_and_the_model_stays():
     settings = ModelSettings(name="lenet5", architecture="lenet5")
-    model = build_impactx(ImpactxSettings(latent=8), settings, build_classifier(settings, 4, (32, 32), seed=0), seed=0)
+    model = Impactx(latent=8).build(settings, build_classifier(settings, 4, (32, 32), seed=0), seed=0)
     model.eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     other = randomised(model, "decoder", 5)

@@ -9,18 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from impactx.approaches.impactx import Impactx, ImpactxNetwork
 from impactx.models import (
     Decoder,
-    Impactx,
     Preprocess,
     UnknownArchitecture,
     build_classifier,
-    build_impactx,
     check_architecture,
     decoder_sizes,
     weights_fingerprint,
 )
-from impactx.settings import ImpactxSettings, ModelSettings
+from impactx.settings import ModelSettings
 
 LENET = ModelSettings(name="lenet5", architecture="lenet5")
 SMALL = ModelSettings(name="small", architecture="mobilenetv1_100")  # a timm model with batch norm
@@ -34,9 +33,9 @@ def shapes(module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in module.named_parameters()}
 
 
-def impactx(model=LENET, *, size=(32, 32), classes=10, seed=3, classifier=None, **approach) -> Impactx:
+def impactx(model=LENET, *, size=(32, 32), classes=10, seed=3, classifier=None, **approach) -> ImpactxNetwork:
     classifier = classifier or build_classifier(model, classes, size, seed=1)
-    return build_impactx(ImpactxSettings(**approach), model, classifier, seed=seed)
+    return Impactx(**approach).build(model, classifier, seed=seed)
 
 
 # ---- LeNet-5
@@ -344,7 +343,7 @@ def test_lep_start():
 def test_impactx_of_another_architecture_is_refused():
     classifier = build_classifier(LENET, 10, (32, 32), seed=1)
     with pytest.raises(ValueError, match="not of the architecture mobilenetv1_100"):
-        build_impactx(ImpactxSettings(), SMALL, classifier, seed=1)
+        Impactx().build(SMALL, classifier, seed=1)
 
 
 # ---- seeds and float64

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from impactx.approaches.base import Candidate
 from impactx.configuration import ConfigurationError, load_settings
 from impactx.experiment.plan import Cell, Configuration, DataFacts, SelectionError, select
-from impactx.experiment.roles import roles
 from impactx.experiment.run import job_key
+from impactx.experiment.stage2 import roles
 from impactx.experiment.units import Artifacts, Unit, fingerprint
 from impactx.storage import Storage, StorageError
 
@@ -33,7 +34,7 @@ def keys(cell: Cell) -> dict[str, list[str]]:
     final, search = [], []
     for approach in cell.approaches():
         search += [unit for unit, _ in approach.trials(cell.basis(c, a, result, 0))]
-        final.append(approach.model(cell.basis(c, a, result, 1), approach.points()[0]))
+        final.append(approach.model(cell.basis(c, a, result, 1), approach.approach.candidates()[0]))
     return {"trials": [u.key for u in cell.stage1_trials()], "a": [cell.stage1_model(c, r).key for r in (0, 1)],
             "maps": [maps.key], "search": [u.key for u in search], "stage2": [u.key for u in final],
             "test": [cell.test(final[0], {"weights": "v" * 64}).key]}
@@ -93,7 +94,7 @@ def test_one_lambda_needs_no_search_and_a_shared_recipe_is_one_unit():
     c = cell("approach=[impactx]", "approaches.impactx.lambdas=[0.8]", "approaches.twin={lambdas: [0.8]}")
     point = c.configurations()[0]
     basis = c.basis(point, c.stage1_model(point, 0), {"weights": "w"}, 0)
-    made = {x.name: x.model(basis, x.points()[0]) for x in c.approaches()}
+    made = {x.name: x.model(basis, x.approach.candidates()[0]) for x in c.approaches()}
     assert all(x.trials(basis) == [] for x in c.approaches())
     assert made["impactx"].key == made["twin"].key and made["impactx"].params["approach"] == "impactx"
 
@@ -125,10 +126,10 @@ def test_finished_work_keeps_its_keys():
     c = cifar()
     basis = basis_of(c)
     impactx, lambda0 = c.approaches()
-    model = impactx.model(basis, {"lambda": 0.8})
+    model = impactx.model(basis, Candidate(0.8))
     assert FROZEN == {
         "A": basis.a.key, "maps": basis.maps().key, "impactx": model.key,
-        "lambda0": lambda0.model(basis, {"lambda": 0.0}).key,
+        "lambda0": lambda0.model(basis, Candidate(0.0)).key,
         "trials": [unit.key for unit, _ in impactx.trials(basis_of(c, 0))],
         "test": c.test(model, {"weights": "v" * 64}).key}
     assert impactx.stores(basis) == [basis.maps()] and basis.maps().name == "maps repeat 1"
@@ -142,7 +143,7 @@ ALL = ("approach=[impactx,shuffled,shuffled_in_class,mean_map,class_mean_map,int
 def test_every_approach_is_a_unit_of_its_own_and_only_some_need_maps():
     c = cifar(ALL)
     bases = [basis_of(c, 0), basis_of(c, 1)]
-    found = {a.name: [a.model(b, a.points()[0]) for b in bases] for a in c.approaches()}
+    found = {a.name: [a.model(b, a.approach.candidates()[0]) for b in bases] for a in c.approaches()}
     assert len({u.key for units in found.values() for u in units}) == 20
     stores = {a.name: [u.name for u in a.stores(bases[1])] for a in c.approaches()}
     of_a = ["maps repeat 1"]
@@ -173,7 +174,7 @@ def test_every_approach_is_a_unit_of_its_own_and_only_some_need_maps():
 ])
 def test_a_setting_of_an_approach_changes_that_approach(override, changed):
     def found(c):
-        return {a.name: a.model(basis_of(c), a.points()[0]).key for a in c.approaches()}
+        return {a.name: a.model(basis_of(c), a.approach.candidates()[0]).key for a in c.approaches()}
 
     before, after = found(cifar(ALL)), found(cifar(ALL, override))
     assert {name for name in before if before[name] != after[name]} == changed
@@ -186,7 +187,7 @@ def test_a_search_over_learning_rates_multiplies_the_selected_one():
     assert [u.recipe["learning_rate"] for u, _ in trials] == [0.0008, 0.0016, 0.0032]
     assert [u.name for u, _ in trials] == ["abn rate x0.5", "abn rate x1", "abn rate x2"]
     assert abn.model(basis_of(c, 0), trials[1][1]).key == abn.model(basis_of(cifar("approach=[abn]"), 0),
-                                                                    {"learning_rate_factor": 1.0}).key
+                                                                    Candidate()).key
 
 
 def test_factors_of_the_learning_rate_are_candidates_beside_lambda():
@@ -208,7 +209,7 @@ def test_no_preset_gives_impactx_more_candidates_than_what_it_is_compared_with(p
 
 def test_the_second_member_of_an_ensemble_has_a_seed_that_no_repeat_has():
     c = cifar("approach=[ensemble]", "repeats=5")
-    found = [c.approaches()[0].model(basis_of(c, r), c.approaches()[0].points()[0]).recipe for r in range(5)]
+    found = [c.approaches()[0].model(basis_of(c, r), c.approaches()[0].approach.candidates()[0]).recipe for r in range(5)]
     assert len({r["second_seed"] for r in found}) == 5 and not {r["second_seed"] for r in found} & set(range(5))
     assert [r["split"]["seed"] for r in found] == [0, 1, 2, 3, 4]
 
@@ -216,7 +217,7 @@ def test_the_second_member_of_an_ensemble_has_a_seed_that_no_repeat_has():
 def test_the_test_of_wae_depends_on_the_maps_of_the_test_images():
     c = cifar("approach=[wae]")
     wae = c.approaches()[0]
-    model = wae.model(basis_of(c), wae.points()[0])
+    model = wae.model(basis_of(c), wae.approach.candidates()[0])
     test, store = c.test(model, {"weights": "v"}), wae.stores(basis_of(c))[1]
     assert test.recipe["maps"] == store.key and test.inputs["maps"] == store.folder
     assert store.inputs["part"] == "test" and store.recipe["target"] == "class_weighted"

@@ -17,6 +17,10 @@ import torch
 from PIL import Image
 
 from impactx.api import TrainedModel, load_model
+from impactx.approaches.abn import Abn
+from impactx.approaches.checkpoint import load_checkpoint
+from impactx.approaches.impactx import Impactx
+from impactx.approaches.wae import Wae
 from impactx.command import main
 from impactx.datasets import DataError
 from impactx.explain.maps.sheet import draw_sheet
@@ -30,6 +34,15 @@ from impactx.settings import (
     ModelSettings,
     WaeSettings,
     extensions,
+from impactx.explain.sheet import draw_sheet
+from impactx.models import build_classifier
+from impactx.prediction import ModelChoice, PredictionError, read_images
+from impactx.serving import _load_pyfunc
+from impactx.settings import (
+    AttributionSettings,
+    ModelSettings,
+    PartitionSettings,
+    parse_attribution,
 )
 from impactx.tracking.models import DISTRIBUTIONS, REQUIREMENTS, requirements, save, signature
 
@@ -43,13 +56,13 @@ def trained(approach: str, seed: int = 0) -> TrainedModel:
     if approach == "baseline":
         return TrainedModel(a.eval(), LENET, NAMES)
     if approach == "wae":
-        wae = WaeSettings(attribution=Partition(max_evals=12, fixed_context=1))
-        return TrainedModel(build_wae(wae, LENET, a, seed=seed).eval(), LENET, NAMES, wae)
+        wae = Wae(attribution=PartitionSettings(max_evals=12, fixed_context=1))
+        return TrainedModel(wae.build(LENET, a, seed=seed).eval(), LENET, NAMES, wae)
     if approach == "abn":
-        return TrainedModel(build_abn(AbnSettings(), LENET, len(NAMES), (32, 32), seed=seed).eval(), LENET, NAMES,
-                            AbnSettings())
-    settings = ImpactxSettings()
-    return TrainedModel(build_impactx(settings, LENET, a, seed=seed, channels=3).eval(), LENET, NAMES, settings, 0.5)
+        return TrainedModel(Abn().build(LENET, len(NAMES), (32, 32), seed=seed).eval(), LENET, NAMES,
+                            Abn())
+    settings = Impactx()
+    return TrainedModel(settings.build(LENET, a, seed=seed, channels=3).eval(), LENET, NAMES, settings, 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +204,7 @@ def test_a_dollar_in_a_name_begins_no_formula(figures, tmp_path):
 def test_the_file_and_the_classes_may_have_a_dollar(predict, tmp_path, pictures, capsys):
     (pictures / "plain.png").rename(pictures / "$x^{$.png")
     model = trained("impactx")
-    TrainedModel(model.model, LENET, ("$a^{$",) * len(NAMES), model.approach_settings).save(tmp_path / "net.pt")
+    TrainedModel(model.model, LENET, ("$a^{$",) * len(NAMES), model.approach).save(tmp_path / "net.pt")
     predict("$x^{$.png", "--model", tmp_path / "net.pt")
     assert "-> predictions/$x^{$-map.png" in capsys.readouterr().out
     assert (pictures / "predictions/$x^{$-map.png").exists()
@@ -208,7 +221,7 @@ def test_a_model_without_maps_gives_classes_and_says_so(predict, output, picture
 def test_a_decoder_that_learned_nothing_explains_nothing(predict, tmp_path, pictures, capsys, how):
     """lambda = 0 by the checkpoint, by an older one's settings, by the job of an older one that searched lambda."""
     lambdas = {"kept": [0.2, 0.8], "settings": [0.0], "job": [0.0, 0.8]}[how]
-    model = replace(trained("impactx"), approach_settings=ImpactxSettings(lambdas=lambdas))
+    model = replace(trained("impactx"), approach=Impactx(lambdas=lambdas))
     (tmp_path / "models/k").mkdir(parents=True)
     replace(model, weight=0.0 if how == "kept" else None).save(tmp_path / "models/k/checkpoint.pt")
     (tmp_path / "jobs/one-1").mkdir(parents=True)
@@ -258,13 +271,12 @@ def test_a_machine_that_serves_gets_what_the_models_attribution_needs(tmp_path, 
         TrainedModel(model.eval(), LENET, NAMES, settings).save(tmp_path / "net.pt")
         return dict(line.partition("==")[::2] for line in requirements(load_checkpoint(tmp_path / "net.pt")))
 
-    a = build_classifier(LENET, len(NAMES), (32, 32), seed=0)
-    attribution = extensions.attribution.parse({"method": method})
-    wae, own = WaeSettings(attribution=attribution), ImpactxSettings(attribution=attribution)
-    extra = found(build_wae(wae, LENET, a, seed=0), wae)
+    a, attribution = build_classifier(LENET, len(NAMES), (32, 32), seed=0), parse_attribution({"method": method})
+    wae, own = Wae(attribution=attribution), Impactx(attribution=attribution)
+    extra = found(wae.build(LENET, a, seed=0), wae)
     assert set(extra) == set(REQUIREMENTS) | needed
     assert all(extra[name] == importlib.metadata.version(name) for name in REQUIREMENTS)
-    assert set(found(build_impactx(own, LENET, a, seed=0), own)) == set(REQUIREMENTS)
+    assert set(found(own.build(LENET, a, seed=0), own)) == set(REQUIREMENTS)
 
 
 def test_what_attributions_need_is_in_the_extra():

@@ -7,17 +7,21 @@ from pathlib import Path
 
 import pytest
 
+from impactx.approaches.base import Candidate
+from impactx.approaches.ensemble import EnsembleNetwork
 from impactx.configuration import load_settings
-from impactx.experiment.approaches import Basis
 from impactx.experiment.measured import JUDGING, MAPS, Measured, Probe, Slots
 from impactx.experiment.plan import Cell, Configuration, DataFacts
 from impactx.experiment.price_list import price_list
 from impactx.experiment.pricing import CellPrice, Item, Range, price_cell, probes_of
 from impactx.experiment.rates import STAGE1, TrainingRate
+from impactx.experiment.stage2 import Basis
 from impactx.experiment.units import RUNNING, Artifacts
 from impactx.explain.maps.store import MapStore, StoreError, StoreSpec
 from impactx.models import build_abn, build_classifier, build_impactx, build_single_stage
 from impactx.models.ensemble import Ensemble
+from impactx.explain.store import MapStore, StoreError, StoreSpec
+from impactx.models import build_classifier
 from impactx.storage import Storage
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -152,7 +156,7 @@ def test_finished_work_of_stage_2_costs_nothing(artifacts):
     (first, _), (second, _) = approach.trials(bases[0])
     artifacts.finish(first, {"best": best(0.6), "weights": None})
     # A model of a point that may not be the selected one is not counted as done.
-    artifacts.finish(lost := approach.model(bases[0], {"lambda": 0.4}), {"weights": "x" * 64})
+    artifacts.finish(lost := approach.model(bases[0], Candidate(0.4)), {"weights": "x" * 64})
     price, found = priced()
     assert price.trials == exactly(1) and found["impactx's search"].seconds.low == pytest.approx(6 * large)
     assert "1 trials of impactx" in price.exists and lost.name not in price.exists
@@ -162,7 +166,7 @@ def test_finished_work_of_stage_2_costs_nothing(artifacts):
     price, found = priced()
     assert price.trials == exactly(0) and "impactx's search" not in found
     assert price.epochs == Range(6 * 2, 30 * 2), "lambda = 0.8 is selected, and trained in no repeat"
-    finals = [approach.model(basis, {"lambda": 0.8}) for basis in bases]
+    finals = [approach.model(basis, Candidate(0.8)) for basis in bases]
     artifacts.finish(finals[0], {"weights": "y0" * 32})
     price, found = priced()
     assert price.epochs == Range(6, 30) and finals[0].name in price.exists and found["judging"].slots == 4
@@ -365,12 +369,12 @@ def test_what_the_plan_knows_of_a_model_is_true():
     settings = load_settings("full_grid", ["model=lenet5", "approach=[impactx,abn,single_stage,ensemble]"], CONFIGS)
     cell = Cell(settings, settings.datasets["cifar10"], settings.models["lenet5"], FACTS)
     a = build_classifier(cell.model, 10, (32, 32), seed=0)
-    nets = {"impactx": build_impactx(cell.settings.approaches["impactx"], cell.model, a, seed=1),
-            "abn": build_abn(cell.settings.approaches["abn"], cell.model, 10, (32, 32), seed=0),
-            "single_stage": build_single_stage(cell.settings.approaches["single_stage"], cell.model, 10, (32, 32),
+    nets = {"impactx": cell.settings.approaches["impactx"].build(cell.model, a, seed=1),
+            "abn": cell.settings.approaches["abn"].build(cell.model, 10, (32, 32), seed=0),
+            "single_stage": cell.settings.approaches["single_stage"].build(cell.model, 10, (32, 32),
                                                seed=0),
-            "ensemble": Ensemble([a, a])}
-    assert {x.name: x.makes_maps for x in cell.approaches()} == {n: hasattr(m, "with_maps") for n, m in nets.items()}
+            "ensemble": EnsembleNetwork([a, a])}
+    assert {x.name: x.approach.makes_maps for x in cell.approaches()} == {n: hasattr(m, "with_maps") for n, m in nets.items()}
 
 
 def test_strategies_cost_less(artifacts):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from impactx.approaches.impactx.targets import targets_of
 from impactx.datasets import Split, make_split
 from impactx.datasets.batches import DeviceData
-from impactx.training import targets_of
 
 COUNT, CLASSES = 90, 4
 LABELS = np.random.default_rng(0).integers(0, CLASSES, COUNT)

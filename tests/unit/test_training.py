@@ -12,25 +12,15 @@ import torch
 from torch import nn
 
 from impactx.api import TrainedModel, train_impactx
+from impactx.approaches.base import Bench, Candidate
+from impactx.approaches.impactx import Impactx, impactx_loss
+from impactx.approaches.wae import Wae
 from impactx.datasets import Dataset, make_split
 from impactx.datasets.batches import DeviceData
 from impactx.datasets.entry import ImageSet
-from impactx.models import build_classifier, build_impactx, build_wae
-from impactx.settings import (
-    AugmentationSettings,
-    ImpactxSettings,
-    ModelSettings,
-    TrainingSettings,
-    WaeSettings,
-)
-from impactx.training import (
-    TrainingData,
-    classification_loss,
-    evaluate,
-    fit,
-    impactx_loss,
-    train_stage2,
-)
+from impactx.models import build_classifier
+from impactx.settings import AugmentationSettings, ModelSettings, TrainingSettings
+from impactx.training import TrainingData, classification_loss, evaluate, fit
 from impactx.training.loop import ResumeError
 
 LENET = ModelSettings(name="lenet5", architecture="lenet5")
@@ -134,7 +124,7 @@ def stage1():
 
 def stage2():
     a = build_classifier(LENET, 4, (32, 32), seed=1)
-    return build_impactx(ImpactxSettings(latent=16), LENET, a, seed=2), impactx_loss(0.8), data(with_maps=True)
+    return Impactx(latent=16).build(LENET, a, seed=2), impactx_loss(0.8), data(with_maps=True)
 
 
 def with_dropout():
@@ -215,7 +205,7 @@ def test_equal_arguments_give_equal_numbers_and_the_global_generator_is_left_alo
 @pytest.mark.parametrize("weight", [0.0, 0.8])
 def test_m_is_frozen_and_the_rest_learns(model, weight):
     a = build_classifier(model, 4, (32, 32), seed=1)
-    net = build_impactx(ImpactxSettings(latent=16), model, a, seed=2)
+    net = Impactx(latent=16).build(model, a, seed=2)
     before = copy.deepcopy(net.state_dict())
     result = fit(net, impactx_loss(weight), data(with_maps=True), TrainingSettings(epochs=1), **HOW)
     after = net.state_dict()
@@ -261,15 +251,15 @@ def test_stage_2_refuses_maps_of_other_images(tmp_path, taught, change, says):
     split = make_split(stripes.train.labels, 0.2, seed=0, common_fraction=0.2)
     says = says.replace("60 images, the first of them image 0,", ".*")  # of a part, in its order
     with pytest.raises(ValueError, match=says):
-        train_stage2(stripes, split, LENET, TrainingSettings(epochs=1), weight=0.8, maps=change(maps), scale=1.0,
-                     classifier=build_classifier(LENET, 4, (32, 32), seed=1), approach=ImpactxSettings(maps=taught),
-                     seed=0, learning_rate=0.01, batch_size=8, augmentation=AugmentationSettings())
+        Impactx(maps=taught).train(Bench(
+            stripes, split, LENET, TrainingSettings(epochs=1), 0.01, 8, 0, candidate=Candidate(0.8),
+            maps=lambda: (change(maps), 1.0), classifier=lambda: build_classifier(LENET, 4, (32, 32), seed=1)))
 
 
 @pytest.mark.parametrize("maps, says", [
     ((), "none was given"), ((torch.zeros(2, 1, 32, 32),), r"\(2, 1, 32, 32\) were given")])
 def test_wae_without_its_maps_says_so(maps, says):
-    net = build_wae(WaeSettings(latent=16), LENET, build_classifier(LENET, 4, (32, 32), seed=1), seed=2).eval()
+    net = Wae(latent=16).build(LENET, build_classifier(LENET, 4, (32, 32), seed=1), seed=2).eval()
     for score in (net, net.classify):
         with pytest.raises(ValueError, match=rf"for every image, \(2, 3, 32, 32\) as the images are, and .*{says}"):
             score(torch.zeros(2, 3, 32, 32), *maps)

@@ -12,8 +12,9 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from impactx.models import WeightsError, build_classifier, build_impactx, weights_fingerprint
-from impactx.settings import ImpactxSettings, ModelSettings
+from impactx.approaches.impactx import Impactx
+from impactx.models import WeightsError, build_classifier, weights_fingerprint
+from impactx.settings import ModelSettings
 
 ARCHITECTURE = "mobilenetv1_100"
 
@@ -67,7 +68,7 @@ def test_the_new_head_stays_random_and_the_lep_starts_from_the_file_too(tmp_path
     assert weights_fingerprint(model.head) == weights_fingerprint(build("random", seed=4).head)
     assert not holds(build("random", seed=4).trunk, donor)
     settings = ModelSettings(name="m", architecture=ARCHITECTURE, weights=str(path))
-    assert holds(build_impactx(ImpactxSettings(), settings, model, seed=9).lep.trunk, donor)
+    assert holds(Impactx().build(settings, model, seed=9).lep.trunk, donor)
 
 
 @pytest.mark.parametrize("head", [True, False])

@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from impactx.approaches.impactx import Impactx, impactx_loss
 from impactx.datasets.batches import DeviceData, draws, move
-from impactx.models import build_classifier, build_impactx
-from impactx.settings import AugmentationSettings, ImpactxSettings, ModelSettings, TrainingSettings
+from impactx.models import build_classifier
+from impactx.settings import AugmentationSettings, ModelSettings, TrainingSettings
 from impactx.training.loop import make_autocast, make_optimizer, train_epoch
-from impactx.training.losses import classification_loss, impactx_loss
+from impactx.training.losses import classification_loss
 
 WEIGHT = 0.8  # lambda of stage 2
 
@@ -136,7 +137,7 @@ def measure(architecture: str, stage: int, *, images: np.ndarray, labels: np.nda
     def fresh() -> tuple[nn.Module, torch.optim.Optimizer]:
         model: nn.Module = build_classifier(settings, classes, images.shape[1:3], seed=0, load_weights=False)
         if stage == 2:
-            model = build_impactx(ImpactxSettings(), settings, model, seed=0)  # type: ignore[arg-type]
+            model = Impactx().build(settings, model, seed=0)  # type: ignore[arg-type]
         model = model.to(place, memory_format=torch.channels_last).train()
         return model, make_optimizer([p for p in model.parameters() if p.requires_grad], training, 1e-3)
 

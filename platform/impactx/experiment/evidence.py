@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from impactx.approaches.role import CONTROLS, REFERENCES, Role
 from impactx.evaluation.calibration import (
     expected_calibration_error,
     negative_log_likelihood,
@@ -17,7 +18,7 @@ from impactx.evaluation.statistics import CONFIDENCE, RESAMPLES, TwoLevelBootstr
 from impactx.experiment.map_evidence import map_sentence, maps_over_repeats
 from impactx.experiment.plan import BASELINE
 from impactx.experiment.results import Row
-from impactx.experiment.roles import CONTROLS, REFERENCES, Role, roles
+from impactx.experiment.stage2 import roles
 from impactx.experiment.units import MAP_SCORES, PREDICTIONS, RESULT, read_arrays
 from impactx.storage import Storage, StorageError
 
@@ -38,7 +39,7 @@ def evidence(storage: Storage, rows: Sequence[Row], settings: Mapping[str, Any],
         cells       a list, one for each data set and model, in the rows' order, each with
           dataset, model, test_images
           approaches  a list in the rows' order, each with
-            approach, role and candidates (experiment.roles), weight (lambda or None), repeats (their numbers),
+            approach, role and candidates (approaches.role), weight (lambda or None), repeats (their numbers),
             seconds (of training, a repeat), seconds_in_all (the same with the A and the maps that it needs, of all
             processes, or None), map_seconds (what a prediction needs for a map of its image, or None),
             paper (fraction or None), checkpoints (by repeat, a list beside repeats)

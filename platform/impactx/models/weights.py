@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -194,3 +195,21 @@ def first_line(error: BaseException) -> str:
 
 def _is_counter(name: str) -> bool:
     return name.rpartition(".")[2] == "num_batches_tracked"
+
+
+def on_cpu(tensor: Tensor) -> Tensor:
+    """Return a contiguous copy of a tensor on the CPU, without its history."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """Return the SHA-256 (hex) over names, dtypes, shapes and bytes of a model's state dict.
+
+    Device and order do not matter. The normalisation is part of it; the size to which the model
+    resizes its input is not: that is a setting.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(on_cpu(tensor).reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -6,20 +6,10 @@ The classes hold values and check them; they read no file and import neither tor
 choice where the paper is silent (the reasons stand in docs/METHOD.md).
 """
 
-from impactx.settings.approaches import (
-    AbnSettings,
-    ApproachSettings,
-    EnsembleSettings,
-    ImpactxSettings,
-    SingleStageSettings,
-    WaeSettings,
-    parse_approach,
-)
 from impactx.settings.base import (
     Precision,
     Settings,
     settable,
-    tagged,
 )
 from impactx.settings.cell import (
     AugmentationSettings,
@@ -39,27 +29,19 @@ from impactx.settings.job import (
 from impactx.settings.maps import MapSettings
 
 __all__ = [
-    "AbnSettings",
-    "ApproachSettings",
     "AttributionSettings",
     "AugmentationSettings",
     "ClusterSettings",
     "DatasetSettings",
-    "EnsembleSettings",
     "EvaluationSettings",
     "ExperimentSettings",
     "ExplainSettings",
     "GridSettings",
-    "ImpactxSettings",
     "MapSettings",
     "ModelSettings",
     "Precision",
     "Settings",
-    "SingleStageSettings",
     "TrackingSettings",
     "TrainingSettings",
-    "WaeSettings",
-    "parse_approach",
     "settable",
-    "tagged",
 ]

@@ -1,10 +1,8 @@
-"""What the settings' classes are made of: types, grid axes, unions by a tag."""
+"""What the settings' classes are made of: types and grid axes."""
 
 from __future__ import annotations
 
 import math
-import types
-import typing
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -70,26 +68,6 @@ def _readable_masker(value: str) -> str:
 def settable(model: type[BaseModel]) -> dict[str, FieldInfo]:
     """The fields of a class of settings by the names under which they are set: a field's alias, where it has one."""
     return {info.alias or name: info for name, info in model.model_fields.items()}
-
-
-def tagged(annotation: Any) -> dict[str, type[Settings]]:
-    """The classes of a union of settings by their tag (the only value of their `method` or `kind`); else empty.
-
-    Such a union or null is the same union.
-    """
-    if typing.get_origin(annotation) is Annotated:
-        annotation = typing.get_args(annotation)[0]
-    if typing.get_origin(annotation) not in (typing.Union, types.UnionType):
-        return {}
-    members = [member for member in typing.get_args(annotation) if member is not type(None)]
-    if len(members) == 1:
-        return tagged(members[0])
-    found = {}
-    for member in members:
-        fields = member.model_fields if isinstance(member, type) and issubclass(member, Settings) else {}
-        for name in {"method", "kind"} & set(fields):
-            found[fields[name].default] = member
-    return found
 
 
 MaskerName = Annotated[str, BeforeValidator(_colour_as_text), AfterValidator(_readable_masker)]

@@ -41,7 +41,8 @@ class MapMetricSettings(Settings):
 
 attribution: Registry[AttributionSettings] = Registry(
     "attribution", "method", ["impactx.explain.methods"])
-approach: Registry[ApproachSettings] = Registry("approach", "kind", ["impactx.approaches"])
+approach: Registry[ApproachSettings] = Registry(
+    "approach", "kind", ["impactx.approaches"], default="impactx")
 source: Registry[SourceSettings] = Registry("data source", "kind", ["impactx.datasets.sources"])
 map_metric: Registry[MapMetricSettings] = Registry(
     "metric of maps", "metric", ["impactx.evaluation.metrics"])
@@ -66,6 +67,30 @@ def registry_of(annotation: Any) -> Registry[Any] | None:
         members = [one for one in typing.get_args(annotation) if one is not type(None)]
         return registry_of(members[0]) if len(members) == 1 else None
     return _KINDS.get(annotation) if isinstance(annotation, type) else None
+
+
+def tagged(annotation: Any) -> dict[str, type[Settings]]:
+    """Return the classes that a field may hold by their tag; an empty dict for another field.
+
+    Args:
+        annotation: The annotation of a field that holds any extension of a kind, or of a union of
+            settings with a tag (their `method` or `kind`); or such a one or null.
+    """
+    if (registry := registry_of(annotation)) is not None:
+        return dict(registry.classes())
+    if typing.get_origin(annotation) is Annotated:
+        annotation = typing.get_args(annotation)[0]
+    if typing.get_origin(annotation) not in (typing.Union, types.UnionType):
+        return {}
+    members = [one for one in typing.get_args(annotation) if one is not type(None)]
+    if len(members) == 1:
+        return tagged(members[0])
+    classes: dict[str, type[Settings]] = {}
+    for member in members:
+        if isinstance(member, type) and issubclass(member, Settings):
+            for name in {"method", "kind"} & set(member.model_fields):
+                classes[member.model_fields[name].default] = member
+    return classes
 
 
 AnyAttribution = attribution.field(AttributionSettings)

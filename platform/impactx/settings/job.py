@@ -12,10 +12,10 @@ from pydantic import (
     model_validator,
 )
 
-from impactx.settings.approaches import ApproachSettings
 from impactx.settings.base import Fraction, Settings, unique
 from impactx.settings.cell import DatasetSettings, GridSettings, ModelSettings, TrainingSettings
 from impactx.settings.extensions import (
+    AnyApproach,
     AnyAttribution,
     AnyMapMetric,
     AttributionSettings,
@@ -175,7 +175,7 @@ class ExperimentSettings(Settings):
     training: TrainingSettings = TrainingSettings()
     attribution: AnyAttribution = Field(default_factory=_partition)
     maps: MapSettings = MapSettings()
-    approaches: dict[str, ApproachSettings] = Field(default_factory=dict)
+    approaches: dict[str, AnyApproach] = Field(default_factory=dict)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
     cluster: ClusterSettings = ClusterSettings()
     tracking: TrackingSettings = TrackingSettings()
@@ -196,18 +196,10 @@ class ExperimentSettings(Settings):
                              "over several workers cannot be stopped early; set trial_workers to 1")
         return self
 
-    @field_validator("approaches", mode="before")
-    @classmethod
-    def _impactx_by_default(cls, approaches: Any) -> Any:
-        if not isinstance(approaches, dict):
-            return approaches
-        return {name: {"kind": "impactx"} | value if isinstance(value, dict) else value
-                for name, value in approaches.items()}
-
     @field_validator("approaches")
     @classmethod
     def _baseline_is_a(cls, approaches: dict[str, Any]) -> dict[str, Any]:
-        if "baseline" in approaches:
+        if "baseline" in approaches or any(a.kind == "baseline" for a in approaches.values()):
             raise ValueError("'baseline' is A itself and always trained: choose another name for the approach")
         return approaches
 

@@ -34,6 +34,7 @@ class Registry(Generic[E]):
         tag: The field that names an extension in a configuration, such as "method".
         packages: Where the built-in ones are: names of packages, all of whose modules are imported
             at the first look.
+        default: The name of plain data without a tag; None: the tag must be given.
 
     A registry is the decorator of its extensions:
 
@@ -42,8 +43,9 @@ class Registry(Generic[E]):
             method: Literal["occlusion"] = "occlusion"
     """
 
-    def __init__(self, kind: str, tag: str, packages: Sequence[str] = ()) -> None:
-        self.kind, self.tag = kind, tag
+    def __init__(self, kind: str, tag: str, packages: Sequence[str] = (),
+                 default: str | None = None) -> None:
+        self.kind, self.tag, self.default = kind, tag, default
         self._packages = list(packages)
         self._classes: dict[str, type[E]] = {}
 
@@ -97,7 +99,7 @@ class Registry(Generic[E]):
         """
         if not isinstance(value, Mapping):
             return value
-        name = value.get(self.tag)
+        name = value.get(self.tag, self.default)
         if name is None:
             raise PydanticCustomError(UNNAMED, "{message}", {
                 "tag": self.tag, "names": self.names(),

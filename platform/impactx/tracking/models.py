@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from impactx.models import Loaded, load_checkpoint, map_kind
+from impactx.approaches.checkpoint import Loaded, load_checkpoint
+from impactx.models import map_kind
 from impactx.models.preprocess import SERVED_IMAGES
 from impactx.run.tracker import FinalModel
 from impactx.tracking.checkpoints import CHECKPOINT
@@ -139,7 +140,7 @@ def requirements(loaded: Loaded) -> list[str]:
 
     Each is pinned to the version that is installed here, or just named if none is.
     """
-    attribution = getattr(loaded.approach_settings, "attribution", None)
+    attribution = loaded.approach.own_attribution
     given = getattr(loaded.model, "takes_maps", False) and attribution is not None
     # Where a model has to be given maps (WAE), it makes one of each image by its attribution.
     imported = attribution.requires if given else ()

@@ -35,6 +35,27 @@ class ResumeError(ValueError):
 
 
 @dataclass(frozen=True)
+class LoopArguments:
+    """How a training is executed; none of it changes what comes out of it.
+
+    Attributes:
+        device: Where it is trained.
+        load: Returns the state of an interrupted training, or None where there is none.
+        save: Keeps the state of the training after each epoch, on rank 0.
+        on_epoch: Called with the metrics of each epoch, on rank 0; a true answer stops the training.
+        rank: Number of this worker, from 0.
+        world_size: Number of data-parallel workers.
+    """
+
+    device: torch.device | str = "cpu"
+    load: Callable[[], bytes | None] | None = None
+    save: Callable[[bytes], None] | None = None
+    on_epoch: Callable[[Metrics], object] | None = None
+    rank: int = 0
+    world_size: int = 1
+
+
+@dataclass(frozen=True)
 class TrainingData:
     """train and validation images on the device; common: which validation rows all fractions share.
 
