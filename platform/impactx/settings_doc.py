@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from impactx.settings import ExperimentSettings, tagged
+from impactx.settings.extensions import registry_of
 
 HEAD = """\
 # Settings
@@ -50,7 +51,7 @@ def _tables(prefix: str, model: type[BaseModel]) -> Iterator[tuple[str, type[Bas
     plain, inner = [], []
     for name, info in model.model_fields.items():
         found, path = _nested(info.annotation)
-        if not found:
+        if not found or registry_of(info.annotation) is not None:
             plain.append((prefix + name, info))
         inner += [(f"{prefix}{name}{path}", tag, one) for tag, one in found.items()]
     yield prefix.rstrip("."), model, plain
@@ -63,9 +64,17 @@ def _nested(annotation: Any) -> tuple[dict[str, type[BaseModel]], str]:
     """The classes of settings inside a field by their tags ("" where there is only one), and what leads to them."""
     if typing.get_origin(annotation) is dict:
         return _nested(typing.get_args(annotation)[1])[0], ".<name>"
+    if kinds := _kinds(annotation):
+        return {} if _optional(annotation) else kinds, ""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return {"": annotation}, ""
-    return {} if _optional(annotation) else dict(tagged(annotation)), ""
+    return {}, ""
+
+
+def _kinds(annotation: Any) -> dict[str, type[BaseModel]]:
+    """The classes by their tags of settings that may be of several; else empty."""
+    registry = registry_of(annotation)
+    return dict(tagged(annotation)) if registry is None else {name: registry.get(name) for name in registry.names()}
 
 
 def _optional(annotation: Any) -> bool:
@@ -81,7 +90,7 @@ def _allowed(annotation: Any, metadata: typing.Sequence[Any] = ()) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return _allowed(arguments[0], [*arguments[1:], *metadata])
-    if kinds := tagged(annotation):
+    if kinds := _kinds(annotation):
         return f"settings of {', '.join(kinds)}"
     if origin in (typing.Union, types.UnionType):
         if tags := tagged(annotation):
@@ -116,6 +125,8 @@ def _default(info: FieldInfo) -> str:
         return "must be given"
     if value is None or isinstance(value, bool):
         return f"`{str(value).lower() if value is not None else 'null'}`"
+    if (registry := registry_of(info.annotation)) is not None:
+        value = getattr(value, registry.tag)
     if isinstance(value, list) and len(value) > 8:
         return f"`{value[0]}`, `{value[1]}`, … `{value[-1]}` ({len(value)} values)"
     return f"`{value}`"

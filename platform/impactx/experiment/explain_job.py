@@ -107,7 +107,7 @@ def _whole(dataset: DatasetSettings) -> DatasetSettings:
     embedded digits, which nobody brings along, the experiments' share is explained; a data set with a test part is the
     same in both.
     """
-    if dataset.source == "digits" or "test_fraction" in dataset.model_fields_set:
+    if dataset.source.kind == "digits" or "test_fraction" in dataset.model_fields_set:
         return dataset
     return dataset.model_copy(update={"test_fraction": None})
 

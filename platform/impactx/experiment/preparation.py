@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from impactx.configuration import ConfigurationError, check_weights_file
-from impactx.datasets import DataError, Dataset, load_dataset, locate, make_split
+from impactx.datasets import DataError, Dataset, load_dataset, locate, make_split, without_downloads
 from impactx.evaluation.morf import grid_of
 from impactx.experiment.approaches import approaches_of
 from impactx.experiment.plan import Cell, DataFacts
@@ -206,7 +206,7 @@ def _facts(data: Dataset) -> DataFacts:
 
 
 def _facts_if_here(dataset: DatasetSettings, place: Workplace) -> tuple[DataFacts | None, str]:
-    here = dataset.model_copy(update={"download": False})
+    here = without_downloads(dataset)
     try:
         where = locate(here, place.data_root)
         data = load_dataset(here, place.data_root, place.cache)

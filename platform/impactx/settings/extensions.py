@@ -7,6 +7,10 @@ hold any of them. What an extension does stands in the room of its kind:
 
 from __future__ import annotations
 
+import types
+import typing
+from typing import Annotated, Any
+
 from impactx.settings.base import Settings
 from impactx.settings.registry import Registry
 
@@ -41,6 +45,28 @@ approach: Registry[ApproachSettings] = Registry("approach", "kind", ["impactx.ap
 source: Registry[SourceSettings] = Registry("data source", "kind", ["impactx.datasets.sources"])
 map_metric: Registry[MapMetricSettings] = Registry(
     "metric of maps", "metric", ["impactx.evaluation.metrics"])
+
+_KINDS: dict[type[Settings], Registry[Any]] = {
+    AttributionSettings: attribution, ApproachSettings: approach, SourceSettings: source,
+    MapMetricSettings: map_metric}
+
+
+def registry_of(annotation: Any) -> Registry[Any] | None:
+    """Return the registry of the extensions that a field of settings holds.
+
+    Args:
+        annotation: The field's annotation, such as `AnyAttribution`; an optional one is the same.
+
+    Returns:
+        The registry, or None where the field holds no extension.
+    """
+    if typing.get_origin(annotation) is Annotated:
+        annotation = typing.get_args(annotation)[0]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        members = [one for one in typing.get_args(annotation) if one is not type(None)]
+        return registry_of(members[0]) if len(members) == 1 else None
+    return _KINDS.get(annotation) if isinstance(annotation, type) else None
+
 
 AnyAttribution = attribution.field(AttributionSettings)
 AnyApproach = approach.field(ApproachSettings)
