@@ -14,8 +14,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from impactx.settings import ExperimentSettings, settable, tagged
-from impactx.settings.extensions import registry_of
+from impactx.settings import ExperimentSettings, settable
+from impactx.settings.extensions import registry_of, tagged
 
 HEAD = """\
 # Settings
@@ -51,7 +51,7 @@ def _tables(prefix: str, model: type[BaseModel]) -> Iterator[tuple[str, type[Bas
     plain, inner = [], []
     for name, info in settable(model).items():
         found, path = _nested(info.annotation)
-        if not found or path == "[]":
+        if not found or path == "[]" or registry_of(info.annotation) is not None:
             plain.append((prefix + name, info))
         inner += [(f"{prefix}{name}{path}", tag, one) for tag, one in found.items()]
     yield prefix.rstrip("."), model, plain
@@ -133,6 +133,8 @@ def _default(info: FieldInfo) -> str:
         return f"`{[getattr(one, kind.tag) for one in value]}`"
     if isinstance(value, tuple):
         value = list(value)
+    if (registry := registry_of(info.annotation)) is not None:
+        value = getattr(value, registry.tag)
     if isinstance(value, list) and len(value) > 8:
         return f"`{value[0]}`, `{value[1]}`, … `{value[-1]}` ({len(value)} values)"
     return f"`{value}`"

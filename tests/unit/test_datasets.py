@@ -21,8 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 
-from impactx.datasets import DataError, load_dataset, locate
+from impactx.datasets import DataError, load_dataset, locate, without_downloads
 from impactx.datasets.decoding import decode
 from impactx.settings import DatasetSettings
 
@@ -397,14 +398,14 @@ def test_torchvision_downloads_once_and_is_read(tmp_path, server, monkeypatch):
     monkeypatch.setattr(cifar, "train_list", [[n, sums[n]] for n in sums if n.startswith("data_batch")])
     monkeypatch.setattr(cifar, "test_list", [["test_batch", sums["test_batch"]]])
     monkeypatch.setattr(cifar, "meta", {**cifar.meta, "md5": sums["batches.meta"]})
-    wanted = {"name": "cifar10", "torchvision_class": "CIFAR10"}
+    wanted = {"name": "cifar10", "source": {"kind": "auto", "torchvision": "CIFAR10"}}
     assert "to be downloaded" in locate(DatasetSettings(**wanted), tmp_path)
     data = load(tmp_path, **wanted)
     assert data.class_names[3] == "class 3" and data.train.labels.tolist() == [*range(10), *range(10)]
     assert np.array_equal(data.train.images, np.stack([image(i, (32, 32)) for i in range(20)]))
     assert np.array_equal(data.load_test().images[3], image(23, (32, 32)))
     archive.unlink()
-    assert "to be downloaded" not in locate(DatasetSettings(**wanted, download=False), tmp_path)
+    assert "to be downloaded" not in locate(without_downloads(DatasetSettings(**wanted)), tmp_path)
     assert load(tmp_path, cache=tmp_path / "other", **wanted).fingerprint == data.fingerprint
     (tmp_path / "torchvision" / "cifar-10-batches-py" / "data_batch_2").write_bytes(b"damaged")
     with pytest.raises(DataError, match="torchvision cannot read its CIFAR10 in .*cifar-10-batches-py"):
@@ -417,7 +418,8 @@ def test_a_download_that_fails_says_what_to_do(tmp_path, server, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", f"{server[1]}/absent.tar.gz")
     refused(tmp_path, "CIFAR10", str(tmp_path / "torchvision" / "cifar-10-batches-py"), "data_batch_1",
-            "could not be downloaded", "404", str(tmp_path / "pets"), "`path`", torchvision_class="CIFAR10")
+            "could not be downloaded", "404", str(tmp_path / "pets"), "`path`",
+            source={"kind": "auto", "torchvision": "CIFAR10"})
 
 
 def test_torchvisions_stl10_is_turned_to_channels_last(tmp_path, monkeypatch):
@@ -437,7 +439,8 @@ def test_torchvisions_stl10_is_turned_to_channels_last(tmp_path, monkeypatch):
     monkeypatch.setattr(stl, "train_list",
                         [[n, sums[n]] for n in ("train_X.bin", "train_y.bin", "unlabeled_X.bin")])
     monkeypatch.setattr(stl, "test_list", [[n, sums[n]] for n in ("test_X.bin", "test_y.bin")])
-    data = load(tmp_path, name="stl10", torchvision_class="STL10", download=False)
+    data = load(tmp_path, name="stl10",
+                source={"kind": "auto", "torchvision": "STL10", "download": False})
     assert data.class_names == ("bird", "car") and data.train.labels.tolist() == [0, 1, 0, 1]
     assert np.array_equal(data.train.images, pixels[:4])
     assert np.array_equal(data.load_test().images, pixels[4:])
@@ -541,9 +544,10 @@ import mmap, os, sys
 import pyarrow.parquet, pyarrow.compute, PIL.PngImagePlugin  # while they may still be read
 from impactx.datasets import load_dataset
 from impactx.settings import DatasetSettings
+settings = DatasetSettings(name="pets")
 if os.geteuid() == 0:
     os.setegid(65534); os.seteuid(65534)  # root may write everywhere
-data = load_dataset(DatasetSettings(name="pets"), sys.argv[1])
+data = load_dataset(settings, sys.argv[1])
 print("FOLDER", data.folder, len(data.load_test()))
 """
 
@@ -601,13 +605,14 @@ def test_an_absent_data_set_says_what_was_looked_for_and_how_to_provide_it(tmp_p
         with pytest.raises(DataError, match="was not found"):
             locate(DatasetSettings(name="pets", **settings), tmp_path)
     refused(tmp_path, "CIFAR10", "data_batch_1", "`download` is false", str(tmp_path / "pets"),
-            torchvision_class="CIFAR10", download=False)
-    refused(tmp_path, "torchvision_class", source="torchvision")
+            source={"kind": "auto", "torchvision": "CIFAR10", "download": False})
+    with pytest.raises(ValidationError, match=r"source\.dataset"):
+        DatasetSettings(name="pets", source="torchvision")
     refused(tmp_path, str(tmp_path / "gone"), "is not a folder", path=str(tmp_path / "gone"))
 
 
 def test_auto_prefers_parquet_then_folders_then_torchvision(tmp_path):
-    wanted = DatasetSettings(name="pets", torchvision_class="CIFAR10")
+    wanted = DatasetSettings(name="pets", source={"kind": "auto", "torchvision": "CIFAR10"})
     assert "torchvision's CIFAR10" in locate(wanted, tmp_path)
     folders(tmp_path)
     assert locate(wanted, tmp_path).startswith("class folders in")

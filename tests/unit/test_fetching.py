@@ -10,6 +10,7 @@ from impactx.configuration import load_settings
 from impactx.datasets.remote import addresses
 from impactx.experiment.preparation import workplace
 from impactx.fetching import is_remote, node_cache
+from impactx.settings import DatasetSettings
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -21,11 +22,10 @@ def test_an_address_stays_an_address():
 
 
 @pytest.mark.parametrize("source, wanted", [
-    ("auto", ["s3://b/d/cifar10", "s3://b/d/torchvision/cifar-10-batches-py"]),
-    ("torchvision", ["s3://b/d/torchvision/cifar-10-batches-py"]), ("parquet", ["s3://b/d/cifar10"])])
+    ({"kind": "auto", "torchvision": "CIFAR10"}, ["s3://b/d/cifar10", "s3://b/d/torchvision/cifar-10-batches-py"]),
+    ({"kind": "torchvision", "dataset": "CIFAR10"}, ["s3://b/d/torchvision/cifar-10-batches-py"]), ("parquet", ["s3://b/d/cifar10"]), ("digits", [])])
 def test_where_a_data_set_may_lie(source, wanted):
-    settings = load_settings("full_grid", ["dataset=cifar10"], CONFIGS).datasets["cifar10"]
-    found = addresses(settings.model_copy(update={"source": source}), "s3://b/d/")
+    found = addresses(DatasetSettings(name="cifar10", source=source), "s3://b/d/")
     assert [address for address, _ in found] == wanted
 
 

@@ -68,8 +68,8 @@ def test_the_papers_numbers(cell, expected):
     assert found is expected is None or found == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("change, stands", [({}, True), ({"subset": 5000}, False), ({"torchvision_class": None}, False),
-                                            ({"torchvision_class": "CIFAR100"}, False)])
+@pytest.mark.parametrize("change, stands", [({}, True), ({"subset": 5000}, False), ({"source": "auto"}, False),
+                                            ({"source": {"kind": "auto", "torchvision": "CIFAR100"}}, False)])
 def test_the_papers_numbers_stand_beside_its_own_data_set_alone_and_whole(change, stands):
-    dataset = DatasetSettings(**{"name": "cifar10", "torchvision_class": "CIFAR10"} | change)
+    dataset = DatasetSettings(**{"name": "cifar10", "source": {"kind": "auto", "torchvision": "CIFAR10"}} | change)
     assert published(dataset, "lenet5", "impactx") == (0.7065 if stands else None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -21,15 +21,27 @@ class CacheDamaged(Exception):
     """An entry exists but is not whole."""
 
 
-def fetch(folders: Sequence[Path], key: str, read: Callable[[Path], T], build: Callable[[Path], None],
-          say: Callable[[str], None]) -> T:
-    """Return read(entry), after build(empty folder) has made the entry if no folder holds it yet.
+def fetch(folders: Sequence[Path], key: str, read: Callable[[Path], T],
+          build: Callable[[Path], None], say: Callable[[str], None]) -> T:
+    """Read an entry, after it has been built if no folder holds it yet.
 
-    folders: caches in the order of preference; an entry is read from any of them, and built in the first
-    that can be written. read raises CacheDamaged for an entry that is not whole: it is then built anew.
-    build fills a temporary folder that is renamed when it returns, so that an entry is never half there.
-    Processes that come at the same time wait for the first. Raises DataError when no folder can be
-    written or the space ends; whatever build raises passes through and leaves nothing behind.
+    Processes that come at the same time wait for the first.
+
+    Args:
+        folders: Caches in the order of preference; an entry is read from any of them, and built in
+            the first that can be written.
+        key: The entry's name.
+        read: Reads an entry. It raises CacheDamaged for one that is not whole, which is then built
+            anew.
+        build: Fills an empty temporary folder, which is renamed when it returns, so that an entry
+            is never half there. Whatever it raises passes through and leaves nothing behind.
+        say: Takes a line for people to read.
+
+    Returns:
+        The value of `read`.
+
+    Raises:
+        DataError: No folder can be written, or its space ends.
     """
     for folder in folders:
         try:
@@ -53,8 +65,8 @@ def fetch(folders: Sequence[Path], key: str, read: Callable[[Path], T], build: C
             build(temporary)
             _publish(temporary, folder / key, read)
         except OSError as error:
-            raise DataError(f"cannot write the decoded images to {folder}: {error}; free space there or set "
-                            "`cache` to another folder") from error
+            raise DataError(f"cannot write the decoded images to {folder}: {error}; free space "
+                            "there or set `cache` to another folder") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         return read(folder / key)
@@ -89,20 +101,21 @@ def _writable(folders: Sequence[Path]) -> Path:
             return folder
         except OSError as error:
             reasons.append(f"{folder} ({error.strerror})")
-    raise DataError(f"decoded images cannot be stored: no writable folder among {', '.join(reasons)}; set "
-                    "`cache` to a folder with space")
+    raise DataError("decoded images cannot be stored: no writable folder among "
+                    f"{', '.join(reasons)}; set `cache` to a folder with space")
 
 
 @contextmanager
-def _lock(path: Path, say: Callable[[str], None]):
-    """Hold the lock; yields False where the file system has no locks (then two may build, one wins)."""
+def _lock(path: Path, say: Callable[[str], None]) -> Iterator[bool]:
+    """Hold a lock; yield False if the file system has none (then two may build, and one wins)."""
     lock = FileLock(path)
     alone = True
     try:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            say(f"another process is preparing {path.name.strip('.').removesuffix('.lock')}: waiting")
+            key = path.name.strip(".").removesuffix(".lock")
+            say(f"another process is preparing {key}: waiting")
             lock.acquire()
     except (OSError, NotImplementedError) as error:
         if isinstance(error, Timeout):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from impactx.datasets.errors import DataError
 
@@ -23,15 +23,20 @@ BLOCK = 32  # images decoded by one task
 THREADS = 8  # at most
 ORIENTATION = 0x0112  # EXIF's tag; 1: as it is stored, 2 to 8: to be mirrored or turned
 
-_NAMES = {"1": "grey", "L": "grey", "LA": "grey with alpha", "La": "grey with alpha", "P": "palette",
-          "PA": "palette", "RGBA": "RGBA", "RGBa": "RGBA", "I;16": "16-bit grey", "I;16L": "16-bit grey",
-          "I;16B": "16-bit grey", "RGB": "RGB with transparency"}
+_NAMES = {
+    "1": "grey", "L": "grey", "LA": "grey with alpha", "La": "grey with alpha", "P": "palette",
+    "PA": "palette", "RGBA": "RGBA", "RGBa": "RGBA", "I;16": "16-bit grey",
+    "I;16L": "16-bit grey", "I;16B": "16-bit grey", "RGB": "RGB with transparency"}
 
 
 class Decoded(NamedTuple):
-    """image: uint8 (H, W, 3); kind: of image it was made from ("grey", "RGBA", ...), None for plain RGB;
-    resized: its (height, width) before it was resized, None where it was not; turned: its EXIF orientation said that
-    it is to be mirrored or turned, which was done.
+    """One decoded image.
+
+    Attributes:
+        image: uint8 of shape (H, W, 3).
+        kind: The pixel format it was converted from ("grey", "RGBA", ...), None for plain RGB.
+        resized: Its (height, width) before it was resized, None if it was not.
+        turned: Whether it was mirrored or turned, because its EXIF orientation says so.
     """
 
     image: np.ndarray
@@ -43,18 +48,27 @@ class Decoded(NamedTuple):
 def decode(raw: Raw, size: int | None = None) -> Decoded:
     """Decode one image.
 
-    It is turned as its EXIF orientation says (cameras store what they see and note how they were held), and seen as
-    people see it. Transparent parts are laid over black; 16-bit grey keeps its upper 8 bits; other modes
-    go through Pillow's conversion. size: side in pixels of the square to which the image is resized
-    (bilinear, antialiased; the aspect ratio is not kept), None: as it is.
+    It is turned as its EXIF orientation says (cameras store what they see and note how they were
+    held), and seen as people see it. Transparent parts are laid over black; 16-bit grey keeps its
+    upper 8 bits; other modes go through Pillow's conversion.
 
-    Raises DataError, without naming the image, when the data are not an image or cannot be converted.
+    Args:
+        raw: The image.
+        size: Side in pixels of the square to which it is resized (bilinear, antialiased; the aspect
+            ratio is not kept). None: it keeps its size.
+
+    Raises:
+        DataError: The data are not an image or cannot be converted. The message does not name the
+            image.
     """
     if isinstance(raw, np.ndarray):
+        if raw.dtype != np.uint8 or raw.ndim != 3 or raw.shape[2] != 3:
+            raise DataError(f"is an array of {raw.dtype} and shape {raw.shape}: its source must "
+                            "give uint8 of shape (H, W, 3)")
         if size is None or raw.shape[:2] == (size, size):
             return Decoded(raw, None, None)
-        resized = np.asarray(Image.fromarray(raw).resize((size, size), Image.Resampling.BILINEAR))
-        return Decoded(resized, None, (raw.shape[0], raw.shape[1]))
+        resized = Image.fromarray(raw).resize((size, size), Image.Resampling.BILINEAR)
+        return Decoded(np.asarray(resized), None, (raw.shape[0], raw.shape[1]))
     try:
         with Image.open(io.BytesIO(raw) if isinstance(raw, bytes) else raw) as image:
             image.load()
@@ -71,15 +85,20 @@ def decode(raw: Raw, size: int | None = None) -> Decoded:
     except MemoryError:
         raise
     except Exception as error:  # Pillow's plugins raise nearly any type on damaged data
-        reason = "unknown format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "unknown format" if unknown else str(error)
         raise DataError(f"cannot be read as an image ({reason})") from error
 
 
 def _upright(image: Image.Image) -> bool:
-    """Mirror and turn a loaded image, in place, as its EXIF orientation says; True where that was needed."""
+    """Mirror and turn a loaded image, in place, as its EXIF orientation says.
+
+    Returns:
+        Whether that was needed.
+    """
     try:
         orientation = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # damaged EXIF data say nothing, and the pixels are fine; Pillow raises nearly any type
+    except Exception:  # EXIF data may be damaged while the pixels are fine; Pillow raises any type
         return False
     if orientation not in range(2, 9):
         return False
@@ -95,23 +114,36 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba).convert("RGB")
+        black = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
+        return Image.alpha_composite(black, rgba).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def decode_blocks(raws: Iterable[Raw], where: Callable[[int], str], size: int | None,
                   kinds: Counter[str], sizes: Counter[tuple[int, int]], turned: Counter[bool]
                   ) -> Iterator[list[np.ndarray]]:
-    """Decode many images in their order; yields lists of uint8 (H, W, 3), at most BLOCK each.
+    """Decode many images in their order, by threads.
 
-    where(position) names the image at that position in an error; `kinds` counts what was converted, `sizes` what was
-    resized, by (height, width) before, `turned` what was turned by its EXIF orientation.
-    No more blocks than threads + 1 are in memory. Raises DataError for the first bad image.
+    No more blocks than threads + 1 are in memory.
+
+    Args:
+        raws: The images.
+        where: Returns the name of the image at a position, for an error.
+        size: As in `decode`.
+        kinds: Counts here what was converted, by the format before.
+        sizes: Counts here what was resized, by (height, width) before.
+        turned: Counts here what was turned by its EXIF orientation.
+
+    Yields:
+        Lists of at most BLOCK images, uint8 of shape (H, W, 3).
+
+    Raises:
+        DataError: An image is bad; the message names the first such one.
     """
     threads = min(THREADS, _cpus())
     raws = iter(raws)
     start = 0
-    waiting: deque[Future] = deque()
+    waiting: deque[Future[list[Decoded]]] = deque()
 
     def work(first: int, block: list[Raw]) -> list[Decoded]:
         done = []

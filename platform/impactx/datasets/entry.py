@@ -1,7 +1,7 @@
 """One decoded data set on disk: how it is written, fingerprinted and opened again.
 
-An entry is a folder with <part>_images.npy (uint8, (N, H, W, 3)), <part>_labels.npy (int64, (N,)) for the
-parts train and (where there is one) test, and meta.json.
+An entry is a folder with <part>_images.npy (uint8, (N, H, W, 3)) and <part>_labels.npy (int64,
+(N,)) for the parts train and (where there is one) test, and meta.json.
 """
 
 from __future__ import annotations
@@ -20,19 +20,22 @@ import numpy as np
 
 from impactx.datasets.cache import CacheDamaged
 from impactx.datasets.errors import DataError
-from impactx.datasets.sources import Part
+from impactx.datasets.sources.base import Part
 
-# Of the entry and of what decoding does; a new number makes every entry anew. 2: EXIF orientations are followed;
-# fingerprints are of the content, so those of images without one stay as they were.
+# The version of the entry and of the decoding; a new number makes every entry anew. 2: EXIF
+# orientations are followed. Fingerprints are of the content, so those of other images stay.
 FORMAT = 2
 PROBES = 64  # images compared with their checksum when an entry is opened
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """images: uint8 (N, H, W, 3), memory-mapped read-only; labels: int64 (N,) in 0..K-1, read-only.
+    """Images of one part with their labels.
 
-    The map is of a local file: send the settings to another process and load there, not the arrays.
+    Attributes:
+        images: uint8 of shape (N, H, W, 3), memory-mapped, read-only. The file is local: send the
+            settings to another process and load there, not the array.
+        labels: int64 of shape (N,) in 0..K-1, read-only.
     """
 
     images: np.ndarray
@@ -44,15 +47,27 @@ class ImageSet:
 
 def write_part(folder: Path, part: Part, labels: np.ndarray, blocks: Iterator[Sequence[np.ndarray]],
                class_names: Sequence[str]) -> dict[str, Any]:
-    """Write images as they come; returns the part's meta data with its sha256 fingerprint.
+    """Write images as they come.
 
-    blocks: lists of uint8 (H, W, 3) of one shape, together len(labels) images.
-    Raises DataError when the file system cannot hold them, before the first is written.
+    Args:
+        folder: The entry.
+        part: Its part.
+        labels: int64 of shape (N,).
+        blocks: Lists of images, uint8 (H, W, 3) of one shape; together N images.
+        class_names: K names.
+
+    Returns:
+        The part's meta data: shape, fingerprint (sha256 of shape, names, images and labels), and
+        the checksum of a probe.
+
+    Raises:
+        DataError: The file system cannot hold the images; none was written then.
     """
-    digest, shape = hashlib.sha256(), None
+    digest = hashlib.sha256()
+    shape: tuple[int, ...] = ()
     with open(_images(folder, part), "xb") as file:
         for block in blocks:
-            if shape is None:
+            if not shape:
                 shape = (len(labels), *block[0].shape)
                 _check_space(folder, math.prod(shape))
                 np.lib.format.write_array_header_1_0(
@@ -67,44 +82,62 @@ def write_part(folder: Path, part: Part, labels: np.ndarray, blocks: Iterator[Se
         np.save(file, labels.astype(np.int64))
         _flush(file)
     images = np.load(_images(folder, part), mmap_mode="r")
-    return {"shape": list(shape), "fingerprint": digest.hexdigest(), "probe": _probe(images, labels)}
+    return {"shape": list(shape), "fingerprint": digest.hexdigest(),
+            "probe": _probe(images, labels)}
 
 
 def write_meta(folder: Path, meta: dict[str, Any]) -> None:
-    """Complete an entry. meta: JSON object with the key "parts", {part: what write_part returned}."""
+    """Complete an entry.
+
+    Args:
+        folder: The entry.
+        meta: A JSON object with the key "parts", {part: the value of `write_part`}.
+    """
     with open(folder / "meta.json", "x", encoding="utf-8") as file:
         json.dump({"format": FORMAT, **meta}, file, indent=1)
         _flush(file)
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """The meta data of an entry whose files all have the right size. Raises CacheDamaged."""
+    """Return the meta data of an entry.
+
+    Raises:
+        CacheDamaged: They are unreadable, of another format, or a file has the wrong size.
+    """
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         if meta["format"] != FORMAT:
             raise CacheDamaged(f"meta.json has the format {meta['format']}")
-        for part, about in meta["parts"].items():
-            for file, needed in ((_images(folder, part), math.prod(about["shape"])),
-                                 (_labels(folder, part), about["shape"][0] * 8)):
-                if not needed < file.stat().st_size <= needed + 4096:  # a header stands before the values
+        for part, described in meta["parts"].items():
+            for file, needed in ((_images(folder, part), math.prod(described["shape"])),
+                                 (_labels(folder, part), described["shape"][0] * 8)):
+                # A header stands before the values.
+                if not needed < file.stat().st_size <= needed + 4096:
                     raise CacheDamaged(f"{file.name} has the wrong size")
-        return meta
+        return dict(meta)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CacheDamaged(f"{type(error).__name__}: {error}") from error
 
 
-def open_part(folder: Path, part: Part, about: dict[str, Any]) -> ImageSet:
-    """Open one part: sizes, all labels and PROBES images are checked, the rest is read when used.
+def open_part(folder: Path, part: Part, meta: dict[str, Any]) -> ImageSet:
+    """Open one part: all labels and PROBES images are checked, the rest is read when used.
 
-    Raises CacheDamaged.
+    Args:
+        folder: The entry.
+        part: Its part.
+        meta: The value of `write_part`.
+
+    Raises:
+        CacheDamaged: The files do not hold what was written.
     """
     try:
         images = np.load(_images(folder, part), mmap_mode="r")
         labels = np.load(_labels(folder, part))
     except (OSError, ValueError, EOFError) as error:
         raise CacheDamaged(f"{part}: {error}") from error
-    if list(images.shape) != about["shape"] or images.dtype != np.uint8 or labels.dtype != np.int64 \
-            or labels.shape != images.shape[:1] or _probe(images, labels) != about["probe"]:
+    if (list(images.shape) != meta["shape"] or images.dtype != np.uint8
+            or labels.dtype != np.int64 or labels.shape != images.shape[:1]
+            or _probe(images, labels) != meta["probe"]):
         raise CacheDamaged(f"{part}: the content is not what was written")
     labels.flags.writeable = False
     return ImageSet(images, labels)

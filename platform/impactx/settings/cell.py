@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
+    BeforeValidator,
     Field,
     model_validator,
 )
@@ -18,36 +19,55 @@ from impactx.settings.base import (
     axis,
     expand_range,
 )
+from impactx.settings.extensions import AnySource, SourceSettings
+from impactx.settings.extensions import source as sources
+
+
+def _named(value: Any) -> Any:
+    """Return the mapping for which a bare name stands: the source with its default settings."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
+if TYPE_CHECKING:
+    NamedSource = SourceSettings  # mypy accepts no annotation that is made at run time
+else:
+    NamedSource = Annotated[AnySource, BeforeValidator(_named)]
 
 
 class AugmentationSettings(Settings):
-    """What is drawn anew for every image and epoch; images and maps are moved together. Ours."""
+    """How every image is changed anew in each epoch. Images and their maps are moved together."""
 
-    flip: bool = Field(True, description="mirror left-right with probability 1/2")
-    shift: int = Field(2, ge=0, le=64, description="move by up to this many pixels each way, zeros move in")
+    flip: bool = Field(True, description="Images are mirrored left-right with probability 1/2.")
+    shift: int = Field(2, ge=0, le=64, description=(
+        "Images are moved by up to this many pixels each way; zeros move in."))
 
 
 class DatasetSettings(Settings):
-    """Where images come from. The name is the cell's name and the default folder under data_root."""
+    """A data set and where its images come from."""
 
-    name: str = Field(min_length=1, pattern=r"^[\w.-]+$")
-    source: Literal["auto", "torchvision", "parquet", "folder", "digits"] = Field(
-        "auto", description=(
-            "auto: Parquet files in the folder where there are any, else class folders of images, else torchvision"))
-    path: str | None = Field(None, description="folder or s3:// address of the files; default: data_root/<name>")
-    torchvision_class: Literal["CIFAR10", "CIFAR100", "STL10"] | None = None
-    download: bool = Field(True, description="let torchvision download what is absent")
-    num_classes: int | None = Field(None, ge=2, description="checked against the labels; None: counted")
+    name: str = Field(min_length=1, pattern=r"^[\w.-]+$", description=(
+        "The name in results, and of the default folder below data_root."))
+    source: NamedSource = Field(
+        default_factory=lambda: sources.parse({"kind": "auto"}), description=(
+            "How the images are stored: the name of a source, or a mapping with its settings, "
+            "{kind: torchvision, dataset: CIFAR10}."))
+    path: str | None = Field(None, description=(
+        "The folder or s3:// address of the files; null: data_root/<name>."))
+    num_classes: int | None = Field(None, ge=2, description=(
+        "The number of classes, checked against the labels; null: they are counted."))
     train_images: int | None = Field(None, ge=1, description=(
-        "size of the training split: only for --dry-run, while the data are not here yet"))
+        "The size of the training part, for --dry-run only, while the data are not here yet."))
     image_size: int | None = Field(None, ge=8, le=1024, description=(
-        "side in pixels to which every image is resized; None: all images must have one size"))
+        "Every image is resized to a square of this side in pixels; null: all images must have one "
+        "size."))
     test_fraction: Fraction | None = Field(0.2, description=(
-        "share drawn (stratified, by split_seed) as test set where the source has no test split of its own; None: none "
-        "is drawn, for jobs/explain.py, which takes that for a folder's default"))
-    split_seed: int = Field(0, ge=0, description="seed of that draw and of subset; not the repeats' seed")
+        "The share that is drawn as test part, stratified by split_seed, if the source has none of "
+        "its own; null: none is drawn, which is the default of jobs/explain.py for a folder."))
+    split_seed: int = Field(0, ge=0, description=(
+        "The seed of that draw and of subset. It is not the seed of a repeat."))
     subset: int | None = Field(None, ge=20, description=(
-        "use only this many training images, drawn stratified by split_seed; for trials of a set-up"))
+        "Only this many training images are used, drawn stratified by split_seed; for trials of a "
+        "set-up."))
     augmentation: AugmentationSettings = AugmentationSettings()
 
 
