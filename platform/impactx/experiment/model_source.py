@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from impactx.experiment.source_code import code_fingerprint
+from impactx.code import code_fingerprint, is_users_own
 from impactx.experiment.units import WorkError
 from impactx.models import (
     CheckpointError,
@@ -65,7 +65,7 @@ def open_source(source: Mapping[str, Any], place: Workplace, weights: str | None
         about = {"timm": settings.architecture, "input_size": settings.input_size}
     elif kind == "import":
         model = imported(source["path"], source["folder"])
-        about = {"import": source["path"], "code": code_fingerprint(source["path"].partition(":")[0], model)}
+        about = {"import": source["path"], "code": code_fingerprint(_modules_of(source["path"], model)).digest}
     if model is None:
         raise ValueError(f"no such source of a model: {dict(source)!r}")
     found = weights_fingerprint(model)
@@ -77,6 +77,19 @@ def open_source(source: Mapping[str, Any], place: Workplace, weights: str | None
                         "alone that could be explained: explain the classifier that it was built around")
     usable = model if kind in ("timm", "import") or isinstance(model, Classifier) else Logits(model)
     return usable.eval().requires_grad_(False), found, about
+
+
+def _modules_of(path: str, model: nn.Module) -> set[str]:
+    """Return the imported module and the user's modules that define the classes of a model's parts.
+
+    Weights do not say what a forward pass does with them: a mean that is written into the code changes the maps, and
+    no tensor. Scores of a fixed batch would show it, but their last bits differ between machines.
+    """
+    first = path.partition(":")[0]
+    files = {kind.__module__: getattr(sys.modules.get(kind.__module__), "__file__", None)
+             for part in model.modules() for kind in type(part).__mro__}
+    return {first} | {name for name, file in files.items() if file and (
+        name.partition(".")[0] in (first.partition(".")[0], "impactx") or is_users_own(Path(file)))}
 
 
 def describe(source: Mapping[str, Any]) -> str:

@@ -34,6 +34,7 @@ def job_key(settings: ExperimentSettings) -> str:
     """The same for the same experiment, wherever and by whatever it is executed: a job started again goes on."""
     described = settings.model_dump(mode="json", exclude={
         "cluster": True, "tracking": True, "output": True, "data_root": True, "cache": True,
+        "plugins": True,  # paths; what is used of them stands under its own name
         "training": EXECUTION_ONLY})
     return f"{settings.name}-{fingerprint(described)[:12]}"
 

@@ -7,6 +7,8 @@ hold any of them. What an extension does stands in the room of its kind:
 
 from __future__ import annotations
 
+from typing import Any
+
 from impactx.settings.base import Settings
 from impactx.settings.registry import Registry
 
@@ -41,6 +43,7 @@ approach: Registry[ApproachSettings] = Registry("approach", "kind", ["impactx.ap
 source: Registry[SourceSettings] = Registry("data source", "kind", ["impactx.datasets.sources"])
 map_metric: Registry[MapMetricSettings] = Registry(
     "metric of maps", "metric", ["impactx.evaluation.metrics"])
+KINDS: tuple[Registry[Any], ...] = (attribution, approach, source, map_metric)
 
 AnyAttribution = attribution.field(AttributionSettings)
 AnyApproach = approach.field(ApproachSettings)
