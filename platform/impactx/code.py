@@ -167,8 +167,9 @@ class _Graph:
 
     def _find(self, name: str) -> ModuleSpec | None:
         loaded = sys.modules.get(name) if self._path is None else None
-        if loaded is not None and getattr(loaded, "__file__", None):
-            return getattr(loaded, "__spec__", None) or ModuleSpec(name, None, origin=loaded.__file__)
+        file = getattr(loaded, "__file__", None)
+        if file:
+            return getattr(loaded, "__spec__", None) or ModuleSpec(name, None, origin=file)
         parent, _, last = name.rpartition(".")
         if not last.isidentifier():
             return None
@@ -177,17 +178,19 @@ class _Graph:
             above = self.spec(parent)
             if above is None or above.submodule_search_locations is None:
                 return None
-            # Python would look again for the folders of a package without __init__, and import the
-            # packages around it for this.
+            # A package without __init__ would look for its folders again, in imported packages.
             locations = above.submodule_search_locations
             folders = list(getattr(locations, "_path", locations))
-        if self._path is not None:
-            return PathFinder.find_spec(name, folders)
-        for finder in sys.meta_path:  # packages that are installed in place bring finders
-            found = finder.find_spec(name, folders, None)
-            if found is not None:
-                return found
-        return None
+        # Packages that are installed in place bring finders of their own.
+        finders = sys.meta_path if self._path is None else [PathFinder]
+        try:
+            found = (finder.find_spec(name, folders, None) for finder in finders)
+            return next((spec for spec in found if spec is not None), None)
+        except KeyError:  # a package without __init__ in a package that is not imported
+            spec = ModuleSpec(name, None, is_package=True)
+            spec.submodule_search_locations = [
+                str(Path(folder, last)) for folder in folders or () if Path(folder, last).is_dir()]
+            return spec
 
     def counts(self, name: str) -> bool:
         """Return whether a module has a file and is this package's, the user's or a root's."""
@@ -269,7 +272,7 @@ class _Graph:
             origin = self.origin(name, imported)
             first = [imported.attribute] if imported.attribute else []
             if imported.bound == "*":
-                yield "*", "", [*self._all_of(origin)], "*"
+                yield from self._all_of("*", origin)
                 continue
             chains = source.uses.get(imported.bound, frozenset())
             if not chains:
@@ -284,17 +287,17 @@ class _Graph:
                 way, left = self.definition(origin, [*first, *chain])
                 yield imported.bound, ".".join(chain), [*way, *imported.whole], left
                 if not left and not chain:  # the module itself is handed to somebody
-                    yield imported.bound, "*", self._all_of(way[-1]), "*"
+                    yield from self._all_of(imported.bound, way[-1])
 
-    def _all_of(self, module: str) -> list[str]:
-        """Return a module and those whose names it hands on."""
-        modules = [module]
-        if self.counts(module):
-            for imported in self.source(module).imports:
-                if imported.attribute not in ("", "*"):
-                    origin = self.origin(module, imported)
-                    modules += self.definition(origin, [imported.attribute])[0]
-        return [*modules[1:], module]
+    def _all_of(self, bound: str, module: str) -> Iterator[tuple[str, str, list[str], str]]:
+        """Give a module that is used whole, and each name that it hands on, as `references` do."""
+        yield bound, "*", [module], ""
+        if not self.counts(module):
+            return
+        for imported in self.source(module).imports:
+            if imported.attribute not in ("", "*"):
+                way, left = self.definition(self.origin(module, imported), [imported.attribute])
+                yield bound, f"*.{imported.bound}", way, left
 
     def reached(self) -> list[str]:
         """Return the names of all modules that count, sorted."""

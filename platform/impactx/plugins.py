@@ -207,7 +207,7 @@ def check_defaults(where: str, extension: type[Settings]) -> None:
         default = info.get_default(call_default_factory=True, validated_data={})
         try:
             # mypy accepts no annotation that is made at run time.
-            adapter = TypeAdapter[Any](Annotated[info.annotation, *info.metadata])  # type: ignore[valid-type]
+            adapter = TypeAdapter[Any](Annotated[info.annotation, *info.metadata])  # type: ignore[arg-type]
             plain = json.dumps(adapter.dump_python(default, mode="json"), allow_nan=False)
             same = bool(adapter.validate_python(json.loads(plain)) == default)
         except Exception as error:  # whatever the types of somebody's settings raise
