@@ -41,7 +41,7 @@ def run(arguments: list[str] | None = None) -> None:
         return
     from impactx.cluster.connection import executor_when_needed
 
-    with executor_when_needed(settings.cluster, job.place) as executor:
+    with executor_when_needed(settings.cluster, job.place, settings.plugins) as executor:
         print(explain_job.run(job, executor))
     if options.sheet:
         explain_job.draw(job, options.sheet, options.sheet_images)

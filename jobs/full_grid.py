@@ -22,7 +22,7 @@ from impactx.command import experiment_parser, main, start_facts  # noqa: E402
 
 def run(arguments: list[str] | None = None) -> None:
     """Parse, check, connect, call."""
-    options = experiment_parser(__doc__ or "", __file__).parse_args(arguments)
+    options = experiment_parser(__doc__ or "", __file__, arguments).parse_args(arguments)
     settings = options.load()
     from impactx.experiment.preparation import dry_run, prepare
 
@@ -33,7 +33,7 @@ def run(arguments: list[str] | None = None) -> None:
     from impactx.cluster.connection import connected
 
     if options.plan:
-        with connected(settings.cluster):
+        with connected(settings.cluster, plugin_files=settings.plugins):
             from impactx.cluster.measuring import plan
 
             print(plan(prepared.cells, settings.cluster, prepared.place))
@@ -48,7 +48,7 @@ def run(arguments: list[str] | None = None) -> None:
 
     tracker = make_tracker(settings)
     tracker.prepare()
-    with connected(settings.cluster):
+    with connected(settings.cluster, plugin_files=settings.plugins):
         job = Job(settings, prepared.cells, prepared.place, RayExecutor(settings.cluster, prepared.place, tracker),
                   tracker, tags={"impactx.code": code_version()}, about=start_facts())
         rows = job.run(report=lambda key, run: write_report(prepared.place.artifacts.storage, key, run=run))

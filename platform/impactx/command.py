@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import shlex
@@ -45,8 +46,36 @@ class _Parser(argparse.ArgumentParser):
         return super().parse_intermixed_args(args, namespace or ExperimentOptions())
 
 
-def experiment_parser(description: str, job_file: str) -> argparse.ArgumentParser:
-    """The command line of such a job: --preset, --dry-run and any number of setting=value."""
+def _help_of_plugins(arguments: list[str] | None) -> str:
+    """Return the part of --help about the extensions in plugins=[...] of the command line; "" if no help is asked for.
+
+    Raises PluginError.
+    """
+    import yaml
+
+    from impactx import plugins
+    from impactx.settings.extensions import KINDS
+
+    given = sys.argv[1:] if arguments is None else arguments
+    if not {"-h", "--help"} & set(given):
+        return ""
+    files: list[str] = []
+    for value in (argument.partition("=")[2] for argument in given if argument.startswith("plugins=")):
+        with contextlib.suppress(yaml.YAMLError):
+            files = value if isinstance(value := yaml.safe_load(value), list) else []
+    lines = []
+    for plugin in plugins.load([str(file) for file in files]):
+        for kind, name in plugin.extensions:
+            extension = next(registry for registry in KINDS if registry.kind == kind).get(name)
+            lines.append(f"  {kind} {name} ({plugin.file or plugin.module}): {', '.join(extension.model_fields)}")
+    return "\n\n" + "\n".join(["extensions of plugins, with their settings:", *lines]) if lines else ""
+
+
+def experiment_parser(description: str, job_file: str, arguments: list[str] | None = None) -> argparse.ArgumentParser:
+    """The command line of such a job: --preset, --dry-run and any number of setting=value.
+
+    arguments: those that will be parsed (None: sys.argv's), whose plugins --help describes.
+    """
     folder = configs_folder(job_file)
     listed = "\n".join(f"  {group}: {', '.join(choices)}" for group, choices in groups(folder).items())
     parser = _Parser(formatter_class=argparse.RawDescriptionHelpFormatter, description=description, epilog=f"""\
@@ -64,7 +93,8 @@ settings (training.epochs=20, grid.batch_size=[32,64], approaches.impactx.lambda
   attribution.*     max_evals, batch_size, masker: what a map is
   cluster.*         address, trial_cpus, trial_gpus, train_workers, use_gpu, explain_cpu_actors, cells_at_once
   tracking.*        enabled, uri (default: MLFLOW_TRACKING_URI, else sqlite in the output folder), experiment
-All of them, with defaults and meaning: docs/SETTINGS.md.""")
+  plugins           Python files of your own with extensions                 (none; docs/extending.md)
+All of them, with defaults and meaning: docs/SETTINGS.md.{_help_of_plugins(arguments)}""")
     parser.add_argument("overrides", nargs="*", metavar="setting=value",
                         help="change a setting, or choose from a group")
     parser.add_argument("--preset", default=DEFAULT_PRESET, help=f"one of {', '.join(presets(folder))} (%(default)s)")
@@ -125,8 +155,8 @@ def explain_options(description: str, job_file: str, arguments: list[str] | None
 groups (dataset=digits attribution=occlusion); the files in configs/<group>/ say what they set:
 {listed}
 
-settings: output (folder or s3:// address), data_root, cache, attribution.*, maps.shard_size, cluster.*
-All of them, with defaults and meaning: docs/SETTINGS.md.""")
+settings: output (folder or s3:// address), data_root, cache, plugins, attribution.*, maps.shard_size, cluster.*
+All of them, with defaults and meaning: docs/SETTINGS.md.{_help_of_plugins(arguments)}""")
     parser.add_argument("overrides", nargs="*", metavar="setting=value",
                         help="change a setting, or choose from a group")
     parser.add_argument("--preset", default=DEFAULT_PRESET, help="whose settings are the defaults (%(default)s)")
@@ -208,6 +238,7 @@ def _users_errors() -> tuple[type[Exception], ...]:
     from impactx.explain.maps.store import StoreError
     from impactx.explain.partition.engine import AdditivityError
     from impactx.explain.partition.forward import PartitionError
+    from impactx.plugins import PluginError
     from impactx.prediction import PredictionError
     from impactx.report import ReportError
     from impactx.run.tracker import TrackingError
@@ -215,7 +246,7 @@ def _users_errors() -> tuple[type[Exception], ...]:
     from impactx.storage import StorageError
 
     return (AdditivityError, AttributionError, ClusterError, ConfigurationError, DataError, ExportError, MaskerError,
-            PartitionError, PredictionError, ReportError, SelectionError, SheetError, StoreError, StorageError,
+            PartitionError, PluginError, PredictionError, ReportError, SelectionError, SheetError, StoreError, StorageError,
             TrackingError, WorkError)
 
 

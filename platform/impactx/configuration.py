@@ -17,6 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from impactx import plugins
 from impactx.fetching import is_remote
 from impactx.settings import ExperimentSettings, Settings, settable
 from impactx.settings.extensions import registry_of, tagged
@@ -67,7 +68,7 @@ def load_settings(preset: str = DEFAULT_PRESET, overrides: Sequence[str] = (), f
     """Settings of a preset with overrides: group=choice, group=[choice,choice] or a.b.c=value (YAML values).
 
     root: what is wanted; of a preset, a job that needs less than an experiment takes what it knows.
-    Raises ConfigurationError with all errors at once.
+    Raises ConfigurationError with all errors at once, and PluginError for a plugin that cannot be used.
     """
     folder = Path(folder) if folder else configs_folder()
     errors: list[str] = []
@@ -112,6 +113,9 @@ def load_settings(preset: str = DEFAULT_PRESET, overrides: Sequence[str] = (), f
     composed = {name: value for name, value in composed.items()
                 if name in root.model_fields or name not in ExperimentSettings.model_fields}
     errors += _lay_over(composed, values)
+    files = composed.get("plugins")
+    if isinstance(files, list) and all(isinstance(file, str) for file in files):
+        plugins.load(files)  # what they register can be named by any other setting
     settings = None
     try:
         settings = root.model_validate(composed)

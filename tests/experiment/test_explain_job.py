@@ -321,7 +321,8 @@ def test_other_code_around_the_same_weights_is_another_store(options, tmp_path, 
 
     weights: set[str] = set()
     first = key("a", 0.5)
-    assert first == key("b", 0.5) and len({first, key("c", 0.4), key("d", 0.5, "SIZE = 3")}) == 3
+    assert first == key("b", 0.5) == key("e", 0.5, "# a comment")
+    assert len({first, key("c", 0.4), key("d", 0.5, "SIZE = 3")}) == 3
     assert len(weights) == 1
 
 

@@ -23,8 +23,8 @@ LAYERS = [
     {"configuration", "settings_doc"},
     {"training", "explain", "evaluation"},
     {"models", "datasets"},
-    {"fetching"},
-    {"settings", "storage", "timing", "version"},
+    {"fetching", "plugins"},
+    {"code", "settings", "storage", "timing", "version"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 # Between rooms of one row; these arrows are meant.

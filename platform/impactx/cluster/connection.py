@@ -7,13 +7,15 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import impactx
+from impactx import plugins
 from impactx.cluster.access import private_cluster, read_authentication
 from impactx.cluster.capacity import ClusterError, check
+from impactx.cluster.reach import check_plugins
 from impactx.settings import ClusterSettings
 
 if TYPE_CHECKING:
@@ -24,12 +26,28 @@ log = logging.getLogger("impactx")
 
 
 @contextlib.contextmanager
-def connected(settings: ClusterSettings, trains: bool = True) -> Iterator[dict[str, float]]:
+def connected(settings: ClusterSettings, trains: bool = True, plugin_files: Sequence[str] = ()
+              ) -> Iterator[dict[str, float]]:
     """Connect (to settings.address, RAY_ADDRESS, or a local cluster of this machine); yields its resources.
 
-    trains: whether the job does, or only makes maps. Raises ClusterError where an address does not answer or what
-    the job needs does not fit (capacity.check).
+    Args:
+        settings: Where, and with what.
+        trains: Whether the job trains, or only makes maps.
+        plugin_files: The files of the user's extensions, `plugins` of the job's settings. Every process of the
+            cluster can import them.
+
+    Raises:
+        ClusterError: An address does not answer, what the job needs does not fit (capacity.check), or a plugin
+            cannot be imported on a node.
+        PluginError: A plugin cannot be used on this machine.
     """
+    loaded = plugins.load(plugin_files)
+    with plugins.runtime_environment(loaded) as environment:
+        yield from _connected(settings, trains, loaded, environment)
+
+
+def _connected(settings: ClusterSettings, trains: bool, loaded: Sequence[plugins.Plugin],
+               environment: plugins.RuntimeEnvironment) -> Iterator[dict[str, float]]:
     # Results are plain files: Ray's own reports of usage and of Train's migration are noise for the user.
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -44,16 +62,18 @@ def connected(settings: ClusterSettings, trains: bool = True) -> Iterator[dict[s
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     address = settings.address or os.environ.get("RAY_ADDRESS")
     # Threads are torch's and ours to set: Ray would otherwise set OMP_NUM_THREADS by the CPUs of a task.
-    variables = {"OMP_NUM_THREADS": str(settings.threads), "RAY_TRAIN_V2_ENABLED": "1", "RAY_DATA_USAGE_DISABLED": "1"}
+    variables = {"OMP_NUM_THREADS": str(settings.threads), "RAY_TRAIN_V2_ENABLED": "1", "RAY_DATA_USAGE_DISABLED": "1",
+                 **environment.variables}
     package = Path(impactx.__file__).resolve().parent
     handler = signal.getsignal(signal.SIGTERM)  # Ray sets its own, which ends the cluster before the job
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if address:
         # The package travels with the job, so every worker runs the driver's code, installed or not.
-        options |= {"address": address, "runtime_env": {"env_vars": variables, "py_modules": [str(package)]}}
+        modules = [str(module) for module in (package, *environment.modules)]
+        options |= {"address": address, "runtime_env": {"env_vars": variables, "py_modules": modules}}
     else:
-        paths = (str(package.parent), os.environ.get("PYTHONPATH"))
-        variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        paths = (package.parent, os.environ.get("PYTHONPATH"), environment.folder)
+        variables["PYTHONPATH"] = os.pathsep.join(str(path) for path in paths if path)
         options |= {"address": "local", "num_cpus": settings.num_cpus, "include_dashboard": False,
                     "runtime_env": {"env_vars": variables}, "object_store_memory": 256 * 2**20}
     with contextlib.nullcontext() if address else private_cluster():
@@ -64,7 +84,7 @@ def connected(settings: ClusterSettings, trains: bool = True) -> Iterator[dict[s
             raise ClusterError(f"no Ray cluster at {address or 'this machine'}: {error}") from error
         finally:
             _restore(handler)
-        yield from _checked(settings, address, trains)
+        yield from _checked(settings, address, trains, loaded)
 
 
 def _start(options: dict[str, Any]) -> None:
@@ -83,13 +103,15 @@ def _start(options: dict[str, Any]) -> None:
         ray.init(**options)
 
 
-def _checked(settings: ClusterSettings, address: str | None, trains: bool) -> Iterator[dict[str, float]]:
+def _checked(settings: ClusterSettings, address: str | None, trains: bool, loaded: Sequence[plugins.Plugin]
+             ) -> Iterator[dict[str, float]]:
     """Yield the connected cluster's resources once they are known to be enough; disconnect after that."""
     import ray
 
     try:
         resources = ray.cluster_resources()
         check(settings, ray.nodes(), trains)
+        check_plugins(loaded, ray.nodes())
         log.info("cluster: %g CPUs, %g GPUs, %d node(s)%s", resources.get("CPU", 0), resources.get("GPU", 0),
                  sum(node["Alive"] for node in ray.nodes()), f" at {address}" if address else ", on this machine")
         yield resources
@@ -103,12 +125,13 @@ def _restore(handler: Any) -> None:
 
 
 @contextlib.contextmanager
-def executor_when_needed(settings: ClusterSettings, place: Workplace) -> Iterator[Callable[[], RayExecutor]]:
+def executor_when_needed(settings: ClusterSettings, place: Workplace, plugin_files: Sequence[str] = ()
+                         ) -> Iterator[Callable[[], RayExecutor]]:
     """Yields a function that connects and gives an executor for maps: a job that finds all its work done starts no
-    cluster."""
+    cluster. The arguments are those of `connected`."""
     with contextlib.ExitStack() as stack:
         def executor() -> RayExecutor:
-            stack.enter_context(connected(settings, trains=False))
+            stack.enter_context(connected(settings, trains=False, plugin_files=plugin_files))
             from impactx.cluster.executor import RayExecutor
             from impactx.run.no_tracker import NoTracker
 

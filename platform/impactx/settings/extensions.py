@@ -46,6 +46,7 @@ approach: Registry[ApproachSettings] = Registry(
 source: Registry[SourceSettings] = Registry("data source", "kind", ["impactx.datasets.sources"])
 map_metric: Registry[MapMetricSettings] = Registry(
     "metric of maps", "metric", ["impactx.evaluation.metrics"])
+KINDS: tuple[Registry[Any], ...] = (attribution, approach, source, map_metric)
 
 _KINDS: dict[type[Settings], Registry[Any]] = {
     AttributionSettings: attribution, ApproachSettings: approach, SourceSettings: source,

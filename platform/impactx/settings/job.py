@@ -139,6 +139,9 @@ class ExplainSettings(Settings):
         "folder of the data sets; or an s3:// address, whose files every node fetches once into its cache"))
     cache: str | None = Field(None, description="local folder of decoded images and unpacked maps, on every node")
     datasets: Annotated[dict[str, DatasetSettings], AfterValidator(_names_agree)]
+    plugins: list[str] = Field([], description=(
+        "Python files of your own that register attributions, approaches, data sources or metrics of maps, relative to "
+        "the working directory (docs/extending.md)"))
     attribution: AnyAttribution = Field(default_factory=_partition)
     maps: MapSettings = MapSettings()
     cluster: ClusterSettings = ClusterSettings()
@@ -169,6 +172,9 @@ class ExperimentSettings(Settings):
     cache: str | None = Field(None, description=(
         "local folder of decoded images and unpacked maps, on every node; None: data_root/.cache, or the user's "
         "cache folder where that cannot be written"))
+    plugins: list[str] = Field([], description=(
+        "Python files of your own that register attributions, approaches, data sources or metrics of maps, relative to "
+        "the working directory (docs/extending.md)"))
     datasets: Annotated[dict[str, DatasetSettings], AfterValidator(_names_agree)] = Field(min_length=1)
     models: Annotated[dict[str, ModelSettings], AfterValidator(_names_agree)] = Field(min_length=1)
     grid: GridSettings = GridSettings()

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
+import os
 import pkgutil
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Generic, TypeVar
@@ -19,6 +21,9 @@ from pydantic_core import PydanticCustomError
 from impactx.settings.base import Settings
 
 E = TypeVar("E", bound=Settings)
+# Names of the modules of plugins, joined by commas: `impactx.plugins` sets it for the processes of
+# a cluster, which are started without a command line of ours.
+PLUGINS_VARIABLE = "IMPACTX_PLUGINS"
 UNKNOWN, UNNAMED = "unknown_extension", "unnamed_extension"  # types of pydantic's errors
 
 
@@ -53,8 +58,7 @@ class Registry(Generic[E]):
         """Register a class by the default of its tag, and return it.
 
         Raises:
-            RegistrationError: The tag has no default, the name is taken, or a default is no plain
-                data.
+            RegistrationError: The tag has no default, or the name is taken.
         """
         where = f"{extension.__module__}.{extension.__qualname__}"
         field = extension.model_fields.get(self.tag)
@@ -72,8 +76,12 @@ class Registry(Generic[E]):
 
     def names(self) -> list[str]:
         """Return the names of all registered extensions, sorted."""
+        return sorted(self.classes())
+
+    def classes(self) -> dict[str, type[E]]:
+        """Return the classes of all registered extensions by their names."""
         self._load()
-        return sorted(self._classes)
+        return dict(self._classes)
 
     def get(self, name: str) -> type[E]:
         """Return the class of a name.
@@ -131,8 +139,13 @@ class Registry(Generic[E]):
                 + f"there are {', '.join(sorted(self._classes))}")
 
     def _load(self) -> None:
-        """Import the modules of the built-in extensions, once."""
+        """Import the modules of the built-in extensions, once, and of this process's plugins."""
         while self._packages:
-            package = importlib.import_module(self._packages.pop())
+            name = self._packages.pop()
+            if importlib.util.find_spec(name) is None:  # a room that is not rebuilt yet
+                continue
+            package = importlib.import_module(name)
             for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
                 importlib.import_module(module.name)
+        for name in filter(None, os.environ.get(PLUGINS_VARIABLE, "").split(",")):
+            importlib.import_module(name)
