@@ -28,23 +28,23 @@ from impactx.command import explain_options, main  # noqa: E402
 def run(arguments: list[str] | None = None) -> None:
     """Parse, check, connect, call."""
     options = explain_options(__doc__ or "", __file__, arguments)
-    from impactx.experiment import explain_job
+    from impactx.run import explain
 
     if options.verify:
-        problems = explain_job.verify(options.verify)
+        problems = explain.verify(options.verify)
         print("\n".join(problems) or f"{options.verify}: every shard is there and as it was written, and no other")
         sys.exit(1 if problems else 0)
     settings = options.settings()
-    job = explain_job.prepare(settings, options.choice(), options.sheet)
+    job = explain.prepare(settings, options.choice(), options.sheet)
     if options.dry_run:
-        print(explain_job.plan(settings, job))
+        print(explain.plan(settings, job))
         return
     from impactx.cluster.connection import executor_when_needed
 
     with executor_when_needed(settings.cluster, job.place, settings.plugins) as executor:
-        print(explain_job.run(job, executor))
+        print(explain.run(job, executor))
     if options.sheet:
-        explain_job.draw(job, options.sheet, options.sheet_images)
+        explain.draw(job, options.sheet, options.sheet_images)
         print(f"sheet: {options.sheet}")
 
 

@@ -24,11 +24,13 @@ def run(arguments: list[str] | None = None) -> None:
     """Parse, check, connect, call."""
     options = experiment_parser(__doc__ or "", __file__, arguments).parse_args(arguments)
     settings = options.load()
-    from impactx.experiment.preparation import dry_run, prepare
-
     if options.dry_run:
+        from impactx.costs.dry_run import dry_run
+
         print(dry_run(settings))
         return
+    from impactx.experiment.preparation import prepare
+
     prepared = prepare(settings)
     from impactx.cluster.connection import connected
 
@@ -39,10 +41,10 @@ def run(arguments: list[str] | None = None) -> None:
             print(plan(prepared.cells, settings.cluster, prepared.place))
         return
     from impactx.cluster.executor import RayExecutor
-    from impactx.experiment.evidence import sentences
-    from impactx.experiment.results import table
-    from impactx.experiment.run import Job
     from impactx.report import write_report
+    from impactx.results.evidence import sentences
+    from impactx.results.rows import table
+    from impactx.run.job import Job
     from impactx.tracking import make_tracker
     from impactx.version import code_version
 
@@ -50,7 +52,7 @@ def run(arguments: list[str] | None = None) -> None:
     tracker.prepare()
     with connected(settings.cluster, plugin_files=settings.plugins):
         job = Job(settings, prepared.cells, prepared.place, RayExecutor(settings.cluster, prepared.place, tracker),
-                  tracker, tags={"impactx.code": code_version()}, about=start_facts())
+                  tracker, tags={"impactx.code": code_version()}, start=start_facts())
         rows = job.run(report=lambda key, run: write_report(prepared.place.artifacts.storage, key, run=run))
     print("\n" + table(rows) + "\n\n" + sentences(job.evidence) + "\n")
     print("\n".join([*(f"maps:    {folder}" for folder in job.map_folders), *tracker.describe(),

@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from impactx.configuration import (
     DEFAULT_PRESET,
@@ -22,6 +22,9 @@ from impactx.configuration import (
     presets,
 )
 from impactx.settings import ExperimentSettings, ExplainSettings, ModelSettings
+
+if TYPE_CHECKING:
+    from impactx.results.records import Start
 
 log = logging.getLogger("impactx")
 
@@ -132,7 +135,7 @@ class ExplainOptions(argparse.Namespace):
         """The model that they name, as explain_job.ModelChoice. Raises ConfigurationError."""
         from pydantic import ValidationError
 
-        from impactx.experiment.explain_job import ModelChoice
+        from impactx.run.explain import ModelChoice
 
         if self.timm is None:
             return ModelChoice(checkpoint=self.model, path=self.import_path)
@@ -188,13 +191,14 @@ All of them, with defaults and meaning: docs/SETTINGS.md.{_help_of_plugins(argum
     return options
 
 
-def start_facts() -> dict[str, Any]:
+def start_facts() -> Start:
     """How and where this process was started, for a job's journal: command, code, machine, versions."""
+    from impactx.results.records import Start
     from impactx.tracking.addresses import redact
     from impactx.version import code_version, machine, package_versions
 
-    return {"command": redact(shlex.join(["python", *sys.argv])), "code": code_version(), "machine": machine(),
-            "versions": package_versions()}
+    return Start(command=redact(shlex.join(["python", *sys.argv])), code=code_version(), machine=machine(),
+                 versions=package_versions())
 
 
 def main(job: Callable[[], None]) -> None:
@@ -230,9 +234,9 @@ def _users_errors() -> tuple[type[Exception], ...]:
     from impactx.cluster.connection import ClusterError
     from impactx.configuration import ConfigurationError
     from impactx.datasets.errors import DataError
-    from impactx.experiment.export import ExportError
-    from impactx.experiment.plan import SelectionError
-    from impactx.experiment.units import WorkError
+    from impactx.results.export import ExportError
+    from impactx.experiment.groups import SelectionError
+    from impactx.experiment.steps.base import StepError
     from impactx.explain.attribution import AttributionError
     from impactx.explain.maps.sheet import SheetError
     from impactx.explain.maps.store import StoreError
@@ -247,7 +251,7 @@ def _users_errors() -> tuple[type[Exception], ...]:
 
     return (AdditivityError, AttributionError, ClusterError, ConfigurationError, DataError, ExportError, MaskerError,
             PartitionError, PluginError, PredictionError, ReportError, SelectionError, SheetError, StoreError, StorageError,
-            TrackingError, WorkError)
+            TrackingError, StepError)
 
 
 def _failed(error: Exception) -> int:

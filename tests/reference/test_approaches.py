@@ -16,7 +16,7 @@ from impactx.approaches.ensemble import EnsembleNetwork
 from impactx.approaches.single_stage import SingleStage
 from impactx.approaches.wae import Wae
 from impactx.explain.attribution import build_attribution
-from impactx.explain.fast import fast_score
+from impactx.explain.partition.fast import fast_score
 from impactx.explain.masking import parse_masker
 from impactx.explain.partition.fast import fast_score
 from impactx.explain.weighted import class_probabilities, explain_by_own_probabilities

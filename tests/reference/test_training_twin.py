@@ -15,7 +15,7 @@ import torch
 
 from impactx.approaches.impactx import Impactx, impactx_loss
 from impactx.datasets.batches import DeviceData, draws
-from impactx.explain.store import map_scale
+from impactx.explain.maps.scale import map_scale
 from impactx.models import build_classifier
 from impactx.settings import AugmentationSettings, ModelSettings, TrainingSettings
 from impactx.training import TrainingData, classification_loss, fit

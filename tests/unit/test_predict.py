@@ -34,7 +34,7 @@ from impactx.settings import (
     ModelSettings,
     WaeSettings,
     extensions,
-from impactx.explain.sheet import draw_sheet
+from impactx.explain.maps.sheet import draw_sheet
 from impactx.models import build_classifier
 from impactx.prediction import ModelChoice, PredictionError, read_images
 from impactx.serving import _load_pyfunc

@@ -20,7 +20,7 @@ from impactx.experiment.units import RUNNING, Artifacts
 from impactx.explain.maps.store import MapStore, StoreError, StoreSpec
 from impactx.models import build_abn, build_classifier, build_impactx, build_single_stage
 from impactx.models.ensemble import Ensemble
-from impactx.explain.store import MapStore, StoreError, StoreSpec
+from impactx.explain.maps.store import MapStore, StoreError, StoreSpec
 from impactx.models import build_classifier
 from impactx.storage import Storage
 

@@ -30,11 +30,10 @@ from impactx.settings import (
     AttributionSettings,
     AugmentationSettings,
     ModelSettings,
-    PartitionSettings,
     TrainingSettings,
 )
 from impactx.settings.base import BatchSize, LearningRate
-from impactx.settings.extensions import ApproachSettings
+from impactx.settings.extensions import ApproachSettings, attribution
 from impactx.training.loop import BetweenEpochs, FitResult, LoopArguments, TrainingData
 from impactx.training.losses import Loss
 from impactx.training.parts import device_parts, dtype_of, fit_best
@@ -137,7 +136,8 @@ class Bench:
     seed: int
     augmentation: AugmentationSettings = AugmentationSettings()
     candidate: Candidate = Candidate()
-    attribution: AttributionSettings = field(default_factory=PartitionSettings)
+    attribution: AttributionSettings = field(
+        default_factory=lambda: attribution.parse({"method": "partition"}))
     map_scale: str = "std"
     loop: LoopArguments = LoopArguments()
     memory_bytes: int = 2**29

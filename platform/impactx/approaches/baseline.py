@@ -14,6 +14,9 @@ from impactx.settings.extensions import approach
 from impactx.training.losses import classification_loss
 
 
+BASELINE = "baseline"  # A's name among the approaches
+
+
 @approach
 class Baseline(Approach):
     """The classifier A, trained by cross entropy. Every experiment has it, under this name."""

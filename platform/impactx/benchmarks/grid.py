@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from impactx.cluster.connection import connected
-from impactx.experiment.executor import Task
+from impactx.run.executor import Task
 from impactx.experiment.preparation import prepare
 from impactx.experiment.units import Unit
 from impactx.run.no_tracker import NoTracker

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 
-from impactx.experiment.units import WorkError
+from impactx.experiment.steps.base import StepError
 from impactx.settings import ClusterSettings
 
 
@@ -14,12 +14,12 @@ def alone(settings: ClusterSettings) -> tuple[float, float]:
 
 
 def device_of(gpus: float) -> str:
-    """The device of this process, to which Ray gave so many GPUs. Raises WorkError where torch finds none."""
+    """The device of this process, to which Ray gave so many GPUs. Raises StepError where torch finds none."""
     if not gpus:
         return "cpu"
     import torch
 
     if not torch.cuda.is_available():
-        raise WorkError(f"Ray gave this process {gpus:g} GPU on {socket.gethostname()}, where torch finds none: its "
+        raise StepError(f"Ray gave this process {gpus:g} GPU on {socket.gethostname()}, where torch finds none: its "
                         "driver is missing, or the node was started with a number of GPUs that it does not have")
     return "cuda"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from impactx.costs.count import Count, CountedGroup, count, images_of
 from impactx.costs.judging import passes_of
 from impactx.costs.pricing import epochs_of
-from impactx.datasets import DataError, load_dataset, locate
+from impactx.datasets import DataError, load_dataset, locate, without_downloads
 from impactx.experiment.artifacts import Artifacts
 from impactx.experiment.cell import Cell, DataFacts
 from impactx.experiment.preparation import (
@@ -66,7 +66,7 @@ def dry_run(settings: ExperimentSettings) -> str:
 
 
 def _facts_if_here(dataset: DatasetSettings, place: Workplace) -> tuple[DataFacts | None, str]:
-    here = dataset.without_download()
+    here = without_downloads(dataset)
     try:
         where = locate(here, place.data_root)
         data = load_dataset(here, place.data_root, place.cache)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -23,8 +23,8 @@ from impactx.evaluation.quality import (
     pixels_of,
 )
 from impactx.evaluation.targets import Targets
-from impactx.explain.attribution import AttributionError, build_attribution
-from impactx.explain.fast import fast_score
+from impactx.explain.attribution import Attribution, AttributionError
+from impactx.explain.partition.fast import fast_score
 from impactx.explain.precision import forward_precision
 from impactx.settings import AttributionSettings, EvaluationSettings
 from impactx.settings.extensions import map_metric
@@ -261,7 +261,7 @@ class _Maker:
         if anew.any():
             started = time.perf_counter()
             try:
-                maps[anew] = build_attribution(order.attribution).explain(
+                maps[anew] = cast(Attribution, order.attribution).explain(
                     explained, test.images[anew], classes[anew], device=self.device,
                     memory_bytes=self.memory_bytes, indices=test.rows[anew]).maps
             except (AttributionError, MaskerError) as error:

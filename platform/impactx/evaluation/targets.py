@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from impactx.explain.store import largest_scale
+from impactx.explain.maps.scale import largest_scale
 from impactx.settings import AttributionSettings
 
 

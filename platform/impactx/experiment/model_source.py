@@ -17,15 +17,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from impactx.approaches.checkpoint import (
-    CheckpointError,
-    Loaded,
-    load_checkpoint,
-    weights_fingerprint,
-)
+from impactx.approaches.checkpoint import CheckpointError, Loaded, load_checkpoint
 from impactx.code import code_fingerprint
 from impactx.experiment.steps.base import Record, StepError
-from impactx.models import Classifier, Preprocess, seeded
+from impactx.models import Classifier, Preprocess, seeded, weights_fingerprint
 from impactx.models.backbones import check_architecture, normalisation
 from impactx.models.logits import Logits
 from impactx.models.weights import WeightsError, first_line, load_trunk_file

@@ -13,7 +13,7 @@ from impactx.evaluation.quality import metrics_of
 from impactx.experiment.cell import Cell, DataFacts
 from impactx.experiment.workplace import Workplace
 from impactx.explain.attribution import Attribution
-from impactx.explain.scores import MissingPackage
+from impactx.explain.attribution import MissingPackage
 from impactx.fetching import fetch_file, is_remote
 from impactx.models import UnknownArchitecture, build_classifier, check_architecture
 from impactx.settings import (

@@ -63,11 +63,8 @@ class Workplace:
         Raises:
             StepError: The checkpoint is absent, damaged or another model's; the message names it.
         """
-        from impactx.approaches.checkpoint import (
-            CheckpointError,
-            load_checkpoint,
-            weights_fingerprint,
-        )
+        from impactx.approaches.checkpoint import CheckpointError, load_checkpoint
+        from impactx.models import weights_fingerprint
 
         storage = self.artifacts.storage
         file = storage.uri(f"{folder}/{CHECKPOINT}")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from impactx.experiment.export import export_job, map_scores
+from impactx.results.export import export_job, map_scores
 from impactx.report.blocks import Block, Figure, Items, Section, Table, Text
 from impactx.report.classes import class_sections
 from impactx.report.maps import Arrays, map_sections

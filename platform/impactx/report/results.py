@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from impactx.experiment.paper import paper_accuracy
-from impactx.experiment.plan import BASELINE
+from impactx.approaches.baseline import BASELINE
 from impactx.report.blocks import Block, Figure, Section, Table, Text
 from impactx.report.numbers import NONE, interval, number, percent, points, probability
 from impactx.report.style import INK, SOFT, figure, look, plain, png, shown

@@ -6,11 +6,17 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 JOB, CELLS = "job.json", "cells"
+
+
+def now() -> str:
+    """Return the time as ISO 8601, in UTC."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 class _Entry(BaseModel):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from impactx.run.executor import Epoch, Limits, Task, history_of
 from impactx.run.journal import CellJournal
 from impactx.run.progress import CellLog
 from impactx.run.threads import run_all
-from impactx.run.tracker import Replay, Run, RunIdentity
+from impactx.run.tracker import FinalModel, Run, RunIdentity
 from impactx.timing import Progress, duration
 
 if TYPE_CHECKING:
@@ -169,9 +170,10 @@ class CellRun:
     def _replay(self, step: Step[Any], result: Result, tags: dict[str, str]) -> None:
         place = self.job.place
         history = history_of(result)
-        self.job.tracker.replay(self._task(step).run.tagged(tags), Replay(
-            final=step.metrics(result), history=history,
-            files=lambda folder: step.files(place, folder, result)))
+        identity = self._task(step).run
+        self.job.tracker.replay(
+            replace(identity, tags={**identity.tags, **tags}), history=history,
+            final=step.metrics(result), files=lambda folder: step.files(place, folder, result))
 
     def _do(self, step: Step[Any]) -> Result:
         if (result := self._reused(step)) is not None:
@@ -280,12 +282,12 @@ class CellRun:
         for step in self.journal.record.steps:
             if (chosen := folders.get(step.folder)) is None or step.kind != "model":
                 continue
-            self.job.tracker.register_model(
-                f"{self.key}/{step.folder.replace('models/', 'model-')}",
+            self.job.tracker.register_model(FinalModel(
+                run_key=f"{self.key}/{step.folder.replace('models/', 'model-')}",
                 name=(self.cell.dataset.name, self.cell.model.name, chosen.approach),
-                checkpoint=partial(storage.read, f"{step.folder}/{CHECKPOINT}"),
-                about=step.parameters | {"impactx.weights": chosen.weights,
-                                         "test_accuracy": chosen.test_accuracy})
+                weights=chosen.weights,
+                read_checkpoint=partial(storage.read, f"{step.folder}/{CHECKPOINT}"),
+                tags=step.parameters | {"test_accuracy": chosen.test_accuracy}))
 
 
 class _Trials:

@@ -15,11 +15,11 @@ from impactx.experiment.ownership import Ownership
 from impactx.experiment.steps.base import StepError, fingerprint
 from impactx.experiment.workplace import Workplace
 from impactx.results.evidence import evidence
-from impactx.results.records import CELLS, Start
+from impactx.results.records import CELLS, Start, now
 from impactx.results.rows import Row, results_csv, summarise
 from impactx.run.cell import CellRun
 from impactx.run.executor import Executor
-from impactx.run.journal import note_start, now
+from impactx.run.journal import note_start
 from impactx.run.progress import JobProgress
 from impactx.run.threads import run_all
 from impactx.run.tracker import Run, RunIdentity, Tracker

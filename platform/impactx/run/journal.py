@@ -9,7 +9,6 @@ again keeps the steps and choices of its earlier starts until it comes to others
 
 from __future__ import annotations
 
-import datetime
 import logging
 import threading
 from collections.abc import Iterable
@@ -25,15 +24,11 @@ from impactx.results.records import (
     Start,
     StepRecord,
     cell_path,
+    now,
 )
 from impactx.storage import DamagedError, Storage
 
 log = logging.getLogger("impactx")
-
-
-def now() -> str:
-    """Return the time as ISO 8601, in UTC."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def note_start(storage: Storage, job: str, settings: dict[str, Any], start: Start) -> None:

@@ -108,6 +108,11 @@ class TrainingSettings(Settings):
         "a batch at a time"))
     keep_trial_weights: bool = Field(False, description="keep the best weights of every trial as well")
 
+    def described(self) -> dict[str, Any]:
+        """Return the settings that change what comes out of a training, as plain data."""
+        return self.model_dump(mode="json", exclude={
+            "eval_batch_size", "keep_trial_weights", "compile", "memory_mb"})
+
 
 class GridSettings(Settings):
     """Table 1's search for A, and how much of it is done."""

@@ -20,8 +20,9 @@ from torch import nn
 from impactx.approaches.base import Bench
 from impactx.approaches.single_stage.network import SingleStageNetwork
 from impactx.datasets.batches import DeviceData
-from impactx.explain.attribution import build_attribution
-from impactx.explain.store import StoreError, largest_scale, map_scale
+from impactx.explain.attribution import Attribution
+from impactx.explain.maps.scale import largest_scale, map_scale
+from impactx.explain.maps.store import StoreError
 from impactx.models.logits import Logits
 from impactx.training.loop import Metrics, ResumeError
 
@@ -133,7 +134,7 @@ class SelfExplanation:
         net = copy.deepcopy(model).eval().float().requires_grad_(False)
         loop, data = self.bench.loop, self.bench.data
         # A new explainer each time: it keeps a model's fast form, and this model changes.
-        explainer, score = build_attribution(self.bench.attribution), Logits(net).eval()
+        explainer, score = cast(Attribution, self.bench.attribution), Logits(net).eval()
         blocks, own_rows = [], rows[loop.rank::loop.world_size]
         for start in range(0, len(own_rows), BLOCK):
             part = own_rows[start:start + BLOCK]

@@ -17,7 +17,7 @@ from impactx.experiment.steps.base import OUTSIDE_KEY, Context, Record, Result, 
 from impactx.experiment.workplace import Workplace
 from impactx.explain.attribution import Attribution
 from impactx.explain.maps.store import PRECISION_ERROR, MapStore, StoreError, StoreSpec
-from impactx.explain.partition.allocation import keep_freed_memory
+from impactx.explain.allocation import keep_freed_memory
 from impactx.explain.scores import completeness_gaps
 from impactx.explain.weighted import explain_by_own_probabilities
 from impactx.settings import DatasetSettings

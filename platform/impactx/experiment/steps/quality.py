@@ -33,8 +33,9 @@ from impactx.experiment.steps.base import (
 )
 from impactx.experiment.steps.training import MapsRef, Model, ModelRef, SplitRecipe, TrainingResult
 from impactx.experiment.workplace import Workplace
-from impactx.explain.maps.store import MapStore, map_scale
-from impactx.explain.partition.allocation import keep_freed_memory
+from impactx.explain.maps.scale import map_scale
+from impactx.explain.maps.store import MapStore
+from impactx.explain.allocation import keep_freed_memory
 from impactx.settings import DatasetSettings, EvaluationSettings
 from impactx.settings.extensions import AnyAttribution
 

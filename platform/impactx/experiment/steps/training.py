@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from impactx.approaches.base import SEARCHED, Approach, Bench, Candidate, Trained
-from impactx.approaches.checkpoint import save_checkpoint, weights_fingerprint
+from impactx.approaches.checkpoint import save_checkpoint
 from impactx.datasets import Dataset, Split, make_split
 from impactx.experiment.artifacts import CHECKPOINT, OWNER, RUNNING
 from impactx.experiment.ownership import Ownership
@@ -28,8 +28,9 @@ from impactx.experiment.steps.base import (
     local_file,
 )
 from impactx.experiment.workplace import Workplace
-from impactx.explain.maps.store import MapStore, map_scale
-from impactx.models import Classifier
+from impactx.explain.maps.scale import map_scale
+from impactx.explain.maps.store import MapStore
+from impactx.models import Classifier, weights_fingerprint
 from impactx.settings import (
     AugmentationSettings,
     DatasetSettings,

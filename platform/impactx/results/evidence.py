@@ -8,29 +8,36 @@ from typing import Any
 
 import numpy as np
 
+from impactx.approaches.base import Approach
 from impactx.approaches.role import CONTROLS, REFERENCES, Role
 from impactx.evaluation.calibration import (
     expected_calibration_error,
     negative_log_likelihood,
     per_class_accuracy,
 )
-from impactx.evaluation.statistics import CONFIDENCE, RESAMPLES, TwoLevelBootstrap, holm
-from impactx.experiment.map_evidence import map_sentence, maps_over_repeats
-from impactx.experiment.plan import BASELINE
-from impactx.experiment.results import Row
-from impactx.experiment.stage2 import roles
-from impactx.experiment.units import MAP_SCORES, PREDICTIONS, RESULT, read_arrays
+from impactx.evaluation.statistics import TwoLevelBootstrap, holm
+from impactx.results.map_evidence import map_sentence, maps_over_repeats
+from impactx.approaches.baseline import BASELINE
+from impactx.results.rows import Row
+from impactx.experiment.artifacts import MAP_SCORES, PREDICTIONS, read_arrays, read_result
+from impactx.experiment.steps.quality import QualityResult
+from impactx.settings import ExperimentSettings
 from impactx.storage import Storage, StorageError
 
 # DESIGN section 8: fewer do not carry a sentence that claims a difference.
 REPEATS_FOR_A_CLAIM = 5
 
 
-def evidence(storage: Storage, rows: Sequence[Row], settings: Mapping[str, Any], *, resamples: int = RESAMPLES,
-             seed: int = 0, confidence: float = CONFIDENCE) -> dict[str, Any]:
+def roles(settings: ExperimentSettings) -> dict[str, Role]:
+    """What every approach is in the comparison, A included, by its name."""
+    return {BASELINE: Role("a")} | {name: approach.role(settings.attribution)
+                                    for name, approach in settings.approaches.items() if isinstance(approach, Approach)}
+
+
+def evidence(storage: Storage, rows: Sequence[Row], settings: ExperimentSettings) -> dict[str, Any]:
     """What finished rows show, as plain JSON data. Reads predictions.npz of their test units, computes nothing else.
 
-    storage: the job's output; settings: the experiment's, as plain data. Accuracies and gains are fractions in [0, 1].
+    storage: the job's output; settings: the experiment's. Accuracies and gains are fractions in [0, 1].
     An *interval* is a dict with mean, spread (sample standard deviation over repeats, None for one), low, high, p (of
     a gain, two-sided; else None), repeats, images, and over ("repeats and images", or "images" where there is one
     repeat); see evaluation.statistics. A *summary* is a dict with mean and spread. Keys:
@@ -73,6 +80,8 @@ def evidence(storage: Storage, rows: Sequence[Row], settings: Mapping[str, Any],
     cells: dict[tuple[str, str], dict[str, list[Row]]] = {}
     for row in rows:
         cells.setdefault((row.dataset, row.model), {}).setdefault(row.approach, []).append(row)
+    e = settings.evaluation
+    resamples, seed, confidence = e.resamples, e.seed, e.confidence
     known, how = roles(settings), dict(resamples=resamples, seed=seed, confidence=confidence)
     found = [_cell(storage, dataset, model, approaches, known, how) for (dataset, model), approaches in cells.items()]
     _correct(found)
@@ -165,7 +174,7 @@ def _map_quality(storage: Storage, row: Row, missing: list[str]) -> dict[str, An
     if row.map_quality is None:
         return None
     try:
-        return storage.read_json(f"{row.map_quality}/{RESULT}")
+        return read_result(storage, row.map_quality, QualityResult).quality.to_json()
     except FileNotFoundError:
         missing.append(f"{row.approach} repeat {row.repeat}: {storage.uri(row.map_quality)} is missing")
     except StorageError as error:
