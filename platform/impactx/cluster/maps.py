@@ -166,5 +166,6 @@ def explain_on_pools(step: Maps, place: Workplace, pools: Sequence[Pool], on_map
     if len(reports) < len(missing) and (lost := store.missing()):
         raise StepError(f"{step.name}: the pools ended, and {len(lost)} shards are missing")
     made = sum(report.maps for report in reports.values())
-    on_maps(made, before, store.spec.images)
+    if made > seen:
+        on_maps(made, before, store.spec.images)
     return made, sum(report.seconds for report in reports.values())

@@ -129,10 +129,6 @@ class Registry(Generic[E]):
         return Annotated[
             SerializeAsAny[base], BeforeValidator(self.parse)]  # type: ignore[misc,valid-type]
 
-    def classes(self) -> dict[str, type[E]]:
-        """Return all registered extensions by their names, sorted."""
-        return {name: self._classes[name] for name in self.names()}
-
     def _unknown(self, name: str) -> str:
         close = difflib.get_close_matches(name, self._classes, n=1)
         return (f"no such {self.kind}; " + (f"did you mean {close[0]!r}? " if close else "")

@@ -130,7 +130,8 @@ class MapQuality(Step[QualityResult]):
 
     def describe(self, result: QualityResult) -> str:
         """See `Step.describe`."""
-        return result.quality.summary()
+        metrics = self.evaluation.metrics
+        return result.quality.summary(metrics[0].metric) if metrics else "no metric is chosen"
 
     def files(self, place: Workplace, folder: Path, result: QualityResult | None) -> list[Path]:
         """See `Step.files`: the result, and the scores of each image."""
