@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from impactx.explain.methods.partition import Partition
 from impactx.explain.partition.engine import partition_shap
 from impactx.explain.partition.fast import _layout_changes, _trace, fast_score
 
@@ -101,3 +105,29 @@ def test_a_split_model_in_float64_is_exact() -> None:
 def test_training_mode_is_refused() -> None:
     with pytest.raises(ValueError, match="training mode"):
         fast_score(Net("pool").train(), SHAPE)
+
+
+def test_an_attribution_keeps_the_fast_form_of_a_module_that_stays_as_it_is():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5)).eval()
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+    kept, labels = Partition(max_evals=20, masker="0.5"), np.array([0, 1])
+    before = kept.explain(module, images, labels).maps
+    form = kept._fast._last[2]
+    np.testing.assert_array_equal(kept.explain(module, images, labels).maps, before)
+    assert kept._fast._last[2] is form
+    with torch.no_grad():
+        module[0].weight.mul_(2)
+    after = kept.explain(module, images, labels).maps
+    np.testing.assert_array_equal(after, Partition(max_evals=20, masker="0.5").explain(module, images, labels).maps)
+    assert np.abs(after - before).max() > 1e-3
+    likely = kept.model_copy(update={"explained_score": "probability"})
+    assert np.abs(likely.explain(module, images, labels).scores).max() < 1
+
+
+def test_what_is_kept_is_no_part_of_the_settings():
+    kept = Partition(max_evals=20, masker="0.5")
+    kept.explain(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)).eval(), np.zeros((1, 8, 8, 3), np.uint8), np.zeros(1, int))
+    again = pickle.loads(pickle.dumps(kept))
+    assert kept == again == copy.deepcopy(kept) == Partition(max_evals=20, masker="0.5") and hash(kept) == hash(again)
+    assert kept._fast._last is not None and again._fast._last is None

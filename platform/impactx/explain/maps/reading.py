@@ -19,9 +19,8 @@ With pandas (where a map is a flat array, in the order channel, row, column):
 With DuckDB (1.3 or newer), here for the labels' mean absolute values, without loading the maps:
 
     shards = f"read_parquet('{folder}/shard-*.parquet')"
-    size = "list_avg(list_transform(map, lambda v: abs(v)))"
-    query = f"select label, count(*), avg({size}) from {shards} group by label order by label"
-    found = duckdb.sql(query).fetchall()
+    columns = "label, count(*), avg(list_avg(list_transform(map, lambda v: abs(v))))"
+    found = duckdb.sql(f"select {columns} from {shards} group by label order by label").fetchall()
 """
 
 from __future__ import annotations

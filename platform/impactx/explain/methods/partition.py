@@ -11,8 +11,8 @@ from pydantic import Field, PrivateAttr
 from torch import nn
 
 from impactx.explain.attribution import AttributionError, Explanations, attribution
+from impactx.explain.partition.cache import FastForm
 from impactx.explain.partition.engine import AdditivityError, partition_shap
-from impactx.explain.partition.fast import FastForm
 from impactx.explain.partition.forward import PartitionError
 from impactx.explain.partition.settings import PartitionValues
 from impactx.explain.precision import forward_precision, map_error

@@ -218,7 +218,7 @@ class Group:
         return torch.exp2(-self.tree.depth[node].double())
 
     def _credit(self) -> np.ndarray:
-        """Return a difference's weight: each split halves it, unless the context is fixed."""
+        """Give each entry's difference to its node, and each node's value evenly to its leaves."""
         n_outputs = self.scores.shape[2]
         host = self.tree.tree
         values = np.empty((self.n, n_outputs, *host.shape), dtype=np.float32)
