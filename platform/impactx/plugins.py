@@ -117,7 +117,8 @@ def _from_file(path: str) -> Plugin:
     try:
         compile(file.read_bytes(), str(file), "exec", dont_inherit=True)
     except SyntaxError as error:
-        raise PluginError(f"plugins: {path}, line {error.lineno}: {error.msg}") from error
+        line = f", line {error.lineno}" if error.lineno else ""
+        raise PluginError(f"plugins: {path}{line}: {error.msg}") from error
     except (OSError, ValueError) as error:
         raise PluginError(f"plugins: {path!r} cannot be read: {error}") from error
     if str(file.parent) not in sys.path:
@@ -207,7 +208,7 @@ def check_defaults(where: str, extension: type[Settings]) -> None:
         default = info.get_default(call_default_factory=True, validated_data={})
         try:
             # mypy accepts no annotation that is made at run time.
-            adapter = TypeAdapter[Any](Annotated[info.annotation, *info.metadata])  # type: ignore[arg-type]
+            adapter = TypeAdapter[Any](Annotated[info.annotation, info])  # type: ignore[arg-type]
             plain = json.dumps(adapter.dump_python(default, mode="json"), allow_nan=False)
             same = bool(adapter.validate_python(json.loads(plain)) == default)
         except Exception as error:  # whatever the types of somebody's settings raise

@@ -65,7 +65,7 @@ class Registry(Generic[E]):
         name = None if field is None else field.default
         if not isinstance(name, str) or not name:
             raise RegistrationError(
-                f"{where}: an {self.kind} needs a name: write {self.tag}: Literal[\"my_name\"] = "
+                f"{where}: the {self.kind} needs a name: write {self.tag}: Literal[\"my_name\"] = "
                 "\"my_name\" in the class")
         taken = self._classes.get(name)
         if taken is not None and where != (other := f"{taken.__module__}.{taken.__qualname__}"):
