@@ -13,12 +13,17 @@ from typing import Any
 
 import pytest
 
+from impactx.approaches.base import Candidate
 from impactx.datasets import load_dataset
-from impactx.experiment.executor import LocalExecutor, Task
-from impactx.experiment.plan import Cell, Configuration, DataFacts
-from impactx.experiment.units import Unit
+from impactx.experiment.cell import Cell, Classifier, Configuration, DataFacts
+from impactx.experiment.steps.base import Step
+from impactx.experiment.steps.maps import Maps
+from impactx.experiment.steps.training import Model
 from impactx.experiment.workplace import Workplace
+from impactx.run.executor import Task
+from impactx.run.local import LocalExecutor
 from impactx.run.no_tracker import NoTracker
+from impactx.run.tracker import RunIdentity
 from impactx.settings import ClusterSettings, ExperimentSettings
 
 IMAGES = 101  # a prime: batches and shares never come out even
@@ -59,23 +64,26 @@ class Lab:
 
         return RayExecutor(ClusterSettings(**cluster), self.place, NoTracker())
 
-    def a(self, fraction: float = 0.2, rate: float = 0.004) -> Unit:
-        """The unit of the classifier A."""
-        return self.cell.stage1_model(Configuration(rate, 32, fraction), 0)
+    def a(self, fraction: float = 0.2, rate: float = 0.004) -> Model:
+        """The training of the classifier A."""
+        return self.cell.classifier(Configuration(rate, 32, fraction), 0)
 
-    def maps(self, a: Unit) -> Unit:
-        """The unit of A's maps; A must be trained."""
-        return self.cell.maps(a, self.place.artifacts.result(a), 0)
+    def trained(self, a: Model) -> Classifier:
+        """The trained A."""
+        return Classifier(a, a.ref(self.place.artifacts.result(a)))
 
-    def stage2(self, a: Unit) -> Unit:
-        """The unit of IMPACTX; A must be trained."""
-        basis = self.cell.basis(Configuration(0.004, 32, 0.2), a, self.place.artifacts.result(a), 0)
-        return self.cell.approaches()[0].model(basis, {"lambda": 0.8})
+    def maps(self, a: Model) -> Maps:
+        """The making of A's maps; A must be trained."""
+        return self.cell.maps(self.trained(a), self.settings.attribution)
+
+    def stage2(self, a: Model, weight: float = 0.8) -> Model:
+        """The training of IMPACTX; A must be trained."""
+        return self.cell.approach_model("impactx", Candidate(weight), self.trained(a))
 
 
-def task(unit: Unit) -> Task:
-    """A unit as executors get it."""
-    return Task(unit, f"job/{unit.key}", "job", {})
+def task(step: Step) -> Task:
+    """A step as executors get it."""
+    return Task(step, RunIdentity(f"job/{step.key}", step.name, "job"))
 
 
 def ignore(*args: Any) -> None:

@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 from lab import experiment
 
-from impactx.experiment.executor import LocalExecutor
+from impactx.experiment.artifacts import RUNNING
 from impactx.experiment.preparation import prepare
-from impactx.experiment.run import Job
-from impactx.experiment.units import RUNNING
+from impactx.run.job import Job
+from impactx.run.local import LocalExecutor
 from impactx.run.no_tracker import NoTracker
 from impactx.settings import ClusterSettings
 
@@ -74,7 +74,7 @@ def test_one_trial_at_a_time_over_all_cells(tmp_path, cache):
     two = job(tmp_path, cache, lambda place: executor.append(ray(place, cells_at_once=2, max_concurrent_trials=1))
               or executor[0], approaches={}, training={"epochs": 2, "patience": 2, "memory_mb": 64})
     storage = two.place.artifacts.storage
-    keys = [unit for cell in two.cells for unit in cell.stage1_trials()]
+    keys = [cell.classifier_trial(point) for cell in two.cells for point in cell.configurations()]
     over = threading.Event()
 
     def watch():

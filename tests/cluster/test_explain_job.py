@@ -16,7 +16,7 @@ from impactx.configuration import load_settings
 from impactx.datasets import load_dataset
 from impactx.explain.maps.reading import store_at
 from impactx.explain.methods.partition import Partition
-from impactx.models import build_classifier, save_checkpoint
+from impactx.models import build_classifier
 from impactx.settings import ModelSettings
 
 LENET = ModelSettings(name="lenet5", architecture="lenet5")

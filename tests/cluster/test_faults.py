@@ -74,7 +74,7 @@ def as_undisturbed(job: Job, undisturbed: Job, nodes: Nodes | None = None) -> No
     assert job.results() == undisturbed.results()
     assert check_runs(job) == check_runs(undisturbed)
     half = [p for p in job.output.rglob("*") if p.name.startswith(".partial-") or p.name in (
-        "running.pt", "claim.json", "driver.json", "stopped.json")]
+        "running.pt", "owner.json", "driver.json", "stopped.json")]
     assert half == []
     if nodes is not None:
         until(lambda: not nodes.work(), "the end of the job's processes", 60)

@@ -11,11 +11,10 @@ from statistics import fmean
 import pytest
 from lab import Lab, ignore, task
 
-from impactx.experiment.measured import MAPS, made_of
-from impactx.experiment.plan import Configuration
-from impactx.experiment.pricing import probes_of
-from impactx.experiment.rates import STAGE1
-from impactx.experiment.threads import run_all
+from impactx.costs.measured import MAPS, Making
+from impactx.costs.pricing import probes_of
+from impactx.experiment.cell import BASELINE
+from impactx.run.threads import run_all
 
 JOB = Path(__file__).resolve().parents[2] / "jobs" / "full_grid.py"
 LONGER = {"datasets": {"digits": {"name": "digits", "source": "digits", "augmentation": {"flip": False, "shift": 2}}},
@@ -32,15 +31,15 @@ def test_rates_are_within_30_percent_of_a_real_run(lab):
 
     one: Lab = lab(**LONGER)
     executor: RayExecutor = one.ray(explain_cpu_actors=2, explain_gpu_actors=0)
-    cell, point = one.cell, Configuration(0.004, 32, 0.2)
+    cell = one.cell
     measured = measure(probes_of([cell]), executor.settings, one.place)
     images = cell.facts.train_images
     validation = round(images * 0.2)
 
     ratios, results = {}, []
-    executor.search([task(unit) for unit in cell.stage1_trials()], lambda unit, result, error: results.append(result),
+    executor.search([task(cell.classifier_trial(point)) for point in cell.configurations()], lambda unit, result, error: results.append(result),
                     ignore)
-    ratios[STAGE1] = measured.epoch("trial", cell, STAGE1, 32, images - validation, validation) / epoch(results)
+    ratios[BASELINE] = measured.epoch("trial", cell, BASELINE, 32, images - validation, validation) / epoch(results)
 
     a = one.a()
     executor.train(task(a), ignore)
@@ -49,11 +48,9 @@ def test_rates_are_within_30_percent_of_a_real_run(lab):
     # From the shard on that both workers have made one: before it processes start, which the plan says it leaves out.
     written = sorted(path.stat().st_mtime for path in Path(one.place.output, maps.folder).glob("*.parquet"))
     real = (images - 2 * 60) / (written[-1] - written[1])
-    ratios[MAPS] = real / measured.maps(cell, made_of(maps))["maps on CPUs"]
+    ratios[MAPS] = real / measured.maps(cell, Making(maps.attribution))["maps on CPUs"]
 
-    approach, = cell.approaches()
-    basis = cell.basis(point, a, one.place.artifacts.result(a), 0)
-    nets = [approach.model(basis, {"lambda": weight}) for weight in (0.4, 0.8)]
+    nets = [one.stage2(a, weight) for weight in (0.4, 0.8)]
     done = run_all([partial(executor.train, task(net), ignore) for net in nets], 2)
     ratios["impactx"] = measured.epoch("model", cell, "impactx", 32, images - validation, validation) / epoch(done)
     print({name: round(ratio, 2) for name, ratio in ratios.items()})
@@ -62,7 +59,7 @@ def test_rates_are_within_30_percent_of_a_real_run(lab):
 
 def epoch(results):
     """Mean seconds of an epoch, without each training's first."""
-    return fmean(row["seconds"] for result in results for row in result["history"][1:])
+    return fmean(row["seconds"] for result in results for row in result.history[1:])
 
 
 @pytest.mark.slow
@@ -71,6 +68,6 @@ def test_the_command_prints_prices_and_trains_nothing(tmp_path):
                            f"cache={tmp_path / 'cache'}", "datasets.digits.subset=200", "cluster.num_cpus=2"],
                           cwd=tmp_path, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
-    assert "digits x lenet5   (exists: 0 trials)" in done.stdout and "in all: 8 trials" in done.stdout
+    assert "digits x lenet5   (exists: nothing)" in done.stdout and "in all: 8 trials" in done.stdout
     assert "ms a step" in done.stdout and "maps/s each" in done.stdout and "CPU-hours" in done.stdout
     assert not list((tmp_path / "out").rglob("*.pt")) and not list((tmp_path / "out").rglob("result.json"))

@@ -7,8 +7,8 @@ import logging
 import pytest
 from test_cells import DIGITS, job, numbers, ray
 
-from impactx.experiment.executor import LocalExecutor
-from impactx.experiment.units import RUNNING, STOPPED
+from impactx.experiment.artifacts import RUNNING, STOPPED
+from impactx.run.local import LocalExecutor
 from impactx.run.no_tracker import NoTracker
 
 pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.slow]
@@ -21,9 +21,15 @@ def grid(**strategy):
     return {"grid": {"learning_rate": RATES, "batch_size": [16], "validation_fraction": [0.2]} | strategy}
 
 
+def trials(one):
+    """The trials of stage 1."""
+    cell = one.cells[0]
+    return [cell.classifier_trial(point) for point in cell.configurations()]
+
+
 def left(one):
-    """The units of the only cell: (finished, stopped)."""
-    units, artifacts = one.cells[0].stage1_trials(), one.place.artifacts
+    """The trials of the only cell: (finished, stopped)."""
+    units, artifacts = trials(one), one.place.artifacts
     return ({u.key for u in units if artifacts.result(u)}, {u.key for u in units if artifacts.stopped(u)})
 
 
@@ -37,10 +43,10 @@ def test_asha_stops_who_falls_behind_and_the_full_grid_goes_on_from_there(tmp_pa
     assert rows[0].learning_rate in RATES[:2]
     assert f"{len(stopped)} of 6 were stopped early" in caplog.text and "stopped at epoch" in caplog.text
     storage = first.place.artifacts.storage
-    for unit in first.cells[0].stage1_trials():
+    for unit in trials(first):
         record = first.place.artifacts.stopped(unit)
         if record is not None:
-            assert 2 <= record["epochs"] == len(record["history"]) < 9 and unit.params["learning_rate"] < 1e-3
+            assert 2 <= record.epochs == len(record.history) < 9 and unit.learning_rate < 1e-3
             assert storage.exists(f"{unit.folder}/{RUNNING}"), "nothing to go on from"
 
     before = {key: storage.read(f"trials/{key}/{STOPPED}") for key in stopped}
@@ -53,7 +59,7 @@ def test_asha_stops_who_falls_behind_and_the_full_grid_goes_on_from_there(tmp_pa
     here = job(tmp_path / "one", cache, lambda place: LocalExecutor(place, NoTracker()), **ONE_CELL, **grid())
     there = job(tmp_path / "out", cache, ray, **ONE_CELL, **grid())
     assert numbers(there.run()) == numbers(here.run())
-    for unit in here.cells[0].stage1_trials():
-        one, two = (j.place.artifacts.result(unit)["history"] for j in (here, there))
+    for unit in trials(here):
+        one, two = (j.place.artifacts.result(unit).history for j in (here, there))
         assert [row | {"seconds": 0} for row in one] == [row | {"seconds": 0} for row in two]
     assert not list((tmp_path / "out").rglob(STOPPED)) and not list((tmp_path / "out").rglob(RUNNING))

@@ -10,9 +10,9 @@ import torch
 from lab import Lab, ignore, kill, task, until
 
 from impactx.approaches.checkpoint import load_checkpoint
-from impactx.experiment.plan import Configuration
-from impactx.experiment.units import CHECKPOINT, RUNNING, WorkError
-from impactx.experiment.work import split_of
+from impactx.experiment.artifacts import CHECKPOINT, RUNNING
+from impactx.experiment.cell import Configuration
+from impactx.experiment.steps.base import StepError
 from impactx.models import build_classifier
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -21,9 +21,8 @@ TIMES = ("seconds", "seconds_this_process")
 
 def numbers(result):
     """A result without its times, and without the fingerprint of the weights."""
-    history = [{k: v for k, v in row.items() if k not in TIMES} for row in result["history"]]
-    left_out = (*TIMES, "history", "weights", "best", "name", "recipe")
-    return history, {k: v for k, v in result.items() if k not in left_out}
+    history = [{k: v for k, v in row.items() if k not in TIMES} for row in result.history]
+    return history, result.model_dump(exclude={*TIMES, "history", "weights", "best"})
 
 
 def weights(lab, unit):
@@ -70,7 +69,7 @@ def trained(tmp_path_factory, cache):
 def test_two_workers_equal_one_in_float64(trained, lab):
     two = lab(training=trained.settings.training.model_dump())
     a = two.a()
-    part = len(split_of(a, two.place.dataset(a.inputs["dataset"])).train)
+    part = len(a.split_of(two.place.dataset(a.dataset)).train)
     assert part % 32 and part > 64, "no short last batch: the test would miss its weight"
     seen = []
     two.ray(train_workers=2, train_cpus=0.5).train(task(a), lambda unit, row: seen.append(row["epoch"]))
@@ -98,9 +97,9 @@ def test_two_workers_equal_one_in_float32_over_ten_steps(lab):
     changes = {"training": {"epochs": 5, "patience": 5, "memory_mb": 64},
                "grid": {"learning_rate": [0.002], "batch_size": [41], "validation_fraction": [0.2]}}
     one, two = lab("one", **changes), lab("two", **changes)
-    unit = one.cell.stage1_model(Configuration(0.002, 41, 0.2), 0)
+    unit = one.cell.classifier(Configuration(0.002, 41, 0.2), 0)
     done = one.local.train(task(unit), ignore)
-    assert -(-done["train_images"] // 41) * done["epochs"] == 10
+    assert -(-done.train_images // 41) * done.epochs == 10
     two.ray(train_workers=2, train_cpus=0.5).train(task(unit), ignore)
     same_model(one, two, unit, 1e-5)
 
@@ -118,13 +117,17 @@ def search(lab, executor, units):
 
 def broken(unit):
     """The same unit of another data set: it cannot be worked on."""
-    recipe = unit.recipe | {"data": unit.recipe["data"] | {"fingerprint": "f" * 32}}
-    return type(unit)(unit.role, "the broken one", recipe, unit.inputs, unit.params)
+    return type(unit).model_validate(dict(unit) | {"name": "the broken one", "data": "f" * 32})
+
+
+def trials(lab):
+    """The trials of stage 1."""
+    return [lab.cell.classifier_trial(point) for point in lab.cell.configurations()]
 
 
 def test_search_equals_local_search_and_survives_a_trial_that_raises(lab):
     one, two = lab("one"), lab("two")
-    units = [broken(one.cell.stage1_trials()[0]), *one.cell.stage1_trials()]
+    units = [broken(trials(one)[0]), *trials(one)]
     here, _ = search(one, one.local, units)
     there, epochs = search(two, two.ray(), units)
     assert there == here
@@ -139,7 +142,7 @@ def test_trials_that_share_a_gpu_are_placed_and_say_that_torch_finds_none(lab):
     """Four quarters of a logical GPU: Ray places them; what they would compute, only a machine with a GPU can show."""
     two = lab("two", grid={"learning_rate": [0.001, 0.002, 0.003, 0.004], "batch_size": [32],
                            "validation_fraction": [0.2]})
-    found, _ = search(two, two.ray(trial_gpus=0.25, trial_cpus=0.5), two.cell.stage1_trials())
+    found, _ = search(two, two.ray(trial_gpus=0.25, trial_cpus=0.5), trials(two))
     assert len(found) == 4
     assert all(result is None and "Ray gave this process 0.25 GPU" in error for result, error in found.values())
 
@@ -148,7 +151,7 @@ def test_a_killed_trial_is_tried_again_and_goes_on(lab):
     # Long enough to be met under way.
     changes = {"training": {"epochs": 60, "patience": 60, "memory_mb": 64}}
     one, two = lab("one", **changes), lab("two", **changes)
-    units = one.cell.stage1_trials()[:1]
+    units = trials(one)[:1]
     here, _ = search(one, one.local, units)
     killed = []
 
@@ -168,7 +171,7 @@ def test_a_killed_trial_is_tried_again_and_goes_on(lab):
 def test_trials_over_two_workers(lab):
     one = lab("one", training={"epochs": 2, "patience": 2, "memory_mb": 64, "precision": "float64"})
     two = lab("two", training=one.settings.training.model_dump())
-    units = one.cell.stage1_trials()[:1]
+    units = trials(one)[:1]
     here, _ = search(one, one.local, units)
     there, _ = search(two, two.ray(trial_workers=2, trial_cpus=0.5), units)
     (rows1, rest1), (rows2, rest2) = here[units[0].name][0], there[units[0].name][0]
@@ -179,7 +182,7 @@ def test_trials_over_two_workers(lab):
 
 def test_an_error_of_a_training_arrives_as_itself_and_is_not_tried_again(lab):
     two = lab()
-    with pytest.raises(WorkError, match="f" * 32):
+    with pytest.raises(StepError, match="f" * 32):
         two.ray(train_workers=1).train(task(broken(two.a())), ignore)
 
 

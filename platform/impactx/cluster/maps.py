@@ -8,6 +8,7 @@ the shards that it finds, so that they meet wherever their speeds let them.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from impactx.cluster.capacity import MAKER_ON_GPU, makers
 from impactx.cluster.devices import device_of
@@ -24,6 +26,8 @@ from impactx.experiment.steps.maps import Maps, ShardReport, ShardWorker
 from impactx.experiment.workplace import Workplace
 from impactx.run.executor import OnMaps
 from impactx.settings import ClusterSettings
+
+POLL_SECONDS = 0.5  # between two looks whether the job goes on
 
 
 @dataclass(frozen=True)
@@ -86,12 +90,16 @@ class Explainer:
         return rows
 
 
-def stream(step: Maps, place: Workplace, pool: Pool, shards: Sequence[int]) -> Iterator[ShardReport]:
-    """Make shards by one pool; yield what is made as it is made.
+@dataclass(frozen=True)
+class Made:
+    """What streams back of a shard: its report, and a pickled error where it failed, else nothing."""
 
-    Raises:
-        Exception: What an actor raised, as it was there.
-    """
+    report: ShardReport
+    error: bytes
+
+
+def stream(step: Maps, place: Workplace, pool: Pool, shards: Sequence[int]) -> Iterator[Made]:
+    """Make shards by one pool; yield what is made as it is made."""
     from ray.data import ActorPoolStrategy, DataContext, from_items
 
     DataContext.get_current().enable_progress_bars = False
@@ -103,9 +111,67 @@ def stream(step: Maps, place: Workplace, pool: Pool, shards: Sequence[int]) -> I
         compute=ActorPoolStrategy(min_size=1, max_size=actors, max_tasks_in_flight_per_actor=1),
         num_cpus=pool.num_cpus, num_gpus=pool.num_gpus)
     for row in made.iter_rows():
-        if row["error"]:
-            raise ray.cloudpickle.loads(row["error"])
-        yield ShardReport(int(row["shard"]), int(row["maps"]), float(row["seconds"]))
+        report = ShardReport(int(row["shard"]), int(row["maps"]), float(row["seconds"]))
+        yield Made(report, bytes(row["error"]))
+
+
+class _Pools:
+    """The pools at work on one store, each in a process of its own that owns its actors.
+
+    To end that process ends its actors, whatever they are at.
+    """
+
+    def __init__(self, step: Maps, place: Workplace, pools: Sequence[Pool], shards: Sequence[int]
+                 ) -> None:
+        # What must not be lost with a worker's machine lives on the driver's: without the driver there
+        # is no job anyway.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        task = ray.remote(num_cpus=0, max_retries=0, num_returns="streaming",
+                          scheduling_strategy=here)(stream)
+        self.reports: dict[int, ShardReport] = {}
+        self.error: BaseException | None = None
+        self.news = threading.Condition()
+        self._streams = [task.remote(step, place, pool, shards) for pool in pools]
+        self._threads = [threading.Thread(target=self._follow, args=(results,), daemon=True)
+                         for results in self._streams]
+        for thread in self._threads:
+            thread.start()
+
+    def _follow(self, results: Any) -> None:
+        error: BaseException | None = None
+        try:
+            for reference in results:
+                made: Made = ray.get(reference)
+                if made.error:
+                    error = ray.cloudpickle.loads(made.error)
+                    break
+                with self.news:
+                    # A shard that the other pool made first costs its finder next to nothing.
+                    self.reports.setdefault(made.report.shard, made.report)
+                    self.news.notify()
+        # What went wrong in Ray itself; raised again by the thread that waits.
+        except BaseException as failure:  # noqa: BLE001
+            error = failure
+        with self.news:
+            self.error = self.error or error
+            self.news.notify()
+
+    @property
+    def working(self) -> bool:
+        """Whether any pool is at work."""
+        return any(thread.is_alive() for thread in self._threads)
+
+    @property
+    def maps(self) -> int:
+        """How many maps were made."""
+        return sum(report.maps for report in list(self.reports.values()))
+
+    def end(self) -> None:
+        """End all of them."""
+        for results in self._streams:
+            # A stream that has ended, or a cluster that is gone, cannot be cancelled.
+            with contextlib.suppress(Exception):
+                ray.cancel(results, force=True)
 
 
 def explain_on_pools(step: Maps, place: Workplace, pools: Sequence[Pool], on_maps: OnMaps,
@@ -129,43 +195,21 @@ def explain_on_pools(step: Maps, place: Workplace, pools: Sequence[Pool], on_map
     store = step.open_store(place)
     missing = store.missing()
     before = store.spec.images - sum(len(store.shard_indices(shard)) for shard in missing)
-    reports: dict[int, ShardReport] = {}
-    errors: list[BaseException] = []
-    news, over = threading.Condition(), threading.Event()
-
-    def run(pool: Pool) -> None:
-        try:
-            for report in stream(step, place, pool, missing):
-                if over.is_set():
-                    return  # which ends the stream, and its actors with it
-                with news:
-                    # A shard that the other pool made first costs its finder next to nothing.
-                    reports.setdefault(report.shard, report)
-                    news.notify()
-        except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
-            with news:
-                errors.append(error)
-                news.notify()
-
-    threads = [threading.Thread(target=run, args=(pool,), daemon=True) for pool in pools]
-    for thread in threads:
-        thread.start()
-    seen = 0
-    while len(reports) < len(missing) and any(thread.is_alive() for thread in threads):
-        with news:
-            news.wait(0.5)
-            made = sum(report.maps for report in reports.values())
-        if errors or left():
-            break
-        if made > seen:
-            seen = made
-            on_maps(made, before, store.spec.images)
-    over.set()
-    if errors:
-        raise errors[0]
-    if len(reports) < len(missing) and (lost := store.missing()):
-        raise StepError(f"{step.name}: the pools ended, and {len(lost)} shards are missing")
-    made = sum(report.maps for report in reports.values())
-    if made > seen:
-        on_maps(made, before, store.spec.images)
-    return made, sum(report.seconds for report in reports.values())
+    work, seen = _Pools(step, place, pools, missing), 0
+    try:
+        while len(work.reports) < len(missing) and work.working and not left():
+            with work.news:
+                work.news.wait(POLL_SECONDS)
+            if work.error is not None:
+                raise work.error
+            if work.maps > seen:
+                seen = work.maps
+                on_maps(seen, before, store.spec.images)
+    finally:
+        work.end()
+    if len(work.reports) < len(missing) and (lost := store.missing()):
+        raise work.error or StepError(
+            f"{step.name}: the pools ended, and {len(lost)} shards are missing")
+    if work.maps > seen:
+        on_maps(work.maps, before, store.spec.images)
+    return work.maps, sum(report.seconds for report in work.reports.values())

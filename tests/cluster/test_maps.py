@@ -1,4 +1,4 @@
-"""The actor pools make the same maps as one process, whatever dies or stands still on the way."""
+"""Ray Data's actor pools make the same maps as one process, whatever dies or stands still on the way."""
 
 from __future__ import annotations
 
@@ -9,25 +9,22 @@ import threading
 import pytest
 from lab import Lab, descendants, fill, ignore, kill, small_disk, task, until
 
-from impactx.cluster.explainers import Pool
-from impactx.cluster.pool import explain_on_pools
-from impactx.cluster.shares import Shares
-from impactx.experiment.units import CHECKPOINT, WorkError
-from impactx.experiment.work import finish_maps, open_store
+from impactx.cluster.maps import Pool, explain_on_pools
+from impactx.experiment.artifacts import CHECKPOINT
+from impactx.experiment.steps.base import StepError
 from impactx.explain.maps.store import StoreError
 from impactx.storage import StorageError
 
 pytestmark = pytest.mark.usefixtures("cluster")
 ACTORS = "MapWorker"
-TWO = [Pool("cpu", "cpu", 2, {"num_cpus": 0.7}, {"CPU": 1})]
+TWO = [Pool("cpu", 2, 0.7, 0, backwards=False)]
 # What a cluster of CPU and GPU machines gets; the second pool holds the GPU that only the scheduler knows.
-MIXED = [Pool("cpu", "cpu", 1, {"num_cpus": 0.7}, {"CPU": 1}),
-         Pool("gpu", "cpu", 1, {"num_cpus": 0, "num_gpus": 1}, {"GPU": 1})]
+MIXED = [Pool("cpu", 1, 0.7, 0, backwards=True), Pool("cpu", 1, 0, 1, backwards=False)]
 
 
-def whole():
-    """The shares of a cluster that nobody else uses."""
-    return Shares(lambda: {"CPU": 2, "GPU": 1})
+def stays():
+    """The job stays on its cluster."""
+    return False
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +40,11 @@ def explained(tmp_path_factory, cache):
 
 @pytest.fixture
 def fresh(explained, lab):
-    """The same A in another folder, nothing explained yet; with the maps' unit and its store."""
+    """The same A in another folder, nothing explained yet; with the maps' step and its store."""
     one, a, maps = explained
     two = lab(attribution=one.settings.attribution.model_dump(), maps=one.settings.maps.model_dump())
     copy(one, two, a.folder, one.place.artifacts.storage.names(a.folder))
-    return two, maps, open_store(maps, two.place)
+    return two, maps, maps.open_store(two.place)
 
 
 def copy(one, two, folder, names):
@@ -63,7 +60,7 @@ def files(lab, folder):
 
 def same_maps(one, two, maps):
     """Each shard is there once, sound, and the same to the bit."""
-    store = open_store(maps, two.place)
+    store = maps.open_store(two.place)
     assert store.verify() == []
     here, there = files(one, maps.folder), files(two, maps.folder)
     assert len(there) == store.spec.shards == 11
@@ -108,7 +105,7 @@ def test_the_pool_makes_the_same_maps_and_only_those_that_are_missing(explained,
     same_maps(one, two, maps)
     assert os.stat(path).st_mtime_ns == before
     assert seen[-1] == (91, 10, 101)
-    assert two.place.artifacts.result(maps)["images"] == 101
+    assert two.place.artifacts.result(maps).images == 101
 
 
 def test_a_killed_actor_loses_nothing(explained, fresh):
@@ -120,7 +117,7 @@ def test_a_killed_actor_loses_nothing(explained, fresh):
         killed.extend(kill(ACTORS))
 
     join = in_background(act)
-    explain_on_pools(maps, two.place, TWO, 3, ignore, whole(), "cell")
+    explain_on_pools(maps, two.place, TWO, ignore, stays)
     join()
     assert killed
     same_maps(one, two, maps)
@@ -137,7 +134,7 @@ def test_two_pools_at_once_and_a_worker_that_stands_still_does_not_hold_up_the_e
         os.kill(stopped[0], signal.SIGSTOP)
 
     join = in_background(act)
-    explain_on_pools(maps, two.place, MIXED, 3, ignore, whole(), "cell")
+    explain_on_pools(maps, two.place, MIXED, ignore, stays)
     join()
     assert stopped
     same_maps(one, two, maps)
@@ -155,7 +152,7 @@ def test_actors_that_wait_for_nodes_hold_up_nobody(explained, fresh):
 @pytest.mark.timeout(300)
 def test_an_actor_on_a_gpu_begins_where_others_wait_for_cpus(explained, fresh):
     one, two, maps, store = explained[0], *fresh
-    many = Pool("cpu", "cpu", 6, {"num_cpus": 1}, {"CPU": 1})  # they fill the node, and four wait
+    many = Pool("cpu", 6, 1, 0, backwards=True)  # they fill the node, and four wait
 
     def act():
         until(lambda: len([line for line in descendants(os.getpid()).values() if line.startswith(f"ray::{ACTORS}")]) > 2
@@ -163,7 +160,7 @@ def test_an_actor_on_a_gpu_begins_where_others_wait_for_cpus(explained, fresh):
         assert store.missing()
 
     join = in_background(act)
-    explain_on_pools(maps, two.place, [many, MIXED[1]], 3, ignore, Shares(lambda: {"CPU": 6, "GPU": 1}), "cell")
+    explain_on_pools(maps, two.place, [many, MIXED[1]], ignore, stays)
     join()
     same_maps(one, two, maps)
 
@@ -190,8 +187,7 @@ def test_a_lost_machine_loses_nothing(cluster, explained, fresh):
         lost.extend(far)
 
     join = in_background(act)
-    explain_on_pools(maps, two.place, [Pool("cpu", "cpu", 3, {"num_cpus": 0.9}, {"CPU": 1})], 3, ignore,
-                     Shares(lambda: {"CPU": 3}), "cell")
+    explain_on_pools(maps, two.place, [Pool("cpu", 3, 0.9, 0, backwards=False)], ignore, stays)
     join()
     assert lost
     same_maps(one, two, maps)
@@ -201,8 +197,8 @@ def test_an_error_in_an_actor_arrives_as_itself(fresh):
     two, maps, store = fresh
     where = f"{two.a().folder}/{CHECKPOINT}"
     two.place.artifacts.storage.write(where, two.place.artifacts.storage.read(where)[:1000])
-    with pytest.raises(WorkError, match="checkpoint.*cannot be used"):
-        explain_on_pools(maps, two.place, TWO, 3, ignore, whole(), "cell")
+    with pytest.raises(StepError, match="checkpoint.*cannot be used"):
+        explain_on_pools(maps, two.place, TWO, ignore, stays)
     assert len(store.missing()) == store.spec.shards
 
 
@@ -212,18 +208,18 @@ def test_a_disk_that_is_full_in_the_middle_of_the_shards(explained, lab, tmp_pat
         two = lab("disk/output", attribution=one.settings.attribution.model_dump(),
                   maps=one.settings.maps.model_dump())
         copy(one, two, a.folder, one.place.artifacts.storage.names(a.folder))
-        store = open_store(maps, two.place)
+        store = maps.open_store(two.place)
         filler = fill(disk)
         with open(filler, "r+b") as stream:  # four shards of eleven have room, and some of a fifth
             stream.truncate(filler.stat().st_size - int(4.5 * len(files(one, maps.folder)[store.shard_name(0)])))
         with pytest.raises(StorageError, match="could not write .*shard-.*no space is left"):
-            explain_on_pools(maps, two.place, TWO, 3, ignore, whole(), "cell")
+            explain_on_pools(maps, two.place, TWO, ignore, stays)
         there = files(two, maps.folder)
         assert 1 <= len(there) <= 5
         assert there.items() <= files(one, maps.folder).items(), "a shard that is there is whole"
         assert not [path for path in disk.rglob("*") if path.name.startswith(".partial-")]
         filler.unlink()
-        explain_on_pools(maps, two.place, TWO, 3, ignore, whole(), "cell")
+        explain_on_pools(maps, two.place, TWO, ignore, stays)
         same_maps(one, two, maps)
 
 
@@ -238,5 +234,5 @@ def test_a_corrupt_shard_is_named_before_stage_2_reads_it(explained, fresh):
     # Nothing else with these maps may stand in for it: the unpacked array is made in a cache of its own.
     place = type(two.place)(two.place.output, two.place.data_root, two.place.output + "/cache")
     with pytest.raises(StoreError, match=store.shard_name(7)):
-        finish_maps(maps, place, 1.0, 0, 0.0)
+        maps.finish(place, 1.0, 0, 0.0)
     assert two.place.artifacts.result(maps) is None
