@@ -108,7 +108,8 @@ def stream(step: Maps, place: Workplace, pool: Pool, shards: Sequence[int]) -> I
     rows = from_items([{"shard": shard} for shard in order], override_num_blocks=len(order))
     made = rows.map_batches(
         Explainer, fn_constructor_args=(step, place, pool.device), batch_size=1,
-        compute=ActorPoolStrategy(min_size=1, max_size=actors, max_tasks_in_flight_per_actor=1),
+        # Those that there is no room for yet wait in Ray's queue and hold up nobody.
+        compute=ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1),
         num_cpus=pool.num_cpus, num_gpus=pool.num_gpus)
     for row in made.iter_rows():
         report = ShardReport(int(row["shard"]), int(row["maps"]), float(row["seconds"]))
