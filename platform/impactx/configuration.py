@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 from impactx import plugins
 from impactx.fetching import is_remote
 from impactx.settings import ExperimentSettings, Settings, settable
-from impactx.settings.extensions import registry_of, tagged
+from impactx.settings.extensions import attribution, registry_of, tagged
 from impactx.settings.registry import UNKNOWN, UNNAMED
 
 DEFAULT_PRESET = "full_grid"
@@ -85,7 +85,7 @@ def load_settings(preset: str = DEFAULT_PRESET, overrides: Sequence[str] = (), f
             errors.append(f"{override!r}: write it as setting=value")
         elif (key := "attribution" if key == "attribution.method" else key) in known:
             wanted = [c.strip() for c in value.strip().strip("[]").split(",") if c.strip()]
-            bad = [c for c in wanted if c not in known[key]]
+            bad = [c for c in wanted if c not in known[key] and not (key == "attribution" and c in attribution.names())]
             errors += [f"{key} = {c!r}: no such choice; {_similar(c, known[key])}"
                        f"there are {', '.join(known[key])} (files in {folder / key})" for c in bad]
             if key == "attribution" and len(wanted) != 1:
@@ -102,8 +102,10 @@ def load_settings(preset: str = DEFAULT_PRESET, overrides: Sequence[str] = (), f
             values.append((key, value))
     composed = _compose(folder, preset, [
         f"{key}={wanted[0]}" if key == "attribution" else f"{key}=[{','.join(wanted)}]"
-        for key, wanted in chosen.items()])
-    if "attribution" in chosen:
+        for key, wanted in chosen.items() if key != "attribution" or wanted[0] in known[key]])
+    if "attribution" in chosen and chosen["attribution"][0] not in known["attribution"]:
+        composed["attribution"] = {"method": chosen["attribution"][0]}  # registered, and without a file of its own
+    elif "attribution" in chosen:
         _forget_other_attribution(composed, chosen["attribution"][0], folder, preset)
     for key, wanted in chosen.items():  # a preset may set values of a choice that the command line left out
         entries = composed.get({"dataset": "datasets", "model": "models", "approach": "approaches"}.get(key, ""), {})

@@ -58,7 +58,13 @@ def test_settings_hold_it_and_come_back_from_json(toy):
     assert settings.attribution.described() == {"method": NAME, "explain": "probability", "absolute": False}
 
 
-def test_a_wrong_setting_of_it_is_named():
+def test_the_command_line_chooses_it_without_a_file_in_configs(toy):
+    chosen = load_settings("demo", [f"attribution={NAME}", "attribution.absolute=true"], configs_folder())
+    assert chosen.attribution == toy(absolute=True)
+    assert load_settings("demo", [f"attribution.method={NAME}"], configs_folder()).attribution == toy()
+
+
+def test_an_unknown_name_is_refused_with_those_that_there_are():
     with pytest.raises(ConfigurationError, match="no such attribution; .*there are grad_cam, gradient_shap"):
         load_settings("demo", ["evaluation.attributions=[{method: input_times_gradient}]"], configs_folder())
 
