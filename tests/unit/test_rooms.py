@@ -20,6 +20,7 @@ LAYERS = [
     {"cluster"},
     {"tracking", "report"},
     {"experiment"},
+    {"approaches"},
     {"configuration", "settings_doc"},
     {"training", "explain", "evaluation"},
     {"models", "datasets"},

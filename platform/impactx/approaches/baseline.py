@@ -16,7 +16,10 @@ from impactx.training.losses import classification_loss
 
 @approach
 class Baseline(Approach):
-    """The classifier A, trained by cross entropy. Every experiment has it, under this name."""
+    """The classifier A, trained by cross entropy.
+
+    Every experiment has it under this name; it cannot be given as an entry of `approaches`.
+    """
 
     kind: Literal["baseline"] = "baseline"
 
