@@ -30,8 +30,8 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
 def run(arguments: list[str] | None = None) -> None:
     """Parse and call."""
     options = _arguments(arguments)
-    from impactx.results.export import find_job
     from impactx.report import write_report
+    from impactx.results.export import find_job
     from impactx.storage import Storage
 
     storage = Storage(options.output)

@@ -28,7 +28,6 @@ from impactx.models import Classifier, MapKind, map_kind
 from impactx.settings import (
     AugmentationSettings,
     ModelSettings,
-    Settings,
     TrainingSettings,
 )
 from impactx.timing import Progress

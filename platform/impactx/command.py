@@ -234,7 +234,6 @@ def _users_errors() -> tuple[type[Exception], ...]:
     from impactx.cluster.connection import ClusterError
     from impactx.configuration import ConfigurationError
     from impactx.datasets.errors import DataError
-    from impactx.results.export import ExportError
     from impactx.experiment.groups import SelectionError
     from impactx.experiment.steps.base import StepError
     from impactx.explain.attribution import AttributionError
@@ -245,6 +244,7 @@ def _users_errors() -> tuple[type[Exception], ...]:
     from impactx.plugins import PluginError
     from impactx.prediction import PredictionError
     from impactx.report import ReportError
+    from impactx.results.export import ExportError
     from impactx.run.tracker import TrackingError
     from impactx.settings.masker import MaskerError
     from impactx.storage import StorageError

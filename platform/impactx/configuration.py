@@ -7,7 +7,6 @@ laid over the result here, so that a wrong key is reported together with everyth
 from __future__ import annotations
 
 import difflib
-import functools
 import re
 import types
 import typing
@@ -250,8 +249,6 @@ def _place(location: Sequence[Any], root: type[Settings], data: Any) -> tuple[li
             model = kinds[part]
             continue
         written.append(part)
-        model = _extension(model, value)
-        value = value.get(part) if isinstance(value, dict) else None
         if typing.get_origin(model) is typing.Annotated:
             model = typing.get_args(model)[0]
         if isinstance(model, type) and issubclass(model, BaseModel) and part in (fields := settable(model)):

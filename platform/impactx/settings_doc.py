@@ -1,6 +1,6 @@
 """docs/SETTINGS.md, made from the settings' own types and descriptions.
 
-  python -m impactx.settings_doc > docs/SETTINGS.md
+python -m impactx.settings_doc > docs/SETTINGS.md
 """
 
 from __future__ import annotations

@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from impactx.experiment.executor import LocalExecutor
+from impactx.experiment.run import Job
+from impactx.experiment.units import WorkError
 
 import impactx
 from impactx.configuration import ConfigurationError, load_settings
-from impactx.experiment.executor import LocalExecutor
 from impactx.experiment.model_source import open_source
 from impactx.experiment.paper import paper_accuracy
 from impactx.experiment.preparation import dry_run, prepare
-from impactx.experiment.run import Job
-from impactx.experiment.units import WorkError
 from impactx.explain.maps.store import MapStore
 from impactx.models import Abn, Ensemble, Impactx, SingleStageImpactx, Wae, load_checkpoint
 from impactx.run.no_tracker import NoTracker
@@ -138,10 +138,12 @@ def test_the_library_predicts_what_the_test_saw(first):
 def test_controls_are_taught_other_maps_and_nothing_else_differs(first):
     rows, job, _ = first
     units = {name: json.loads(Path(rows[name].checkpoint, "result.json").read_text())["recipe"] for name in NAMES[:7]}
+    assert units["impactx"]["approach"].pop("maps") == "own"
     for name, how in [("shuffled", "shuffled"), ("shuffled_in_class", "shuffled_in_class"), ("mean_map", "mean"),
                       ("class_mean_map", "class_mean")]:
         assert units[name]["approach"].pop("maps") == how and units[name] == units["impactx"]
     other = units["integrated_gradients"]
+    assert other["approach"].pop("maps") == "own"
     assert other.pop("maps") != units["impactx"]["maps"]
     assert other == {k: v for k, v in units["impactx"].items() if k != "maps"}
     losses = {name: json.loads(Path(rows[name].checkpoint, "result.json").read_text())["history"][0]["train_mse"]
@@ -256,7 +258,7 @@ def test_a_wae_cannot_be_explained_and_an_abn_can(first):
      "approaches.wae.attribution.masker"),
     (("approach=[abn]", "approaches.abn.lambdas=[1]"),
      r"approaches.abn.lambdas = \[1\]: no such setting with kind abn"),
-    (("approaches.mine={kind: nothing}",), "approaches.mine.kind = 'nothing': no such choice; there are impactx, abn"),
+    (("approaches.mine={kind: nothing}",), "approaches.mine.kind = 'nothing': no such approach; there are abn, baseline"),
     (("approach=[wae]", "approaches.wae.attribution={method: shapp}"), "approaches.wae.attribution.method = 'shapp'"),
 ])
 def test_what_cannot_be_is_said_before_anything_is_computed(shared, tmp_path, overrides, said):

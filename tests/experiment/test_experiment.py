@@ -16,22 +16,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-import impactx
-from impactx.command import main
-from impactx.configuration import ConfigurationError, load_settings
-from impactx.datasets import DataError, make_split
 from impactx.experiment.cell_run import PartsFailed
 from impactx.experiment.claims import TakenOver
 from impactx.experiment.executor import LocalExecutor
 from impactx.experiment.export import export_job
 from impactx.experiment.map_quality import judge_maps
 from impactx.experiment.plan import SelectionError
-from impactx.experiment.preparation import dry_run, prepare
 from impactx.experiment.results import table
 from impactx.experiment.run import CellsFailed, Job
 from impactx.experiment.units import WorkError
 from impactx.experiment.work import evaluate_unit, finish_maps, maps_complete, train_unit
+
+import impactx
+from impactx.command import main
+from impactx.configuration import ConfigurationError, load_settings
+from impactx.datasets import DataError, make_split
+from impactx.experiment.preparation import dry_run, prepare
 from impactx.explain.attribution import Explanations
 from impactx.explain.maps.store import HEAD, MapStore, StoreError
 from impactx.models import build_classifier, load_checkpoint

@@ -11,6 +11,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from impactx.experiment.executor import LocalExecutor
+from impactx.experiment.units import WorkError
+from impactx.experiment.work import ShardWorker
 from PIL import Image
 from torch import nn
 
@@ -18,10 +21,7 @@ from impactx.command import explain_options
 from impactx.configuration import ConfigurationError
 from impactx.datasets import DataError, load_dataset
 from impactx.experiment import explain_job
-from impactx.experiment.executor import LocalExecutor
 from impactx.experiment.model_source import timm_classifier
-from impactx.experiment.units import WorkError
-from impactx.experiment.work import ShardWorker
 from impactx.explain.maps.sheet import SheetError
 from impactx.models import build_classifier, build_impactx, save_checkpoint
 from impactx.run.no_tracker import NoTracker

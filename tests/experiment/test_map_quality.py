@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from impactx.experiment.executor import LocalExecutor
+from impactx.experiment.run import Job
+from impactx.experiment.survey import survey
+from impactx.experiment.units import MAP_SCORES
 
 from impactx.configuration import ConfigurationError, load_settings
 from impactx.evaluation.judgement import MapQuality
 from impactx.evaluation.metrics import morf
-from impactx.experiment.executor import LocalExecutor
 from impactx.experiment.preparation import prepare
-from impactx.experiment.run import Job
-from impactx.experiment.survey import survey
-from impactx.experiment.units import MAP_SCORES
 from impactx.explain.maps.store import MapStore
 from impactx.models import load_checkpoint
 from impactx.run.no_tracker import NoRun, NoTracker
@@ -131,7 +131,8 @@ def test_each_model_is_judged_by_the_maps_that_it_has(done):
 def test_the_plan_counts_what_is_judged(done):
     steps = survey(done.cell, done.place.artifacts)
     assert not any(step.left for step in (steps.stage1, steps.stores, steps.judgements, *steps.models.values()))
-    assert {j.approach.name if j.approach else "baseline" for j in steps.judged.values()} == done.rows.keys() - {"wae"}
+    judged = {j.unit.params["approach"] for j in steps.judged.values()}
+    assert judged == done.rows.keys() - {"wae"}
     for judgement in steps.judged.values():
         result = done.place.artifacts.result(judgement.unit)
         assert judgement.images == result["images"]

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from impactx.experiment.executor import LocalExecutor
+from impactx.experiment.export import ExportError, export_job, find_job, map_scores
+from impactx.experiment.run import Job
 
 from impactx.command import main
 from impactx.configuration import load_settings
 from impactx.evaluation.judgement import MapQuality
-from impactx.experiment.executor import LocalExecutor
-from impactx.experiment.export import ExportError, export_job, find_job, map_scores
 from impactx.experiment.preparation import prepare
-from impactx.experiment.run import Job
 from impactx.report import build_report, write_report
 from impactx.report.blocks import Code, Figure, Items, Table, Text, html
 from impactx.report.map_words import sentence

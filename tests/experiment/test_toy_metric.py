@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from impactx.experiment.executor import LocalExecutor
+from impactx.experiment.export import export_job, map_scores
+from impactx.experiment.run import Job
+from impactx.experiment.tracker import NoTracker
 
 from impactx.configuration import load_settings
 from impactx.evaluation.judgement import MapQuality
-from impactx.experiment.executor import LocalExecutor
-from impactx.experiment.export import export_job, map_scores
 from impactx.experiment.preparation import prepare
-from impactx.experiment.run import Job
-from impactx.experiment.tracker import NoTracker
 from impactx.report.build import build_report
 from impactx.settings import EvaluationSettings
 from impactx.settings.extensions import map_metric

@@ -15,14 +15,12 @@ from impactx.approaches.abn import Abn, AbnOutput, NoSplit
 from impactx.approaches.ensemble import EnsembleNetwork
 from impactx.approaches.single_stage import SingleStage
 from impactx.approaches.wae import Wae
-from impactx.explain.attribution import build_attribution
-from impactx.explain.partition.fast import fast_score
 from impactx.explain.masking import parse_masker
 from impactx.explain.partition.fast import fast_score
 from impactx.explain.weighted import class_probabilities, explain_by_own_probabilities
 from impactx.models import build_classifier, build_trunk
 from impactx.models.logits import Logits
-from impactx.settings import ModelSettings, parse_attribution
+from impactx.settings import ModelSettings
 
 sys.path.insert(0, str(Path(__file__).parent))
 from partition_twin import partition_values  # noqa: E402

@@ -15,16 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from impactx.experiment.tracker import TrackingError
 
 from impactx.api import TrainedModel, load_model
-from impactx.models import build_classifier, build_impactx, weights_fingerprint
-from impactx.prediction import ModelChoice
-from impactx.run.tracker import FinalModel, RunIdentity, TrackingError
-from impactx.settings import ImpactxSettings, ModelSettings, TrackingSettings
 from impactx.approaches.impactx import Impactx
-from impactx.experiment.tracker import TrackingError
 from impactx.models import build_classifier, weights_fingerprint
 from impactx.prediction import ModelChoice
+from impactx.run.tracker import FinalModel, RunIdentity, TrackingError
 from impactx.settings import ModelSettings, TrackingSettings
 from impactx.tracking import MlflowTracker
 from impactx.tracking.checkpoints import fetch_checkpoint

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from services import WEED, free_ports, s3_server
-
-from impactx.datasets import DataError, load_dataset
 from impactx.experiment.executor import LocalExecutor, Task
 from impactx.experiment.plan import Cell, Configuration, DataFacts
 from impactx.experiment.units import RUNNING
 from impactx.experiment.work import train_unit
+from services import WEED, free_ports, s3_server
+
+from impactx.datasets import DataError, load_dataset
 from impactx.experiment.workplace import Workplace
 from impactx.explain.attribution import Explanations
 from impactx.explain.maps.reading import MapDataset, store_at

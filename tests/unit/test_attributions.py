@@ -8,17 +8,17 @@ import sys
 import numpy as np
 import pytest
 import torch
+from impactx.experiment.executor import LocalExecutor, Task
+from impactx.experiment.plan import Configuration
 from torch import nn
 
 from impactx.configuration import ConfigurationError, configs_folder, load_settings
-from impactx.experiment.executor import LocalExecutor, Task
-from impactx.experiment.plan import Configuration
 from impactx.experiment.preparation import dry_run, prepare
-from impactx.run.no_tracker import NoTracker
 from impactx.explain.attribution import AttributionError, MissingPackage
 from impactx.explain.maps.store import MapStore
 from impactx.explain.precision import forward_precision, map_error
 from impactx.explain.scores import completeness_gaps
+from impactx.run.no_tracker import NoTracker
 from impactx.settings import extensions
 
 CHEAP = {

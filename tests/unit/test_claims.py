@@ -6,15 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
-from impactx.approaches.base import Candidate
-from impactx.approaches.checkpoint import load_checkpoint
-from impactx.approaches.single_stage import SingleStage
 from impactx.experiment.claims import Claim, TakenOver
 from impactx.experiment.plan import Cell, Configuration, DataFacts
 from impactx.experiment.stage2 import Basis, Entry
 from impactx.experiment.units import CHECKPOINT, CLAIM, RUNNING
 from impactx.experiment.work import train_unit
+
+from impactx.approaches.base import Candidate
+from impactx.approaches.checkpoint import load_checkpoint
+from impactx.approaches.single_stage import SingleStage
 from impactx.experiment.workplace import Workplace
 from impactx.models import weights_fingerprint
 from impactx.settings import ExperimentSettings

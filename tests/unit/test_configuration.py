@@ -14,7 +14,7 @@ import pytest
 from impactx.approaches.impactx import Impactx
 from impactx.configuration import ConfigurationError, configs_folder, groups, load_settings, presets
 from impactx.explain.methods.partition import Partition
-from impactx.settings import ExperimentSettings, GridSettings, ImpactxSettings
+from impactx.settings import ExperimentSettings, GridSettings
 from impactx.settings_doc import settings_markdown
 
 ROOT = Path(__file__).resolve().parents[2]

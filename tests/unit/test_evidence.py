@@ -7,11 +7,11 @@ import json
 
 import numpy as np
 import pytest
-
-from impactx.evaluation.statistics import TwoLevelBootstrap, holm
 from impactx.experiment.evidence import evidence, sentences
 from impactx.experiment.results import Row
 from impactx.experiment.stage2 import roles
+
+from impactx.evaluation.statistics import TwoLevelBootstrap, holm
 from impactx.storage import Storage
 
 IMAGES, CLASSES = 2000, 4

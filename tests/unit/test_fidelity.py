@@ -5,13 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from impactx.evaluation.fidelity import agreement, mean_maps, randomised
 
+from impactx.approaches.impactx import Impactx
 from impactx.evaluation.metrics.fidelity import agreement, randomised
 from impactx.evaluation.targets import mean_maps
-from impactx.models import build_classifier, build_impactx
-from impactx.settings import ImpactxSettings, ModelSettings
-from impactx.approaches.impactx import Impactx
-from impactx.evaluation.fidelity import agreement, mean_maps, randomised
 from impactx.models import build_classifier
 from impactx.settings import ModelSettings
 

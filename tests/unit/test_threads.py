@@ -6,7 +6,6 @@ import threading
 import time
 
 import pytest
-
 from impactx.experiment.threads import run_all
 
 

@@ -13,13 +13,15 @@ from impactx.settings import AttributionSettings, ModelSettings
 from impactx.settings.extensions import approach
 from impactx.training.losses import classification_loss
 
-
 BASELINE = "baseline"  # A's name among the approaches
 
 
 @approach
 class Baseline(Approach):
-    """The classifier A, trained by cross entropy. Every experiment has it, under this name."""
+    """The classifier A, trained by cross entropy.
+
+    Every experiment has it under this name; it cannot be given as an entry of `approaches`.
+    """
 
     kind: Literal["baseline"] = "baseline"
 

@@ -61,7 +61,8 @@ def _seconds(work: Callable[[], object], device: str) -> float:
 
 def _forms(model: nn.Module, shape: tuple[int, int, int], device: str) -> dict[str, Callable[[float], float]]:
     """Each form and batch size of the raw forward: called with how many seconds it may run, it gives evaluations a
-    second."""
+    second.
+    """
     frozen = fast_score(model, shape, split=False)
     rearranged = copy.deepcopy(model).to(memory_format=torch.channels_last)
     measured: dict[str, Callable[[float], float]] = {}

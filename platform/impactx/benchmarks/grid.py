@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from impactx.cluster.connection import connected
-from impactx.run.executor import Task
 from impactx.experiment.preparation import prepare
 from impactx.experiment.units import Unit
+from impactx.run.executor import Task
 from impactx.run.no_tracker import NoTracker
 from impactx.run.tracker import RunIdentity, Tracker
 from impactx.settings import ExperimentSettings

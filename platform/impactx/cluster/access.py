@@ -1,7 +1,8 @@
 """Who may use the Ray cluster that a job starts for itself: nobody but the job.
 
-Ray runs whatever code it is sent. By default its servers listen on every network address of the machine, so a cluster
-without authentication hands the account that started it to everybody who can reach the machine.
+Ray runs whatever code it is sent. By default its servers listen on every network address of the
+machine, so a cluster without authentication hands the account that started it to everybody who can
+reach the machine.
 """
 
 from __future__ import annotations
@@ -14,18 +15,21 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-# At 0 every server of Ray binds to loopback, on Linux as well, where several machines are the default.
+# At 0 every server of Ray binds to loopback, on Linux as well, where several machines are the
+# default.
 SEVERAL_MACHINES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", SEVERAL_MACHINES)
 
 
 @contextlib.contextmanager
 def private_cluster() -> Iterator[Path]:
-    """Within the block, a Ray cluster started from this process listens on loopback and asks for a new token.
+    """Within the block, a Ray cluster started from this process listens on loopback and asks for a
+    new token.
 
-    The token is drawn for the block, whatever the environment says of authentication, and lies in a file that only
-    this user can read; every process of the cluster finds it by RAY_AUTH_TOKEN_PATH. File and variables are gone after
-    the block. A process that is killed leaves the file behind, and with it the token of a cluster that has ended.
+    The token is drawn for the block, whatever the environment says of authentication, and lies in a
+    file that only this user can read; every process of the cluster finds it by RAY_AUTH_TOKEN_PATH.
+    File and variables are gone after the block. A process that is killed leaves the file behind,
+    and with it the token of a cluster that has ended.
 
     Yields:
         The path of the file.
@@ -55,7 +59,9 @@ def private_cluster() -> Iterator[Path]:
 
 
 def read_authentication() -> None:
-    """Let Ray read mode and token from the environment again, which it does once a process by itself."""
+    """Let Ray read mode and token from the environment again, which it does once a process by
+    itself.
+    """
     from ray._raylet import AuthenticationTokenLoader, Config
 
     Config.initialize("")

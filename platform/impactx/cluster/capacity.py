@@ -1,4 +1,5 @@
-"""What fits on a cluster: how many processes a node holds, what it may grow to, who makes maps, whether all fits.
+"""What fits on a cluster: how many processes a node holds, what it may grow to, who makes maps,
+whether all fits.
 
 Numbers only, and no Ray: what there is comes as Ray tells it (`cluster_resources`, `nodes`).
 """
@@ -23,13 +24,15 @@ class ClusterError(RuntimeError):
 
 
 def blocked(gpus: float) -> float:
-    """What a process with so many GPUs keeps from others of its kind: Ray places a fraction on one GPU only, so 0.4
-    of it leaves room for one more, and is half."""
+    """What a process with so many GPUs keeps from others of its kind: Ray places a fraction on one
+    GPU only, so 0.4 of it leaves room for one more, and is half.
+    """
     return 1 / math.floor(1 / gpus + EPSILON) if 0 < gpus < 1 else gpus
 
 
 def processes(cpus: float, gpus: float, have: Mapping[str, float]) -> int:
-    """How many processes that ask for so much are held by a node, or nodes, with these resources."""
+    """How many processes that ask for so much are held by a node, or nodes, with these resources.
+    """
     rooms = [(have.get("CPU", 0.0) + EPSILON) // cpus] if cpus else []
     if gpus:
         rooms.append(math.floor(have.get("GPU", 0.0) + EPSILON) / blocked(gpus) + EPSILON)
@@ -54,14 +57,17 @@ def trainings_at_once(settings: ClusterSettings, have: Mapping[str, float]) -> i
 
 
 def cells_at_once(settings: ClusterSettings, have: Mapping[str, float]) -> int:
-    """A setting, or one for each trial that is under way at once: with more cells than that, each trial would be a
-    process of its own, since what one cell lets go of another takes. At least 3, or a cell's maps would wait for no
-    good reason."""
+    """A setting, or one for each trial that is under way at once: with more cells than that, each
+    trial would be a process of its own, since what one cell lets go of another takes. At least 3,
+    or a cell's maps would wait for no good reason.
+    """
     return settings.cells_at_once or max(3, trials_at_once(settings, have))
 
 
 def makers(settings: ClusterSettings, have: Mapping[str, float]) -> tuple[int, int]:
-    """How many actors make maps on CPUs and on GPUs. Raises ClusterError where there is none of either."""
+    """How many actors make maps on CPUs and on GPUs. Raises ClusterError where there is none of
+    either.
+    """
     s = settings
     cpus = s.explain_cpu_actors if s.explain_cpu_actors is not None else int(have.get("CPU", 0) + EPSILON)
     gpus = s.explain_gpu_actors if s.explain_gpu_actors is not None else int(have.get("GPU", 0) + EPSILON)
@@ -76,8 +82,9 @@ def makers(settings: ClusterSettings, have: Mapping[str, float]) -> tuple[int, i
 
 
 def check(settings: ClusterSettings, nodes: Sequence[Mapping[str, Any]], trains: bool = True) -> None:
-    """Raise ClusterError where what the settings ask for fits on no node, or not all at once, also once the cluster
-    has grown as far as it may; warn of GPUs that nothing uses. nodes: as ray.nodes(); trains: whether the job does.
+    """Raise ClusterError where what the settings ask for fits on no node, or not all at once, also
+    once the cluster has grown as far as it may; warn of GPUs that nothing uses. nodes: as
+    ray.nodes(); trains: whether the job does.
     """
     s = settings
     alive = [node["Resources"] for node in nodes if node["Alive"]]

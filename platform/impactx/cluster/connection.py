@@ -28,17 +28,18 @@ log = logging.getLogger("impactx")
 @contextlib.contextmanager
 def connected(settings: ClusterSettings, trains: bool = True, plugin_files: Sequence[str] = ()
               ) -> Iterator[dict[str, float]]:
-    """Connect (to settings.address, RAY_ADDRESS, or a local cluster of this machine); yields its resources.
+    """Connect (to settings.address, RAY_ADDRESS, or a local cluster of this machine); yields its
+    resources.
 
     Args:
         settings: Where, and with what.
         trains: Whether the job trains, or only makes maps.
-        plugin_files: The files of the user's extensions, `plugins` of the job's settings. Every process of the
-            cluster can import them.
+        plugin_files: The files of the user's extensions, `plugins` of the job's settings. Every
+            process of the cluster can import them.
 
     Raises:
-        ClusterError: An address does not answer, what the job needs does not fit (capacity.check), or a plugin
-            cannot be imported on a node.
+        ClusterError: An address does not answer, what the job needs does not fit (capacity.check),
+            or a plugin cannot be imported on a node.
         PluginError: A plugin cannot be used on this machine.
     """
     loaded = plugins.load(plugin_files)
@@ -48,27 +49,33 @@ def connected(settings: ClusterSettings, trains: bool = True, plugin_files: Sequ
 
 def _connected(settings: ClusterSettings, trains: bool, loaded: Sequence[plugins.Plugin],
                environment: plugins.RuntimeEnvironment) -> Iterator[dict[str, float]]:
-    # Results are plain files: Ray's own reports of usage and of Train's migration are noise for the user.
+    # Results are plain files: Ray's own reports of usage and of Train's migration are noise for the
+    # user.
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    # How many trials wait for their place is decided by cluster.search; a trial may end without a metric.
+    # How many trials wait for their place is decided by cluster.search; a trial may end without a
+    # metric.
     os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "1000")
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
-    # Ctrl-C ends the job; Tune would only end the search, and the best of what is there would be selected.
+    # Ctrl-C ends the job; Tune would only end the search, and the best of what is there would be
+    # selected.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-    # Trials report to the output and to MLflow; Tune's own files, which this warns of, are not written.
+    # Trials report to the output and to MLflow; Tune's own files, which this warns of, are not
+    # written.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     address = settings.address or os.environ.get("RAY_ADDRESS")
-    # Threads are torch's and ours to set: Ray would otherwise set OMP_NUM_THREADS by the CPUs of a task.
+    # Threads are torch's and ours to set: Ray would otherwise set OMP_NUM_THREADS by the CPUs of a
+    # task.
     variables = {"OMP_NUM_THREADS": str(settings.threads), "RAY_TRAIN_V2_ENABLED": "1", "RAY_DATA_USAGE_DISABLED": "1",
                  **environment.variables}
     package = Path(impactx.__file__).resolve().parent
     handler = signal.getsignal(signal.SIGTERM)  # Ray sets its own, which ends the cluster before the job
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if address:
-        # The package travels with the job, so every worker runs the driver's code, installed or not.
+        # The package travels with the job, so every worker runs the driver's code, installed or
+        # not.
         modules = [str(module) for module in (package, *environment.modules)]
         options |= {"address": address, "runtime_env": {"env_vars": variables, "py_modules": modules}}
     else:
@@ -88,8 +95,9 @@ def _connected(settings: ClusterSettings, trains: bool, loaded: Sequence[plugins
 
 
 def _start(options: dict[str, Any]) -> None:
-    """Connect or start; a local cluster is tried twice, for Ray gives its processes 30 s, which is little on a busy
-    machine."""
+    """Connect or start; a local cluster is tried twice, for Ray gives its processes 30 s, which is
+    little on a busy machine.
+    """
     import ray
 
     try:
@@ -105,7 +113,9 @@ def _start(options: dict[str, Any]) -> None:
 
 def _checked(settings: ClusterSettings, address: str | None, trains: bool, loaded: Sequence[plugins.Plugin]
              ) -> Iterator[dict[str, float]]:
-    """Yield the connected cluster's resources once they are known to be enough; disconnect after that."""
+    """Yield the connected cluster's resources once they are known to be enough; disconnect after
+    that.
+    """
     import ray
 
     try:
@@ -127,8 +137,9 @@ def _restore(handler: Any) -> None:
 @contextlib.contextmanager
 def executor_when_needed(settings: ClusterSettings, place: Workplace, plugin_files: Sequence[str] = ()
                          ) -> Iterator[Callable[[], RayExecutor]]:
-    """Yields a function that connects and gives an executor for maps: a job that finds all its work done starts no
-    cluster. The arguments are those of `connected`."""
+    """Yields a function that connects and gives an executor for maps: a job that finds all its work
+    done starts no cluster. The arguments are those of `connected`.
+    """
     with contextlib.ExitStack() as stack:
         def executor() -> RayExecutor:
             stack.enter_context(connected(settings, trains=False, plugin_files=plugin_files))

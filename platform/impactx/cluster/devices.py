@@ -14,7 +14,9 @@ def alone(settings: ClusterSettings) -> tuple[float, float]:
 
 
 def device_of(gpus: float) -> str:
-    """The device of this process, to which Ray gave so many GPUs. Raises StepError where torch finds none."""
+    """The device of this process, to which Ray gave so many GPUs. Raises StepError where torch
+    finds none.
+    """
     if not gpus:
         return "cpu"
     import torch

@@ -15,7 +15,8 @@ def is_final(error: BaseException) -> bool:
 
 
 def portable(error: Exception) -> Exception:
-    """The error, where it is the same after a journey; else one with its text, and where it came from.
+    """The error, where it is the same after a journey; else one with its text, and where it came
+    from.
 
     Tracebacks do not travel: an error that no user can read without one takes it along in its text.
     """

@@ -1,4 +1,6 @@
-"""The executor on a Ray cluster: Ray Tune for searches, Train for models, Data for maps, tasks else."""
+"""The executor on a Ray cluster: Ray Tune for searches, Train for models, Data for maps, tasks
+else.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,8 @@ class RayExecutor:
 
     def search(self, tasks: Sequence[Task], on_result: OnResult, on_epoch: OnEpoch,
                limits: Limits = UNLIMITED) -> None:
-        """Train trials by Ray Tune: each in a process that is kept for the next, or over several."""
+        """Train trials by Ray Tune: each in a process that is kept for the next, or over several.
+        """
         s, place, tracker = self.settings, self.place, self.tracker
         workers = self._workers(s.trial_workers, s.trial_cpus, s.trial_gpus)
 

@@ -1,8 +1,10 @@
 """The maps of a store by Ray Data: a dataset of its shards, mapped over a pool of actors.
 
-A row is a shard. Actors write their shards themselves, under deterministic names, whole or not at all,
-and what streams back says that they are there. Where CPUs and GPUs make maps at once there are two
-pools: the one on GPUs begins with the first shard and the one on CPUs with the last; each leaves out
+A row is a shard. Actors write their shards themselves, under deterministic names, whole or not at
+all, and what streams back says that they are there. Where CPUs and GPUs make maps at once there are
+two
+pools: the one on GPUs begins with the first shard and the one on CPUs with the last; each leaves
+out
 the shards that it finds, so that they meet wherever their speeds let them.
 """
 
@@ -53,8 +55,8 @@ def pools_of(settings: ClusterSettings, have: dict[str, float]) -> list[Pool]:
 
     Args:
         settings: Of the cluster.
-        have: CPUs and GPUs that there are, or that the cluster may come to: actors that it has no room
-            for yet wait in Ray's queue, by which a cluster that grows knows that it should.
+        have: CPUs and GPUs that there are, or that the cluster may come to: actors that it has no
+            room for yet wait in Ray's queue, by which a cluster that grows knows that it should.
     """
     cpus, gpus = makers(settings, have)
     pools = [
@@ -72,7 +74,8 @@ class Explainer:
         self._worker: ShardWorker | None = None
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        """Make the shards of a batch; return their reports, or the error of the first that failed."""
+        """Make the shards of a batch; return their reports, or the error of the first that failed.
+        """
         rows: dict[str, list[Any]] = {"shard": [], "maps": [], "seconds": [], "error": []}
         for shard in batch["shard"]:
             report, error = ShardReport(int(shard), 0, 0.0), b""
@@ -92,7 +95,8 @@ class Explainer:
 
 @dataclass(frozen=True)
 class Made:
-    """What streams back of a shard: its report, and a pickled error where it failed, else nothing."""
+    """What streams back of a shard: its report, and a pickled error where it failed, else nothing.
+    """
 
     report: ShardReport
     error: bytes
@@ -124,8 +128,8 @@ class _Pools:
 
     def __init__(self, step: Maps, place: Workplace, pools: Sequence[Pool], shards: Sequence[int]
                  ) -> None:
-        # What must not be lost with a worker's machine lives on the driver's: without the driver there
-        # is no job anyway.
+        # What must not be lost with a worker's machine lives on the driver's: without the driver
+        # there is no job anyway.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         task = ray.remote(num_cpus=0, max_retries=0, num_returns="streaming",
                           scheduling_strategy=here)(stream)

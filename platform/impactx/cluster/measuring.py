@@ -1,4 +1,6 @@
-"""Measuring rates on each kind of node of a cluster, under the load that a job brings: every slot of it at once."""
+"""Measuring rates on each kind of node of a cluster, under the load that a job brings: every slot
+of it at once.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ log = logging.getLogger("impactx")
 
 @dataclass(frozen=True)
 class Place:
-    """A kind of process on a kind of node: one of its nodes, and how many of them that node and the cluster hold.
+    """A kind of process on a kind of node: one of its nodes, and how many of them that node and the
+    cluster hold.
 
     workers: of them share one piece of work.
     """
@@ -68,7 +71,9 @@ class Prober:
 
 def places(nodes: Sequence[dict[str, Any]], cpus: float, gpus: float, limit: int | None = None,
            workers: int = 1) -> list[Place]:
-    """The processes that need so much, by kind of node. nodes: as ray.nodes(); limit: of pieces of work in all."""
+    """The processes that need so much, by kind of node. nodes: as ray.nodes(); limit: of pieces of
+    work in all.
+    """
     kinds: dict[tuple, list[dict[str, Any]]] = {}
     for node in nodes:
         if node["Alive"]:
@@ -90,7 +95,8 @@ def places(nodes: Sequence[dict[str, Any]], cpus: float, gpus: float, limit: int
 
 
 def slots_of(settings: ClusterSettings) -> dict[str, list[Place]]:
-    """Where trials, final trainings, maps (on CPUs, on GPUs) and judgements are done on the connected cluster.
+    """Where trials, final trainings, maps (on CPUs, on GPUs) and judgements are done on the
+    connected cluster.
 
     Raises ClusterError where nothing can be measured as a node that would hold it is not there yet.
     """
@@ -118,12 +124,15 @@ def _slots(where: Sequence[Place]) -> Slots:
 
 def measure(probes: Sequence[Probe], settings: ClusterSettings, place: Workplace,
             say: Callable[[str], None] = log.info) -> Measured:
-    """The rate of every probe in every kind of slot in which its work may be done. Raises what a probe raised."""
+    """The rate of every probe in every kind of slot in which its work may be done. Raises what a
+    probe raised.
+    """
     have, slots = ray.cluster_resources(), slots_of(settings)
     measured = Measured({name: _slots(where) for name, where in slots.items()}, have.get("CPU", 1), have.get("GPU", 0))
     known: dict[tuple[Place, Probe], list[Any]] = {}
     for name, where in slots.items():
-        # What is measured by what it stands for: to judge a model, maps are made as they are for a store.
+        # What is measured by what it stands for: to judge a model, maps are made as they are for a
+        # store.
         wanted = {probe: replace(probe, subject=MAPS) if probe.subject == JUDGING else probe
                   for probe in probes if _done_in(name, probe)}
         for one in where:
@@ -156,7 +165,9 @@ def plan(cells: Sequence[Cell], settings: ClusterSettings, place: Workplace) -> 
 
 
 def _gang(where: Place, probes: Sequence[Probe], place: Workplace) -> list[tuple[Probe, list[Any]]]:
-    """Each probe in all processes of a node at once: alone on a node, everything is faster than it will be."""
+    """Each probe in all processes of a node at once: alone on a node, everything is faster than it
+    will be.
+    """
     actor = ray.remote(num_cpus=where.cpus, num_gpus=where.gpus)(Prober)
     pinned = NodeAffinitySchedulingStrategy(where.node, soft=False)
     gang = [actor.options(scheduling_strategy=pinned).remote() for _ in range(where.on_node)]

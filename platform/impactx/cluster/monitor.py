@@ -1,4 +1,6 @@
-"""What the workers of a training by Ray Train tell the job, in an actor that starts fast: it imports nothing else."""
+"""What the workers of a training by Ray Train tell the job, in an actor that starts fast: it
+imports nothing else.
+"""
 
 from __future__ import annotations
 

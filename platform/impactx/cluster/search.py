@@ -1,7 +1,7 @@
 """A search by Ray Tune: its Tuner, its resources, its scheduler and its callbacks.
 
-Ray places the trials of all cells together. A scheduler of our own that shared the cluster between the
-cells was measured against that and given up (docs/LOG.md).
+Ray places the trials of all cells together. A scheduler of our own that shared the cluster between
+the cells was measured against that and given up (docs/LOG.md).
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ _REGISTERING = threading.Lock()  # Tune's registry of trainables is not made for
 
 
 class InOrder(Searcher):
-    """Hands Tune the trials in their order, each once it may begin; after a no there are no more."""
+    """Hands Tune the trials in their order, each once it may begin; after a no there are no more.
+    """
 
     def __init__(self, trials: Sequence[Trial], may_begin: Callable[[Trial], bool]) -> None:
         super().__init__()
@@ -82,7 +83,9 @@ class Closed(Exception):
 
 
 class _Left(BaseException):
-    """The job leaves its cluster. No Exception: for one, Tune would first wait for each trial's end."""
+    """The job leaves its cluster. No Exception: for one, Tune would first wait for each trial's
+    end.
+    """
 
 
 class _Reports(tune.Callback):  # type: ignore[misc]
@@ -108,7 +111,8 @@ class _Reports(tune.Callback):  # type: ignore[misc]
             self._on_epoch(self._trials[trial.config["step"]], result)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """The trial ended: its result is kept, or the search stopped it, or it says what is wrong."""
+        """The trial ended: its result is kept, or the search stopped it, or it says what is wrong.
+        """
         step, last = self._trials[trial.config["step"]], trial.last_result
         result = self._artifacts.result(step)
         # A training that ended by itself says so in a row of its own, without an epoch.
@@ -123,7 +127,8 @@ class _Reports(tune.Callback):  # type: ignore[misc]
 
 
 def _stopped(last: dict[str, Any]) -> TrainingResult:
-    """Return what is known of a trial that was stopped and whose actor has not written it down yet."""
+    """Return what is known of a trial that was stopped and whose actor has not written it down yet.
+    """
     row = {name: value for name, value in last.items()
            if name.startswith(("train_", "val_", "common_")) or name in ("epoch", "seconds")}
     return TrainingResult(

@@ -22,7 +22,8 @@ from impactx.run.tracker import Tracker
 
 
 def _train_worker(config: dict[str, Any]) -> None:
-    """What each worker of a TorchTrainer runs: the one training loop, on its share of every batch."""
+    """What each worker of a TorchTrainer runs: the one training loop, on its share of every batch.
+    """
     import ray.train
     import ray.train.torch
 
@@ -88,7 +89,8 @@ def train_on_workers(task: Task, place: Workplace, tracker: Tracker, workers: Wo
         except BaseException as error:  # noqa: BLE001 - for the thread that waits
             errors.append(error)
 
-    # In the main thread, Ray Train would take Ctrl-C for itself, for ever, and end the job as if all were well.
+    # In the main thread, Ray Train would take Ctrl-C for itself, for ever, and end the job as if
+    # all were well.
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
     seen, over = 0, False

@@ -1,4 +1,6 @@
-"""The actor in which Ray Tune runs a trial: a training in a thread, one epoch a step, kept for the next trial."""
+"""The actor in which Ray Tune runs a trial: a training in a thread, one epoch a step, kept for the
+next trial.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,9 @@ TrainTrial = Callable[[Task, Report], Any]
 
 @dataclass(frozen=True)
 class Shared:
-    """What all trials of a search have in common: the tasks by their steps' keys (a reference in Ray's object store),
-    and how one of them is trained."""
+    """What all trials of a search have in common: the tasks by their steps' keys (a reference in
+    Ray's object store), and how one of them is trained.
+    """
 
     tasks: Any
     train: TrainTrial

@@ -1,8 +1,8 @@
 """A cell's flow counted: its steps, and which of them are finished. Nothing is computed.
 
-What is known only once something else is finished (the selected configuration, A's weights) is made up
-until then, and so are the steps that depend on it: they are as many and as large as the real ones will
-be, but never finished.
+What is known only once something else is finished (the selected configuration, A's weights) is made
+up until then, and so are the steps that depend on it: they are as many and as large as the real
+ones will be, but never finished.
 """
 
 from __future__ import annotations

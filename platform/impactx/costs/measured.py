@@ -57,8 +57,9 @@ class Probe:
 
     Attributes:
         cell: Whose model and images.
-        subject: The approach whose training is measured (A's is "baseline"), or whose maps of itself
-            are; `MAPS` or `JUDGING`: maps of A, where stores are made and where models are judged.
+        subject: The approach whose training is measured (A's is "baseline"), or whose maps of
+            itself are; `MAPS` or `JUDGING`: maps of A, where stores are made and where models are
+            judged.
         batch_size: Of a training; 0 for maps.
         making: Of maps; None for a training.
     """
@@ -116,8 +117,8 @@ class Measured:
         """
         rates = self._trainings[slot, likeness(cell), subject, batch_size, None]
         workers = self.slots[slot].workers
-        # Several workers take as many steps as one, each of its share of the batch, which is what was
-        # measured.
+        # Several workers take as many steps as one, each of its share of the batch, which is what
+        # was measured.
         speed = sum(count * _mean([
             1 / rate.seconds(train, math.ceil(validation / workers), batch_size) for rate in some])
             for count, some in rates)

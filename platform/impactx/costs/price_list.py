@@ -47,9 +47,9 @@ def price_list(prices: Sequence[CellPrice], measured: Measured, cells_at_once: i
 def _whole(prices: Sequence[CellPrice], items: Sequence[Item], measured: Measured, at_once: int) -> Range:
     """Seconds of these cells, so many of which are under way at once.
 
-    At best cells fill each other's gaps: then it is bound by the devices, by the slots of each kind (of trials the
-    settings may allow fewer than fit, of all cells together), by the longest cell, and by how many go side by side.
-    At worst no cell gains by the others.
+    At best cells fill each other's gaps: then it is bound by the devices, by the slots of each kind
+    (of trials the settings may allow fewer than fit, of all cells together), by the longest cell,
+    and by how many go side by side. At worst no cell gains by the others.
     """
     cpus = sum(item.cpu_hours(measured).low for item in items)
     gpus = sum(item.gpu_hours(measured).low for item in items)

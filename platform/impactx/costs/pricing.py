@@ -1,7 +1,7 @@
 """What an experiment costs: the work that is left of each cell, times the rates that were measured.
 
-Early stopping makes a training's length a range: from patience + 1 epochs to `epochs`. What is known
-only once stage 1 is over (the selected batch size and split) is a range as well.
+Early stopping makes a training's length a range: from patience + 1 epochs to `epochs`. What is
+known only once stage 1 is over (the selected batch size and split) is a range as well.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ from impactx.experiment.steps.base import StepError
 from impactx.experiment.steps.maps import Target
 from impactx.experiment.steps.training import StepFiles
 from impactx.experiment.workplace import Workplace
-from impactx.explain.attribution import Attribution
 from impactx.explain.allocation import keep_freed_memory
+from impactx.explain.attribution import Attribution
 from impactx.explain.weighted import explain_by_own_probabilities
 from impactx.models import build_classifier
 from impactx.settings.extensions import AttributionSettings

@@ -12,7 +12,7 @@ from impactx.experiment.steps.base import Result, Step
 from impactx.storage import DamagedError, Storage, StorageError
 
 if TYPE_CHECKING:
-    from impactx.experiment.steps.training import Trial, TrainingResult
+    from impactx.experiment.steps.training import TrainingResult, Trial
 
 RESULT, CHECKPOINT, RUNNING = "result.json", "checkpoint.pt", "running.pt"
 PREDICTIONS, MAP_SCORES = "predictions.npz", "map_scores.npz"

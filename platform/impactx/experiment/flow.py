@@ -1,13 +1,13 @@
 """The order of an experiment, for one cell (arXiv 2502.12222, sections 3.3 and 4.3).
 
 Stage 1 searches Table 1's grid for the classifier A and trains the selected configuration once in
-each repeat. Every image of the training split then gets a map of each A. Stage 2 searches and trains
-every approach that is compared with A, IMPACTX among them. At last each final model reads the test
-images once, and its maps are judged on them.
+each repeat. Every image of the training split then gets a map of each A. Stage 2 searches and
+trains every approach that is compared with A, IMPACTX among them. At last each final model reads
+the test images once, and its maps are judged on them.
 
 This is the only place that knows the order. A job carries it out (`impactx.run`); `--dry-run` and
-`--plan` count it (`impactx.costs`); the report and MLflow show the steps that it came to. A step that
-is added here, or taken out, is added or missing everywhere.
+`--plan` count it (`impactx.costs`); the report and MLflow show the steps that it came to. A step
+that is added here, or taken out, is added or missing everywhere.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def stage1(cell: Cell) -> Generator[Request, Outcomes, Trained]:
 
 
 def stage2(cell: Cell, classifiers: list[Classifier]) -> Generator[Request, Outcomes, Trained]:
-    """Make the maps of each A, search each approach in the first repeat, and train it in all (3.3)."""
+    """Make the maps of each A, search each approach in the first repeat, and train it in all (3.3).
+    """
     stores = {maps.key: maps for a in classifiers for name in cell.approaches
               for maps in cell.maps_of(name, a)}
     explained = yield from do("maps", stores.values())

@@ -41,7 +41,8 @@ class Search(Group):
     Attributes:
         subject: The approach that is searched.
         metric: Of a trial's best epoch, by which trials are compared.
-        hours: Of training, summed over trials; once they are spent, no trial is begun. None: no limit.
+        hours: Of training, summed over trials; once they are spent, no trial is begun. None: no
+            limit.
     """
 
     steps: Sequence[Trial]
@@ -118,7 +119,8 @@ def search(title: str, subject: str, trials: Sequence[Trial], metric: str,
 
 
 def select(trials: Sequence[Trial], outcomes: Outcomes, metric: str) -> Selected:
-    """Return the trial with the best metric, and among equals the smallest validation cross entropy.
+    """Return the trial with the best metric, and among equals the smallest validation cross
+    entropy.
 
     The cross entropy and not the whole loss: stage 2's loss grows with lambda, so it cannot compare
     two of them.

@@ -1,9 +1,9 @@
 """Who may write: of two processes that work on one thing, the one that began last.
 
-After a job was killed, its processes can go on for a while on nodes that nobody reaches, and the same
-command, started again, works on the same trainings. Files are whole whoever writes them, but a
-checkpoint of one process and a result of the other would not belong together. So whoever begins leaves
-a token, and looks whether it still lies there before everything that it writes.
+After a job was killed, its processes can go on for a while on nodes that nobody reaches, and the
+same command, started again, works on the same trainings. Files are whole whoever writes them, but a
+checkpoint of one process and a result of the other would not belong together. So whoever begins
+leaves a token, and looks whether it still lies there before everything that it writes.
 """
 
 from __future__ import annotations

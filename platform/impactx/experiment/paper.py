@@ -26,6 +26,8 @@ def paper_accuracy(dataset: str, model: str, approach: str) -> float | None:
 
 
 def published(dataset: DatasetSettings, model: str, approach: str) -> float | None:
-    """The same, where it may stand beside ours: the paper's data set, whole, and not another by its name."""
+    """The same, where it may stand beside ours: the paper's data set, whole, and not another by its
+    name.
+    """
     same = dataset.subset is None and (finder_of(dataset).published_as() or "").lower() == dataset.name
     return paper_accuracy(dataset.name, model, approach) if same else None

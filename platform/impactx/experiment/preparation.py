@@ -12,8 +12,7 @@ from impactx.datasets import Dataset, load_dataset, locate, make_split
 from impactx.evaluation.quality import metrics_of
 from impactx.experiment.cell import Cell, DataFacts
 from impactx.experiment.workplace import Workplace
-from impactx.explain.attribution import Attribution
-from impactx.explain.attribution import MissingPackage
+from impactx.explain.attribution import Attribution, MissingPackage
 from impactx.fetching import fetch_file, is_remote
 from impactx.models import UnknownArchitecture, build_classifier, check_architecture
 from impactx.settings import (

@@ -40,7 +40,8 @@ class Code:
 @dataclass(frozen=True)
 class Table:
     """Texts in columns. name: of its CSV file; numeric: columns aligned right; strong: rows to be set bold;
-    shown_rows: so many stand on the page, all in the file."""
+    shown_rows: so many stand on the page, all in the file.
+    """
 
     name: str
     head: Sequence[str]

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from impactx.results.export import export_job, map_scores
 from impactx.report.blocks import Block, Figure, Items, Section, Table, Text
 from impactx.report.classes import class_sections
 from impactx.report.maps import Arrays, map_sections
@@ -15,6 +14,7 @@ from impactx.report.repeat import repeat_sections
 from impactx.report.results import controls, of_cell, sentences, table2
 from impactx.report.search import search_sections
 from impactx.report.training import cost_sections, curve_sections
+from impactx.results.export import export_job, map_scores
 from impactx.run.tracker import Run
 from impactx.storage import Storage
 

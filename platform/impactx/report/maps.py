@@ -68,7 +68,8 @@ def _one_model(cell: Mapping[str, Any], entry: Mapping[str, Any], folders: Mappi
                arrays: Callable[[str], Arrays | None], missing: list[str]
                ) -> tuple[int, MapQuality, Arrays | None] | None:
     """Curves, costs and examples are those of one model (areas and fidelity are over all repeats): the first repeat
-    whose result and arrays are there, else the first with a result; None where there is none."""
+    whose result and arrays are there, else the first with a result; None where there is none.
+    """
     judged = [(repeat, MapQuality.from_json(result))
               for repeat, result in zip(entry["repeats"], entry["map_quality"], strict=True) if result]
     for repeat, result in judged:

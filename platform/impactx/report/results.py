@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from impactx.experiment.paper import paper_accuracy
 from impactx.approaches.baseline import BASELINE
+from impactx.experiment.paper import paper_accuracy
 from impactx.report.blocks import Block, Figure, Section, Table, Text
 from impactx.report.numbers import NONE, interval, number, percent, points, probability
 from impactx.report.style import INK, SOFT, figure, look, plain, png, shown

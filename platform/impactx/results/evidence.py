@@ -1,4 +1,6 @@
-"""From the rows of a job to what they show: who is better, by how much, how sure, and a plain sentence a cell."""
+"""From the rows of a job to what they show: who is better, by how much, how sure, and a plain
+sentence a cell.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from impactx.approaches.base import Approach
+from impactx.approaches.baseline import BASELINE
 from impactx.approaches.role import CONTROLS, REFERENCES, Role
 from impactx.evaluation.calibration import (
     expected_calibration_error,
@@ -16,11 +19,10 @@ from impactx.evaluation.calibration import (
     per_class_accuracy,
 )
 from impactx.evaluation.statistics import TwoLevelBootstrap, holm
-from impactx.results.map_evidence import map_sentence, maps_over_repeats
-from impactx.approaches.baseline import BASELINE
-from impactx.results.rows import Row
 from impactx.experiment.artifacts import MAP_SCORES, PREDICTIONS, read_arrays, read_result
 from impactx.experiment.steps.quality import QualityResult
+from impactx.results.map_evidence import map_sentence, maps_over_repeats
+from impactx.results.rows import Row
 from impactx.settings import ExperimentSettings
 from impactx.storage import Storage, StorageError
 
@@ -35,45 +37,56 @@ def roles(settings: ExperimentSettings) -> dict[str, Role]:
 
 
 def evidence(storage: Storage, rows: Sequence[Row], settings: ExperimentSettings) -> dict[str, Any]:
-    """What finished rows show, as plain JSON data. Reads predictions.npz of their test units, computes nothing else.
+    """What finished rows show, as plain JSON data. Reads predictions.npz of their test units,
+    computes nothing else.
 
-    storage: the job's output; settings: the experiment's. Accuracies and gains are fractions in [0, 1].
-    An *interval* is a dict with mean, spread (sample standard deviation over repeats, None for one), low, high, p (of
-    a gain, two-sided; else None), repeats, images, and over ("repeats and images", or "images" where there is one
-    repeat); see evaluation.statistics. A *summary* is a dict with mean and spread. Keys:
+    storage: the job's output; settings: the experiment's. Accuracies and gains are fractions in [0,
+    1].
+    An *interval* is a dict with mean, spread (sample standard deviation over repeats, None for
+    one), low, high, p (of a gain, two-sided; else None), repeats, images, and over ("repeats and
+    images", or "images" where there is one repeat); see evaluation.statistics. A *summary* is a
+    dict with mean and spread. Keys:
 
         confidence, resamples, seed     of the intervals
         cells       a list, one for each data set and model, in the rows' order, each with
           dataset, model, test_images
           approaches  a list in the rows' order, each with
-            approach, role and candidates (approaches.role), weight (lambda or None), repeats (their numbers),
-            seconds (of training, a repeat), seconds_in_all (the same with the A and the maps that it needs, of all
-            processes, or None), map_seconds (what a prediction needs for a map of its image, or None),
-            paper (fraction or None), checkpoints (by repeat, a list beside repeats)
-            accuracy          interval, on the test set
-            val_accuracy      summary
-            ece, nll          summaries: expected calibration error (15 bins), negative log likelihood in nats
-            per_class         accuracy of each class, mean over repeats, in the order of the labels (None: no image)
-            gains             by reference that the cell has (A, what is trained with lambda = 0, with shuffled maps;
-                              of a single stage, the same in two; never itself): interval of the paired
-                              difference, and p_holm: p corrected over the cells that make the same comparison
-            map_quality       by repeat, a list beside repeats: result of the unit that judged the maps, a
-                              `MapQuality` as plain data, None where there is none; see maps for all repeats together
-            maps              None where no repeat's maps were judged; else, over repeats and test images together,
-              orders          of MoRF, by order {"aopc", "over_random", "over_explainer", "over_mean_map"}: AOPC of the
-                              predicted class's probability over the first 16 % of the regions, an interval, and its
-                              paired differences (None for the order itself, or where there is no such order; their p
-                              is not corrected); "all_regions", "logit", "logit_all_regions": the same area over all
+            approach, role and candidates (approaches.role), weight (lambda or None), repeats (their
+            numbers), seconds (of training, a repeat), seconds_in_all (the same with the A and the
+            maps that it needs, of all processes, or None), map_seconds (what a prediction needs for
+            a map of its image, or None), paper (fraction or None), checkpoints (by repeat, a list
+            beside repeats) accuracy          interval, on the test set val_accuracy      summary
+            ece, nll          summaries: expected calibration error (15 bins), negative log
+            likelihood in nats per_class         accuracy of each class, mean over repeats, in the
+            order of the labels (None: no image) gains             by reference that the cell has
+            (A, what is trained with lambda = 0, with shuffled maps;
+                              of a single stage, the same in two; never itself): interval of the
+                              paired difference, and p_holm: p corrected over the cells that make
+                              the same comparison
+            map_quality       by repeat, a list beside repeats: result of the unit that judged the
+            maps, a
+                              `MapQuality` as plain data, None where there is none; see maps for all
+                              repeats together
+            maps              None where no repeat's maps were judged; else, over repeats and test
+            images together,
+              orders          of MoRF, by order {"aopc", "over_random", "over_explainer",
+              "over_mean_map"}: AOPC of the
+                              predicted class's probability over the first 16 % of the regions, an
+                              interval, and its paired differences (None for the order itself, or
+                              where there is no such order; their p is not corrected);
+                              "all_regions", "logit", "logit_all_regions": the same area over all
                               regions, and both of the class's score
-              explainer       the order that over_explainer means: of SHAP for the predicted class, or None
-              fidelity        by predictor {"mse", "correlation", "overlap"}: intervals, each with decoder_over, the
+              explainer       the order that over_explainer means: of SHAP for the predicted class,
+              or None fidelity        by predictor {"mse", "correlation", "overlap"}: intervals,
+              each with decoder_over, the
                               decoder's paired difference (None for itself); {} without a decoder
               metrics         of all other metrics of maps, by metric, order and value: as fidelity
-          verdicts    by approach that learns its own explanations (lambda above 0): {"verdict", "sentence"}, where
+          verdicts    by approach that learns its own explanations (lambda above 0): {"verdict",
+          "sentence"}, where
                       verdict is "help", "do not help", "hurt" or "cannot tell"
-          sentence    the cell's: of "impactx", or of the first approach that has a verdict, or why there is none
-          map_sentence  what the maps of the same approach are worth, or None where they were not judged
-          missing     sentences about what could not be read
+          sentence    the cell's: of "impactx", or of the first approach that has a verdict, or why
+          there is none map_sentence  what the maps of the same approach are worth, or None where
+          they were not judged missing     sentences about what could not be read
 
     An approach none of whose predictions can be read is left out of the cell and named in missing.
     """

@@ -70,8 +70,8 @@ def export_job(storage: Storage, job: str) -> dict[str, Any]:
         selected   folder of the selected trial, by the search's title
         units      steps in the flow's order: role (kind), name, folder, group, step (the group's
                    title where it is a search, else ""), params, state (finished, diverged, stopped
-                   early, failed, under way, missing or damaged), error, result (of a finished one; a
-                   final model's with its history)
+                   early, failed, under way, missing or damaged), error, result (of a finished one;
+                   a final model's with its history)
         error      what ended the cell, or None
         rows       of the final models that were tested (`results.rows.Row` as plain data)
         missing    sentences on what is not there yet

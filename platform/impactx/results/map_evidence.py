@@ -1,4 +1,6 @@
-"""What the maps of an approach's models are worth, over repeats and test images together, and a plain sentence."""
+"""What the maps of an approach's models are worth, over repeats and test images together, and a
+plain sentence.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def maps_over_repeats(found: Arrays, how: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _orders(found: Arrays, how: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """Return MoRF's areas by order, and the order of the explainer; nothing where MoRF was not measured."""
+    """Return MoRF's areas by order, and the order of the explainer; nothing where MoRF was not
+    measured.
+    """
     names = sorted(set.intersection(*({key.split(".", 1)[1] for key in arrays if key.startswith("curve.")}
                                       for arrays in found.values())))
     if not names:
@@ -61,7 +65,9 @@ def _metrics(found: Arrays) -> list[str]:
 
 
 def _values(found: Arrays, metric: str, how: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return a metric's values by order and name, each with the decoder's paired difference, "decoder_over"."""
+    """Return a metric's values by order and name, each with the decoder's paired difference,
+    "decoder_over".
+    """
     orders: dict[str, dict[str, Any]] = {}
     shared = [key for key in next(iter(found.values())) if all(key in arrays for arrays in found.values())]
     parts = {key: key.split(".") for key in shared}
@@ -82,7 +88,8 @@ def _values(found: Arrays, metric: str, how: Mapping[str, Any]) -> dict[str, dic
 
 
 def map_sentence(approach: str, maps: Mapping[str, Any]) -> str:
-    """What the decoder's maps say about the model's own predictions. maps: with an order "decoder"."""
+    """What the decoder's maps say about the model's own predictions. maps: with an order "decoder".
+    """
     own, parts = maps["orders"][DECODER], []
     explainer = f"{(maps['explainer'] or '').removesuffix('_predicted')} of the model itself"
     for key, other in (("over_random", "a random order"), ("over_mean_map", "one mean map for every image"),

@@ -35,10 +35,10 @@ class Row:
         map_quality: Folder of the judgement of the model's maps; None where none was asked for.
         map_seconds: What a prediction costs beyond the network, where it needs a map of its image:
             seconds an image of one process.
-        seconds_in_all: Of the processes that made the model, its A and its maps included; None where
-            that is not known.
-        model_folder, weights: Folder of the training under the output's root, and the fingerprint of
-            the weights that it left.
+        seconds_in_all: Of the processes that made the model, its A and its maps included; None
+            where that is not known.
+        model_folder, weights: Folder of the training under the output's root, and the fingerprint
+            of the weights that it left.
     """
 
     dataset: str
@@ -113,7 +113,8 @@ def _result(storage: Storage, folder: str, kind: type[R]) -> R | None:
 
 
 def _seconds_in_all(storage: Storage, model: StepRecord, trained: TrainingResult) -> float | None:
-    """Return the seconds of the processes that made a model, with the A and the maps that it needs."""
+    """Return the seconds of the processes that made a model, with the A and the maps that it needs.
+    """
     seconds: list[float | None] = [trained.seconds]
     if "classifier" in model.inputs:
         a = _result(storage, model.inputs["classifier"], TrainingResult)
@@ -128,7 +129,9 @@ def _seconds_in_all(storage: Storage, model: StepRecord, trained: TrainingResult
 
 @dataclass(frozen=True)
 class Summary:
-    """An approach in a cell, over its repeats. Spreads are sample standard deviations, None for one repeat."""
+    """An approach in a cell, over its repeats. Spreads are sample standard deviations, None for one
+    repeat.
+    """
 
     dataset: str
     model: str
@@ -160,7 +163,8 @@ def _spread(values: Sequence[float]) -> float | None:
 def summarise(rows: Sequence[Row]) -> list[Summary]:
     """Return one summary for each cell and approach, in the rows' order.
 
-    Gains are test accuracies minus the baseline's of the same cell and repeat (paired), None for the baseline.
+    Gains are test accuracies minus the baseline's of the same cell and repeat (paired), None for
+    the baseline.
     """
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:

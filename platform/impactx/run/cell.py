@@ -224,7 +224,8 @@ class CellRun:
     # ---- groups
 
     def _group(self, group: Group) -> Outcomes:
-        """Do independent steps; those that one executor spreads itself (maps) one after the other."""
+        """Do independent steps; those that one executor spreads itself (maps) one after the other.
+        """
         self.journal.plan(group.title, group.steps)
         self.job.progress.at(self.cell.name, group.title)
         # Two approaches may come to one step: it must not be done twice at once.

@@ -38,8 +38,8 @@ class Task:
         return tracker.run(self.run)
 
 
-# Called as a trial ends: its step, its result (None where it failed), and the error. The result of a
-# trial that was stopped early says so.
+# Called as a trial ends: its step, its result (None where it failed), and the error. The result of
+# a trial that was stopped early says so.
 OnResult = Callable[[Trial, TrainingResult | None, str | None], None]
 OnEpoch = Callable[[Step[Any], Epoch], None]  # a training's step, and an epoch's metrics
 OnMaps = Callable[[int, int, int], None]  # maps made now, maps that were there before, maps of all

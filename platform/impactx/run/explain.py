@@ -1,4 +1,6 @@
-"""Explaining a user's own model on their images, without an experiment around it: one store of maps."""
+"""Explaining a user's own model on their images, without an experiment around it: one store of
+maps.
+"""
 
 from __future__ import annotations
 
@@ -131,10 +133,10 @@ def prepare(settings: ExplainSettings, choice: ModelChoice, sheet: str | Path | 
 def _whole(dataset: DatasetSettings) -> DatasetSettings:
     """Return the data set with all its images as training images.
 
-    A share that an experiment draws for its test would be missed among the maps of somebody's folder.
-    It is left out where test_fraction is set: then these are the images, and so the store, of an
-    experiment with that setting. Of the embedded digits, which nobody brings along, the experiments'
-    share is explained; a data set with a test part of its own is the same in both.
+    A share that an experiment draws for its test would be missed among the maps of somebody's
+    folder. It is left out where test_fraction is set: then these are the images, and so the store,
+    of an experiment with that setting. Of the embedded digits, which nobody brings along, the
+    experiments' share is explained; a data set with a test part of its own is the same in both.
     """
     if dataset.source.kind == "digits" or "test_fraction" in dataset.model_fields_set:
         return dataset

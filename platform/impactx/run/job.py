@@ -1,4 +1,5 @@
-"""One job: its cells, its table, its evidence, and what happens when it is stopped or started twice.
+"""One job: its cells, its table, its evidence, and what happens when it is stopped or started
+twice.
 
 Nothing here knows by whom the work is done: that is the executor's business.
 """
@@ -87,12 +88,12 @@ class Job:
     def run(self, report: Callable[[str, Run], str] | None = None) -> list[Row]:
         """Do everything; results are files under jobs/<key> as well.
 
-        Cells that failed, whole or in part, are in `failed`, and `check` raises for them. Where no row
-        is left, it is raised at once.
+        Cells that failed, whole or in part, are in `failed`, and `check` raises for them. Where no
+        row is left, it is raised at once.
 
         Args:
-            report: Called at the end with the job's key and run; returns an address. If it fails, that
-                is all that does.
+            report: Called at the end with the job's key and run; returns an address. If it fails,
+                that is all that does.
 
         Returns:
             One row for each final model.
@@ -148,7 +149,8 @@ class Job:
     def _tell(self, run: Run, line: str) -> None:
         """Tell the tracker how far the job is, and look whether results can be written.
 
-        What the processes of trials and maps warn of while they wait for either is in Ray's logs alone.
+        What the processes of trials and maps warn of while they wait for either is in Ray's logs
+        alone.
         """
         run.set_tags({PROGRESS: f"{now()}: {line}"})
         try:
@@ -188,6 +190,7 @@ class Job:
             "again):\n" + "\n".join(f"  - {reason}" for reason in reasons))
 
     def check(self) -> None:
-        """Raise the error of a cell that failed: its own if it is the only cell, else CellsFailed."""
+        """Raise the error of a cell that failed: its own if it is the only cell, else CellsFailed.
+        """
         if self.failed:
             raise self._failure()

@@ -3,8 +3,9 @@
     jobs/<job>/job.json                       settings; when and by which code it was started
     jobs/<job>/cells/<data set>.<model>.json  steps in the order of the flow, choices, what failed
 
-Results are not repeated here: a step is finished when its own result is there. A job that is started
-again keeps the steps and choices of its earlier starts until it comes to others, or to the cell's end.
+Results are not repeated here: a step is finished when its own result is there. A job that is
+started again keeps the steps and choices of its earlier starts until it comes to others, or to the
+cell's end.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class CellJournal:
         self._lock = threading.Lock()
 
     def _read(self) -> CellRecord:
-        """Return what earlier starts noted, but for what ended them: this start goes on from there."""
+        """Return what earlier starts noted, but for what ended them: this start goes on from there.
+        """
         nothing = CellRecord(facts=self._facts)
         try:
             earlier = read_record(self._storage, self._path, CellRecord)
@@ -107,7 +109,8 @@ class CellJournal:
             self._write()
 
     def finished(self) -> None:
-        """Note that the cell has come to its end: what only earlier starts noted no longer holds."""
+        """Note that the cell has come to its end: what only earlier starts noted no longer holds.
+        """
         with self._lock:
             self._earlier = CellRecord(facts=self._facts)
             self._write()

@@ -1,4 +1,6 @@
-"""What a job says while it runs: lines that name their cell, and once a minute how far every cell is."""
+"""What a job says while it runs: lines that name their cell, and once a minute how far every cell
+is.
+"""
 
 from __future__ import annotations
 

@@ -15,9 +15,10 @@ def run_all(work: Sequence[Callable[[], T]], at_once: int, *, name: str = "work"
             on_interrupt: Callable[[], object] = lambda: None) -> list[T | Exception]:
     """Do everything, `at_once` pieces at a time, and return in order what each returned or raised.
 
-    One piece at a time is done in the calling thread. Ctrl-C (any BaseException that is no Exception, in the caller
-    or in a piece) ends it: nothing more is begun, on_interrupt is called, threads get a few seconds to end, and it is
-    raised again; threads that do not end are left behind, they keep no process alive.
+    One piece at a time is done in the calling thread. Ctrl-C (any BaseException that is no
+    Exception, in the caller or in a piece) ends it: nothing more is begun, on_interrupt is called,
+    threads get a few seconds to end, and it is raised again; threads that do not end are left
+    behind, they keep no process alive.
     """
     if at_once <= 1 or len(work) <= 1:
         return [_outcome(piece) for piece in work]

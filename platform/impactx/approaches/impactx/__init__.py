@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -20,9 +19,8 @@ from impactx.settings.base import Lambda, Positive, axis, expand_range
 from impactx.settings.extensions import approach
 from impactx.training.losses import Loss, cross_entropy, map_error
 
-__all__ = ["TABLE_1", "Impactx", "ImpactxNetwork", "Lambdas", "impactx_loss"]
+__all__ = ["TABLE_1", "Impactx", "ImpactxNetwork", "impactx_loss"]
 
-Lambdas = axis(Lambda)
 TABLE_1: list[float] = expand_range({"start": 0.2, "stop": 1.4, "step": 0.2})
 
 
@@ -52,7 +50,7 @@ class Impactx(TunedApproach):
     """IMPACTX's second stage (paper 3.3, 4.3), and with other lambdas or maps its controls."""
 
     kind: Literal["impactx"] = "impactx"
-    lambdas: Lambdas = TABLE_1  # type: ignore[valid-type]
+    lambdas: axis(Lambda) = TABLE_1  # type: ignore[valid-type]
     learning_rate_factors: axis(Positive) = Field([1.0], description=(  # type: ignore[valid-type]
         "candidates as well, times learning_rate: lambda = 0 has nothing else to search"))
     m: Literal["logits", "penultimate"] = Field(
@@ -73,8 +71,8 @@ class Impactx(TunedApproach):
 
     def candidates(self) -> list[Candidate]:
         """Return the lambdas, each with every factor of the learning rate."""
-        return [Candidate(*point)
-                for point in itertools.product(self.lambdas, self.learning_rate_factors)]
+        return [Candidate(weight, factor)
+                for weight in self.lambdas for factor in self.learning_rate_factors]
 
     def maps_needed(self) -> list[MapsNeeded]:
         """Return the maps of the training images."""

@@ -34,7 +34,8 @@ class Rearranged:
         return (len(self.source), *self.base.shape[1:])
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        return self.base[self.source[rows]]
+        taken: np.ndarray = self.base[self.source[rows]]
+        return taken
 
 
 def targets_of(maps_taught: Maps, maps: np.ndarray, scale: float | np.ndarray, labels: np.ndarray,

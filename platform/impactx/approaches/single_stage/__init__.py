@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from impactx.approaches.base import Bench, Candidate, Trained, TunedApproach
-from impactx.approaches.impactx import TABLE_1, Lambdas
+from impactx.approaches.impactx import TABLE_1
 from impactx.approaches.impactx.network import network_parts
 from impactx.approaches.role import Role
 from impactx.approaches.single_stage.network import SingleStageNetwork
@@ -20,6 +20,7 @@ from impactx.datasets.batches import Batch
 from impactx.models import build_classifier
 from impactx.models.logits import Logits
 from impactx.settings import AttributionSettings, ModelSettings
+from impactx.settings.base import Lambda, axis
 from impactx.settings.extensions import approach
 from impactx.training.losses import Loss, cross_entropy, map_error
 
@@ -67,7 +68,7 @@ class SingleStage(TunedApproach):
     """IMPACTX trained in a single stage (paper 3.3): M too, on maps of the network as it learns."""
 
     kind: Literal["single_stage"] = "single_stage"
-    lambdas: Lambdas = TABLE_1  # type: ignore[valid-type]
+    lambdas: axis(Lambda) = TABLE_1  # type: ignore[valid-type]
     m: Literal["logits", "penultimate"] = Field("logits", description="as IMPACTX's")
     latent: int = Field(512, ge=1, description="as IMPACTX's")
     explain_every: int = Field(

@@ -12,6 +12,7 @@ import copy
 import io
 import time
 import zipfile
+from typing import cast
 
 import numpy as np
 import torch

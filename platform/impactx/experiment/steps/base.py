@@ -1,11 +1,13 @@
-"""What every step is: a frozen record, a key, a result, and the function that makes the one from the other.
+"""What every step is: a frozen record, a key, a result, and the function that makes the one from
+the other.
 
-A step is one piece of work that is kept. Its fields are what its numbers depend on, and its key is the
-fingerprint of exactly these and of the code that computes them; a field that is marked `OUTSIDE_KEY`
-says where something lies, or what people call it, and may differ between two records of one step.
+A step is one piece of work that is kept. Its fields are what its numbers depend on, and its key is
+the fingerprint of exactly these and of the code that computes them; a field that is marked
+`OUTSIDE_KEY` says where something lies, or what people call it, and may differ between two records
+of one step.
 
-A new kind of step is a subclass of `Step` and one of `Result`. It is carried out, tracked, counted by
-`--dry-run`, noted in the journal and listed in the report as every other kind is.
+A new kind of step is a subclass of `Step` and one of `Result`. It is carried out, tracked, counted
+by `--dry-run`, noted in the journal and listed in the report as every other kind is.
 """
 
 from __future__ import annotations
@@ -72,8 +74,8 @@ class Context:
         place: Where artifacts, data sets and models of other steps lie.
         device: The torch device of this process.
         rank, world_size: Of the data-parallel workers that share a training.
-        on_epoch: Called with the metrics of each epoch of a training, on rank 0. A true answer ends the
-            training there, resumable.
+        on_epoch: Called with the metrics of each epoch of a training, on rank 0. A true answer ends
+            the training there, resumable.
         on_maps: Called after each shard of maps: maps made now, there before, and of all.
     """
 
@@ -90,8 +92,8 @@ class Step(Record, abc.ABC, Generic[R]):
 
     Class attributes:
         kind: Names the kind, in the singular; artifacts lie in the folder of its plural.
-        slot: What the step needs of a cluster: a trial's process, a training's workers, the actors that
-            make maps, or one process.
+        slot: What the step needs of a cluster: a trial's process, a training's workers, the actors
+            that make maps, or one process.
         result_type: The class of its result.
         title: What people call a group of such steps.
     """

@@ -13,11 +13,19 @@ import torch
 from impactx.datasets import Dataset
 from impactx.datasets.entry import ImageSet
 from impactx.experiment.model_source import ModelSource, open_model
-from impactx.experiment.steps.base import OUTSIDE_KEY, Context, Record, Result, Slot, Step, StepError
+from impactx.experiment.steps.base import (
+    OUTSIDE_KEY,
+    Context,
+    Record,
+    Result,
+    Slot,
+    Step,
+    StepError,
+)
 from impactx.experiment.workplace import Workplace
+from impactx.explain.allocation import keep_freed_memory
 from impactx.explain.attribution import Attribution
 from impactx.explain.maps.store import PRECISION_ERROR, MapStore, StoreError, StoreSpec
-from impactx.explain.allocation import keep_freed_memory
 from impactx.explain.scores import completeness_gaps
 from impactx.explain.weighted import explain_by_own_probabilities
 from impactx.settings import DatasetSettings
@@ -93,10 +101,11 @@ class Maps(Step[MapsResult]):
 
     Attributes:
         weights: Fingerprint of the explained model's weights.
-        data: Fingerprint of the data set's contents; test: of its test part, where that is explained.
+        data: Fingerprint of the data set's contents; test: of its test part, where that is
+            explained.
         explained: What else the model is.
-        target: `label`: of the true class's score. `class_weighted`: of all classes, weighted by the
-            model's own probabilities, for which no label is needed.
+        target: `label`: of the true class's score. `class_weighted`: of all classes, weighted by
+            the model's own probabilities, for which no label is needed.
         source: Where a process opens the model.
         shard_size: Maps a shard.
     """

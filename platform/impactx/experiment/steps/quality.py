@@ -1,6 +1,7 @@
 """Map quality: a final model's maps are judged on test images, by `impactx.evaluation.judgement`.
 
-The step reads the test images after the test has; it chooses nothing, it describes a finished model.
+The step reads the test images after the test has; it chooses nothing, it describes a finished
+model.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
-from torch import nn
 
 from impactx.datasets import Dataset, make_split
 from impactx.datasets.splits import stratified_draw
@@ -33,9 +33,9 @@ from impactx.experiment.steps.base import (
 )
 from impactx.experiment.steps.training import MapsRef, Model, ModelRef, SplitRecipe, TrainingResult
 from impactx.experiment.workplace import Workplace
+from impactx.explain.allocation import keep_freed_memory
 from impactx.explain.maps.scale import map_scale
 from impactx.explain.maps.store import MapStore
-from impactx.explain.allocation import keep_freed_memory
 from impactx.settings import DatasetSettings, EvaluationSettings
 from impactx.settings.extensions import AnyAttribution
 

@@ -29,8 +29,8 @@ class TestResult(Result):
     Attributes:
         accuracy: Fraction in [0, 1]; standard_error: Of it, over images.
         images: How many there are.
-        map_seconds: What a prediction costs beyond the network where it needs a map of its image, in
-            seconds of one process; None where it needs none.
+        map_seconds: What a prediction costs beyond the network where it needs a map of its image,
+            in seconds of one process; None where it needs none.
     """
 
     __test__ = False  # it is no test of pytest's

@@ -248,7 +248,8 @@ class Training(Step[TrainingResult]):
         """Train, from where an earlier try stopped; rank 0 keeps the result.
 
         Raises:
-            StepError: The data are others than the plan's, or the state of an earlier try is damaged.
+            StepError: The data are others than the plan's, or the state of an earlier try is
+                damaged.
             TakenOver: Another process has begun the same training since.
         """
         place, artifacts = context.place, context.place.artifacts
