@@ -44,6 +44,8 @@ class Auto(SourceFinder):
 
     def offline(self) -> Self:
         """Return the same source, which lets torchvision download nothing."""
+        if self.torchvision is None:
+            return self
         return self.model_copy(update={"download": False})
 
     def remote_folders(self, name: str) -> list[tuple[str, SourceFinder]]:
