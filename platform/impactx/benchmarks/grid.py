@@ -11,11 +11,10 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from impactx.cluster.connection import connected
 from impactx.experiment.preparation import prepare
-from impactx.experiment.units import Unit
+from impactx.experiment.steps.training import TrainingResult, Trial
 from impactx.run.executor import Task
 from impactx.run.no_tracker import NoTracker
 from impactx.run.tracker import RunIdentity, Tracker
@@ -64,17 +63,18 @@ def measure(folder: Path, *, trials: int, epochs: int, images: int, slots: int, 
     tracker.prepare()
     cell, ends, loops = prepared.cells[0], [], []
 
-    def on_result(unit: Unit, result: dict[str, Any] | None, error: str | None) -> None:
+    def on_result(trial: Trial, result: TrainingResult | None, error: str | None) -> None:
         if result is None:
-            raise RuntimeError(f"{unit.name}: {error}")
+            raise RuntimeError(f"{trial.name}: {error}")
         ends.append(time.perf_counter())
-        loops.append(result["seconds"])
+        loops.append(result.seconds)
 
     with tracker.run(RunIdentity("benchmark", "benchmark")):
-        tasks = [Task(unit, f"benchmark/{unit.key}", "benchmark", {}) for unit in cell.stage1_trials()]
+        steps = [cell.classifier_trial(point) for point in cell.configurations()]
+        tasks = [Task(step, RunIdentity(f"benchmark/{step.key}", step.name, "benchmark")) for step in steps]
         started = time.perf_counter()
         executor = RayExecutor(settings.cluster, prepared.place, tracker)
-        executor.search(tasks, on_result, lambda unit, row: None)
+        executor.search(tasks, on_result, lambda trial, row: None)
         tracker.close_unfinished("benchmark")
     later = trials - slots
     loop = sum(loops[slots:]) / later
