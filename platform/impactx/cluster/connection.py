@@ -55,9 +55,7 @@ def _connected(settings: ClusterSettings, trains: bool, loaded: Sequence[plugins
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    # How many trials wait for their place is decided by cluster.search; a trial may end without a
-    # metric.
-    os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "1000")
+    # A trial that another process has finished meanwhile ends without a metric.
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
     # Ctrl-C ends the job; Tune would only end the search, and the best of what is there would be
     # selected.

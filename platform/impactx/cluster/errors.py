@@ -1,4 +1,4 @@
-"""Errors that cross process borders, and which of them trying again cannot heal."""
+"""Errors that cross process borders, and which of them another try cannot heal."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import traceback
 
 
 def is_final(error: BaseException) -> bool:
-    """True for what impactx itself raised: a named cause, which is still there at the next try.
+    """Return whether another try would end the same way.
 
-    Everything else (a peer that died, a device that failed) may go away.
+    That is so for what impactx itself raised: it names a cause that is still there. Everything else,
+    such as a peer that died or a device that failed, may go away.
     """
     return type(error).__module__.partition(".")[0] == "impactx"
 
 
 def portable(error: Exception) -> Exception:
-    """The error, where it is the same after a journey; else one with its text, and where it came
-    from.
+    """Return the error itself where it survives a journey, else one with its text and traceback.
 
     Tracebacks do not travel: an error that no user can read without one takes it along in its text.
     """
@@ -24,6 +24,7 @@ def portable(error: Exception) -> Exception:
         try:
             if str(pickle.loads(pickle.dumps(error))) == str(error):
                 return error
-        except Exception:  # it does not survive the journey: its text does, below
+        # It does not survive the journey; its text does.
+        except Exception:
             pass
     return RuntimeError("".join(traceback.format_exception(error)))

@@ -1,5 +1,6 @@
-"""What the workers of a training by Ray Train tell the job, in an actor that starts fast: it
-imports nothing else.
+"""What the workers of a training by Ray Train tell the job.
+
+The actor starts fast, because this module imports nothing else.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ class Monitor:
         self._error: Exception | None = None
 
     def epoch(self, row: dict[str, float]) -> None:
-        """A training's epoch is done."""
+        """Note the metrics of an epoch."""
         self._rows.append(row)
 
     def fail(self, error: Exception) -> None:
-        """A worker gave up. The first error counts."""
+        """Note that a worker gave up. The first error counts."""
         self._error = self._error or error
 
     def since(self, count: int) -> tuple[list[dict[str, float]], Exception | None]:
-        """The epochs after the first `count`, and the error."""
+        """Return the epochs after the first `count`, and the error."""
         return self._rows[count:], self._error

@@ -11,7 +11,6 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from impactx.cluster.capacity import blocked
 from impactx.cluster.errors import is_final, portable
 from impactx.cluster.monitor import Monitor
 from impactx.experiment.steps.base import Context, StepError
@@ -57,11 +56,6 @@ class Workers:
     gpus: float
     max_failures: int
     scratch: str  # Tune and Train keep their own bookkeeping here; nothing of ours is in it
-
-    @property
-    def amounts(self) -> dict[str, float]:
-        """What all of them keep from others."""
-        return {"CPU": self.count * self.cpus, "GPU": self.count * blocked(self.gpus)}
 
 
 def train_on_workers(task: Task, place: Workplace, tracker: Tracker, workers: Workers,
