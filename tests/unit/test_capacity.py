@@ -124,26 +124,12 @@ def ray(monkeypatch):
     return library
 
 
-def test_shares_and_measurements_count_a_fraction_as_what_it_blocks(ray):
+def test_measurements_count_a_fraction_as_what_it_blocks(ray):
     from impactx.cluster.measuring import slots_of
-    from impactx.cluster.training import Workers
 
-    assert Workers(2, 1, 0.4, 0, "").amounts == {"CPU": 2, "GPU": 1}
     slots = slots_of(ClusterSettings(trial_cpus=0.1, trial_gpus=0.4))
     assert {name: where[0].on_node for name, where in slots.items()} == {
         "trial": 4, "model": 2, "maps on CPUs": 2, "maps on GPUs": 2, "judging": 4}
-
-
-def test_a_test_holds_what_it_blocks(ray, monkeypatch):
-    from impactx.cluster.executor import RayExecutor
-
-    executor, held = RayExecutor(ClusterSettings(trial_gpus=0.4), None, None), []
-    monkeypatch.setattr(ray, "get", lambda ref: ref)
-    monkeypatch.setattr(ray, "remote", lambda **options: lambda work: SimpleNamespace(remote=lambda: options))
-    monkeypatch.setattr(executor.shares, "wait", lambda owner, key, need: held.append(need))
-    monkeypatch.setattr(executor.shares, "give", lambda owner, need: None)
-    options = executor.evaluate(SimpleNamespace(parent_key="cell", run_key="test"))
-    assert held == [{"CPU": 1, "GPU": 0.5}] and options["num_gpus"] == 0.4
 
 
 def test_maps_are_asked_for_on_nodes_that_are_not_there_yet(ray, monkeypatch):
