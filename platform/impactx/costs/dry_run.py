@@ -55,13 +55,12 @@ def dry_run(settings: ExperimentSettings) -> str:
             cell = Cell(settings, dataset, model, facts or DataFacts(
                 "unknown", train_images or 0, 0, (side, side), ()), weights_files[model.name])
             lines += _cell_lines(cell, place.artifacts if facts else None, totals)
+    passes = f", at most {totals.passes:,} forward passes to judge maps" if totals.passes else ""
     head = [f"{settings.name}: {len(settings.datasets) * len(settings.models)} cells, output "
             f"{place.artifacts.storage.root}",
             f"in all: {totals.trials} trials and {totals.trainings} final trainings of at most "
             f"{settings.training.epochs} epochs, {totals.evaluations:,} explainer evaluations in "
-            f"{totals.shards} shards" + (
-                f", at most {totals.passes:,} forward passes to judge maps" if totals.passes else ""),
-            ""]
+            f"{totals.shards} shards{passes}", ""]
     return "\n".join(head + lines)
 
 

@@ -113,7 +113,8 @@ class Measured:
             cell: Model and image size.
             subject: The approach.
             batch_size: Of a global batch.
-            train, validation: Numbers of images.
+            train: Number of training images.
+            validation: Number of validation images.
         """
         rates = self._trainings[slot, likeness(cell), subject, batch_size, None]
         workers = self.slots[slot].workers

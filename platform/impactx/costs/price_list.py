@@ -28,10 +28,11 @@ def price_list(prices: Sequence[CellPrice], measured: Measured, cells_at_once: i
         lines += [price.cell.name + f"   (exists: {price.exists})"]
         for item in price.items:
             gpus = item.gpu_hours(measured)
-            lines.append(f"  {item.name + ':':18} {item.text}; {item.cpu_hours(measured).text(_hours)} CPU-hours"
+            cpus = item.cpu_hours(measured).text(_hours)
+            lines.append(f"  {item.name + ':':18} {item.text}; {cpus} CPU-hours"
                          + (f", {gpus.text(_hours)} GPU-hours" if gpus.high else ""))
-        lines += [f"  together: {line}" if k == 0 else f"            {line}" for k, line in enumerate(
-            _sums([price], price.items, measured))]
+        first, *more = _sums([price], price.items, measured)
+        lines += [f"  together: {first}", *(f"            {line}" for line in more)]
         lines += [f"  not priced: {number} of {title}" for title, number in price.unpriced.items()]
         alone = sum((item.alone() for item in price.items), Range())
         lines.append(f"  alone on this cluster as it is now: {alone.text(duration)}")
@@ -44,7 +45,8 @@ def price_list(prices: Sequence[CellPrice], measured: Measured, cells_at_once: i
         "times (about 15 s a final training) and what several workers of one training exchange"])
 
 
-def _whole(prices: Sequence[CellPrice], items: Sequence[Item], measured: Measured, at_once: int) -> Range:
+def _whole(prices: Sequence[CellPrice], items: Sequence[Item], measured: Measured, at_once: int
+           ) -> Range:
     """Seconds of these cells, so many of which are under way at once.
 
     At best cells fill each other's gaps: then it is bound by the devices, by the slots of each kind
@@ -57,7 +59,8 @@ def _whole(prices: Sequence[CellPrice], items: Sequence[Item], measured: Measure
                for slot, have in measured.slots.items()}
     alone = [sum((item.alone() for item in price.items), Range()) for price in prices]
     least = max([cpus * HOUR / measured.cpus, gpus * HOUR / measured.gpus if measured.gpus else 0.0,
-                 *by_slot.values(), *(one.low for one in alone), sum(one.low for one in alone) / at_once])
+                 *by_slot.values(), *(one.low for one in alone),
+                 sum(one.low for one in alone) / at_once])
     return Range(least, sum(one.high for one in alone))
 
 

@@ -72,8 +72,8 @@ def measure_training(cell: Cell, place: Workplace, subject: str, batch_size: int
                        common_fraction=min(grid.validation_fraction))
     most = len(split.train) // batch_size
     if not most:
-        raise StepError(f"{cell.name}: {len(split.train)} training images are fewer than a batch of "
-                        f"{batch_size}")
+        raise StepError(f"{cell.name}: {len(split.train)} training images are fewer than a batch "
+                        f"of {batch_size}")
     storage, scratch = place.artifacts.storage, f"plan-{uuid.uuid4().hex}"
     approach = approach_of(cell, subject).without_maps_in_training()
     bench = _bench(cell, place, data, approach, scratch)

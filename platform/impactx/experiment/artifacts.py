@@ -62,8 +62,8 @@ def read_record(storage: Storage, path: str, kind: type[M], ignore: frozenset[st
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the whole"
         raise DamagedError(
-            f"{storage.uri(path)} is not what this version writes ({where}: {first['msg']}): delete "
-            "it, it is made anew") from error
+            f"{storage.uri(path)} is not what this version writes ({where}: {first['msg']}): "
+            "delete it, it is made anew") from error
 
 
 _FOR_PEOPLE = frozenset({"name", "recipe", "code", "kind", "halving"})

@@ -93,7 +93,8 @@ class Cell:
 
         Args:
             settings: Of the experiment.
-            dataset, model: Of this cell, with absolute paths.
+            dataset: Of this cell, with an absolute path.
+            model: Of this cell, with an absolute path of its weights.
             facts: Of the data set.
             weights_file: Fingerprint of the file that model.weights names, where it names one.
         """

@@ -60,8 +60,7 @@ def stage1(cell: Cell) -> Generator[Request, Outcomes, Trained]:
 
 
 def stage2(cell: Cell, classifiers: list[Classifier]) -> Generator[Request, Outcomes, Trained]:
-    """Make the maps of each A, search each approach in the first repeat, and train it in all (3.3).
-    """
+    """Make the maps of each A; search each approach in one repeat, train it in all (3.3)."""
     stores = {maps.key: maps for a in classifiers for name in cell.approaches
               for maps in cell.maps_of(name, a)}
     explained = yield from do("maps", stores.values())

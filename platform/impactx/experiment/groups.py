@@ -119,8 +119,7 @@ def search(title: str, subject: str, trials: Sequence[Trial], metric: str,
 
 
 def select(trials: Sequence[Trial], outcomes: Outcomes, metric: str) -> Selected:
-    """Return the trial with the best metric, and among equals the smallest validation cross
-    entropy.
+    """Return the trial with the best metric; among equals, with the smallest cross entropy.
 
     The cross entropy and not the whole loss: stage 2's loss grows with lambda, so it cannot compare
     two of them.

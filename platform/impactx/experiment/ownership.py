@@ -51,8 +51,8 @@ class Ownership:
         if not isinstance(now, dict) or now.get("token") != self._token:
             who = now if isinstance(now, dict) else {}
             raise TakenOver(
-                f"{self._what}: process {who.get('process')} on {who.get('host')} works on it since "
-                f"{who.get('since')} (is the same job running twice?)")
+                f"{self._what}: process {who.get('process')} on {who.get('host')} works on it "
+                f"since {who.get('since')} (is the same job running twice?)")
 
     def release(self) -> None:
         """Give it up; does nothing where another process has taken it."""

@@ -29,5 +29,6 @@ def published(dataset: DatasetSettings, model: str, approach: str) -> float | No
     """The same, where it may stand beside ours: the paper's data set, whole, and not another by its
     name.
     """
-    same = dataset.subset is None and (finder_of(dataset).published_as() or "").lower() == dataset.name
+    published_as = (finder_of(dataset).published_as() or "").lower()
+    same = dataset.subset is None and published_as == dataset.name
     return paper_accuracy(dataset.name, model, approach) if same else None

@@ -223,8 +223,8 @@ def _check_distinct(cells: list[Cell]) -> None:
     for cell in cells:
         if cell.fingerprint in names:
             raise ConfigurationError(
-                f"the cells {names[cell.fingerprint]} and {cell.name} are the same experiment (same "
-                "images, same model): remove one of the two")
+                f"the cells {names[cell.fingerprint]} and {cell.name} are the same experiment "
+                "(same images, same model): remove one of the two")
         names[cell.fingerprint] = cell.name
 
 

@@ -76,8 +76,8 @@ class Workplace:
         except CheckpointError as error:
             raise StepError(f"the checkpoint {file} cannot be used: {error}: {remedy}") from error
         if (present := weights_fingerprint(loaded.model)) != weights:
-            raise StepError(f"the checkpoint {file} is of another model: its weights are {present}, "
-                            f"those of the plan {weights}: {remedy}")
+            raise StepError(f"the checkpoint {file} is of another model: its weights are "
+                            f"{present}, those of the plan {weights}: {remedy}")
         return loaded
 
     def map_array(self, store: MapStore, data: Dataset) -> np.ndarray:

@@ -1,8 +1,9 @@
-"""What a job writes down about itself in its folder, as typed records; `impactx.run.journal` writes
-them.
+"""What a job writes down about itself in its folder, as typed records.
+
+`impactx.run.journal` writes them:
 
 jobs/<job>/job.json                       settings; when and by which code it was started
-jobs/<job>/cells/<data set>.<model>.json  steps in the order of the flow, choices, what failed
+    jobs/<job>/cells/<data set>.<model>.json  steps in the order of the flow, choices, what failed
 """
 
 from __future__ import annotations

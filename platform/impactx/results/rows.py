@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
+from impactx.approaches.baseline import BASELINE
 from impactx.experiment.artifacts import read_result
 from impactx.experiment.steps.base import Result
 from impactx.experiment.steps.maps import MapsResult
@@ -113,8 +114,7 @@ def _result(storage: Storage, folder: str, kind: type[R]) -> R | None:
 
 
 def _seconds_in_all(storage: Storage, model: StepRecord, trained: TrainingResult) -> float | None:
-    """Return the seconds of the processes that made a model, with the A and the maps that it needs.
-    """
+    """Return the seconds of the processes that made a model, its A and its maps included."""
     seconds: list[float | None] = [trained.seconds]
     if "classifier" in model.inputs:
         a = _result(storage, model.inputs["classifier"], TrainingResult)
@@ -171,8 +171,9 @@ def summarise(rows: Sequence[Row]) -> list[Summary]:
         groups.setdefault((row.dataset, row.model, row.approach), []).append(row)
     found = []
     for (dataset, model, approach), group in groups.items():
-        base = {r.repeat: r.test_accuracy for r in groups.get((dataset, model, "baseline"), [])}
-        gains = [r.test_accuracy - base[r.repeat] for r in group if r.repeat in base] if approach != "baseline" else []
+        base = {r.repeat: r.test_accuracy for r in groups.get((dataset, model, BASELINE), [])}
+        gains = [] if approach == BASELINE else [
+            row.test_accuracy - base[row.repeat] for row in group if row.repeat in base]
         tests = [r.test_accuracy for r in group]
         found.append(Summary(dataset, model, approach, group[0].weight, len(group),
                              statistics.fmean(r.val_accuracy for r in group), statistics.fmean(tests), _spread(tests),
@@ -190,7 +191,7 @@ def table(rows: Sequence[Row]) -> str:
         plus_minus = f" ± {100 * s.test_spread:.2f}" if s.test_spread is not None else ""
         gain = "" if s.gain_mean is None else f"{100 * s.gain_mean:+.2f}" + (
             f" ± {100 * s.gain_spread:.2f}" if s.gain_spread is not None else "")
-        lines.append((s.dataset, s.model, "A (baseline)" if s.approach == "baseline" else s.approach,
+        lines.append((s.dataset, s.model, "A (baseline)" if s.approach == BASELINE else s.approach,
                       "" if s.weight is None else f"{s.weight:g}", str(s.repeats), f"{100 * s.val_mean:.2f}",
                       f"{100 * s.test_mean:.2f}{plus_minus}", gain,
                       "" if s.paper_accuracy is None else f"{100 * s.paper_accuracy:.2f}",

@@ -138,8 +138,8 @@ class CellRun:
     def _failure(self) -> PartsFailed:
         count = len(self._failed)
         return PartsFailed(
-            f"{count} part{'s' * (count > 1)} of the cell failed, the rest is in the table (the same "
-            f"command tries again):\n{_listed(self._failed)}")
+            f"{count} part{'s' * (count > 1)} of the cell failed, the rest is in the table (the "
+            f"same command tries again):\n{_listed(self._failed)}")
 
     def _log_failure(self, error: Exception, what: str) -> None:
         ours = type(error).__module__.startswith("impactx.")
@@ -224,8 +224,7 @@ class CellRun:
     # ---- groups
 
     def _group(self, group: Group) -> Outcomes:
-        """Do independent steps; those that one executor spreads itself (maps) one after the other.
-        """
+        """Do independent steps at once; maps, which spread over a cluster, one after the other."""
         self.journal.plan(group.title, group.steps)
         self.job.progress.at(self.cell.name, group.title)
         # Two approaches may come to one step: it must not be done twice at once.
@@ -379,8 +378,8 @@ class _Trials:
         search = self._search
         over = len(self.results) + len(self.stopped) + len(self.failed)
         if left := len(search.steps) - over:
-            self._cell.log.info("%s: the budget of %g hours is spent, %d of %d trials were not begun",
-                                search.title, search.hours, left, len(search.steps))
+            self._cell.log.info("%s: the budget of %g hours is spent, %d of %d trials were not "
+                                "begun", search.title, search.hours, left, len(search.steps))
         taken = [f"{trial.name}: {self.failed[trial.folder]}" for trial in search.steps
                  if self.failed.get(trial.folder, "").startswith(TakenOver.__name__)]
         if taken:

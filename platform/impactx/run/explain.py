@@ -1,6 +1,4 @@
-"""Explaining a user's own model on their images, without an experiment around it: one store of
-maps.
-"""
+"""Explaining a user's own model on their images, without an experiment: one store of maps."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""One job: its cells, its table, its evidence, and what happens when it is stopped or started
-twice.
+"""One job: its cells, its table and its evidence; it can be stopped and started twice.
 
 Nothing here knows by whom the work is done: that is the executor's business.
 """
@@ -190,7 +189,6 @@ class Job:
             "again):\n" + "\n".join(f"  - {reason}" for reason in reasons))
 
     def check(self) -> None:
-        """Raise the error of a cell that failed: its own if it is the only cell, else CellsFailed.
-        """
+        """Raise the error of a failed cell: its own if there is one cell, else CellsFailed."""
         if self.failed:
             raise self._failure()

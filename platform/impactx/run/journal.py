@@ -59,8 +59,7 @@ class CellJournal:
         self._lock = threading.Lock()
 
     def _read(self) -> CellRecord:
-        """Return what earlier starts noted, but for what ended them: this start goes on from there.
-        """
+        """Return what earlier starts noted, without what ended them."""
         nothing = CellRecord(facts=self._facts)
         try:
             earlier = read_record(self._storage, self._path, CellRecord)
@@ -109,8 +108,7 @@ class CellJournal:
             self._write()
 
     def finished(self) -> None:
-        """Note that the cell has come to its end: what only earlier starts noted no longer holds.
-        """
+        """Note that the cell has ended: what only earlier starts noted no longer holds."""
         with self._lock:
             self._earlier = CellRecord(facts=self._facts)
             self._write()

@@ -35,8 +35,8 @@ class LocalExecutor:
             StepError: Trials are to be stopped early, which Ray Tune does.
         """
         if limits.halving is not None:
-            raise StepError("grid.strategy = 'asha' needs a Ray cluster: in one process use grid or "
-                            "random")
+            raise StepError("grid.strategy = 'asha' needs a Ray cluster: in one process use grid "
+                            "or random")
         for task in tasks:
             trial = cast(Trial, task.step)
             if not limits.may_begin(trial):

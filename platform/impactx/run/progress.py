@@ -1,6 +1,4 @@
-"""What a job says while it runs: lines that name their cell, and once a minute how far every cell
-is.
-"""
+"""What a job says while it runs: lines that name their cell, and a summary once a minute."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from impactx.timing import duration
 log = logging.getLogger("impactx")
 
 
-class CellLog(logging.LoggerAdapter):
+class CellLog(logging.LoggerAdapter[logging.Logger]):
     """Lines that begin with the cell's name."""
 
     def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -25,7 +23,7 @@ class CellLog(logging.LoggerAdapter):
 
 
 class JobProgress:
-    """Knows how far every cell is, and says so. Used by many threads."""
+    """Knows how far every cell is, and says so; many threads may use it."""
 
     def __init__(self, cells: int) -> None:
         self._cells, self._started = cells, time.perf_counter()
@@ -35,35 +33,38 @@ class JobProgress:
         self._lock = threading.Lock()
 
     def at(self, cell: str, what: str) -> None:
-        """What a cell is doing now."""
+        """Note what a cell is doing now."""
         with self._lock:
             self._at[cell] = what
 
-    def epoch(self, cell: str, unit: str, row: Mapping[str, float]) -> None:
-        """An epoch of a cell's training is done."""
+    def epoch(self, cell: str, step: str, row: Mapping[str, float]) -> None:
+        """Note an epoch of a cell's training."""
         with self._lock:
-            self._epochs.setdefault(cell, {})[unit] = (row["epoch"], row["val_accuracy"])
+            self._epochs.setdefault(cell, {})[step] = (row["epoch"], row["val_accuracy"])
 
-    def ended(self, cell: str, unit: str | None = None) -> None:
-        """A training of a cell is over, or the cell itself."""
+    def ended(self, cell: str, step: str | None = None) -> None:
+        """Note that a step of a cell is over, or the cell itself."""
         with self._lock:
-            if unit is None:
+            if step is None:
                 self._done.add(cell)
                 self._at.pop(cell, None)
-            self._epochs.get(cell, {}).pop(unit or "", None)
+            self._epochs.get(cell, {}).pop(step or "", None)
 
     def line(self) -> str:
-        """How far every cell is; empty while none is under way."""
+        """Return how far every cell is; empty while none is under way."""
         with self._lock:
             done = f", {len(self._done)} of {self._cells} cells done" if self._cells > 1 else ""
-            return f"after {duration(time.perf_counter() - self._started)}{done}: " + "; ".join(
-                f"{cell}: {what}{self._trainings(cell)}" for cell, what in self._at.items()) if self._at else ""
+            cells = [f"{cell}: {what}{self._trainings(cell)}" for cell, what in self._at.items()]
+            since = duration(time.perf_counter() - self._started)
+            return f"after {since}{done}: {'; '.join(cells)}" if cells else ""
 
     @contextlib.contextmanager
     def logged(self, every: float = 60, tell: Callable[[str], object] = str) -> Iterator[None]:
-        """Log the line every so many seconds within the block, also while nothing happens.
+        """Log the line regularly within the block, also while nothing happens.
 
-        tell: called with each line; it must not wait.
+        Args:
+            every: Seconds between two lines.
+            tell: Called with each line; it must not wait.
         """
         over = threading.Event()
 
@@ -82,13 +83,13 @@ class JobProgress:
             thread.join()
 
     def _trainings(self, cell: str) -> str:
-        """The latest epochs of what is under way: one training by its name, more of them in sum."""
-        found = self._epochs.get(cell, {})
-        if not found:
+        """Return the latest epochs: of one training with its name, of several in sum."""
+        trainings = self._epochs.get(cell, {})
+        if not trainings:
             return ""
-        if len(found) == 1:
-            (name, (epoch, accuracy)), = found.items()
+        if len(trainings) == 1:
+            (name, (epoch, accuracy)), = trainings.items()
             return f", {name} at epoch {epoch:.0f}, accuracy {accuracy:.4f}"
-        epochs = [epoch for epoch, _ in found.values()]
-        return (f", {len(found)} under way at epochs {min(epochs):.0f} to {max(epochs):.0f}, accuracies to "
-                f"{max(accuracy for _, accuracy in found.values()):.4f}")
+        epochs = [epoch for epoch, _ in trainings.values()]
+        return (f", {len(trainings)} under way at epochs {min(epochs):.0f} to {max(epochs):.0f}, "
+                f"accuracies to {max(accuracy for _, accuracy in trainings.values()):.4f}")

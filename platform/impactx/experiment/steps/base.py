@@ -1,5 +1,4 @@
-"""What every step is: a frozen record, a key, a result, and the function that makes the one from
-the other.
+"""What every step is: a frozen record, a key, and a function that makes its result.
 
 A step is one piece of work that is kept. Its fields are what its numbers depend on, and its key is
 the fingerprint of exactly these and of the code that computes them; a field that is marked

@@ -148,7 +148,8 @@ class Test(Step[TestResult]):
                 parts.append(model.classify(batch.images, *maps).softmax(1).float().cpu().numpy())
         probabilities = np.concatenate(parts)
         if not np.isfinite(probabilities).all():
-            raise StepError(f"{self.name}: the model gives scores that are not finite on test images")
+            raise StepError(f"{self.name}: the model gives scores that are not finite on test "
+                            "images")
         hits = probabilities.argmax(1) == test.labels
         stream = io.BytesIO()
         np.savez_compressed(stream, labels=test.labels, probabilities=probabilities)

@@ -263,7 +263,7 @@ class Training(Step[TrainingResult]):
                 f"{data.fingerprint}, the plan's is {self.data}: give every node the same files")
         split, started = self.split_of(data), time.perf_counter()
         running, storage = f"{self.folder}/{RUNNING}", artifacts.storage
-        owner = Ownership(storage, f"{self.folder}/{OWNER}", self.name) if not context.rank else None
+        owner = None if context.rank else Ownership(storage, f"{self.folder}/{OWNER}", self.name)
 
         def save(state: bytes) -> None:
             if owner is not None:
@@ -314,7 +314,8 @@ class Training(Step[TrainingResult]):
             data=data, split=split, model=self.model, training=self.training,
             learning_rate=self.learning_rate, batch_size=self.batch_size, seed=self.seed,
             augmentation=self.augmentation, candidate=self.candidate,
-            attribution=self.attribution or self.maps_attribution, map_scale=self.map_scale or "std",
+            attribution=self.attribution or self.maps_attribution,
+            map_scale=self.map_scale or "std",
             loop=loop, memory_bytes=place.memory_bytes,
             classifier=partial(self._classifier, context),
             maps=partial(self._maps, context, data, split),
