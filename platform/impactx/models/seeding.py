@@ -11,11 +11,15 @@ import torch
 
 @contextlib.contextmanager
 def seeded(seed: int, part: str) -> Iterator[None]:
-    """Draw the CPU's random numbers of the block from `seed` and `part`; afterwards all is as before.
+    """Draw the CPU's random numbers of the block from `seed` and `part`.
 
-    Every part of a model ("trunk", "head", "decoder", ...) has a stream of its own, so another number of
-    classes or another decoder leaves the initial weights of the other parts as they were.  The global
-    generators (CPU and GPU) continue undisturbed.
+    Every part of a model ("trunk", "head", "decoder", ...) has a stream of its own, so another
+    number of classes or another decoder leaves the initial weights of the other parts as they were.
+    The global generators (CPU and GPU) continue undisturbed after the block.
+
+    Args:
+        seed: Of the whole model.
+        part: Name of the part.
     """
     digest = hashlib.sha256(f"{seed}/{part}".encode()).digest()
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):

@@ -7,7 +7,7 @@ import hashlib
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,19 @@ _ROLES = {"weight", "bias", "running_mean", "running_var"}
 
 
 class WeightsError(ValueError):
-    """Weights that cannot be had or do not fit; the message says which tensors and what to do."""
+    """Weights cannot be had or do not fit; the message says which tensors and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Misfit:
-    """What keeps a set of tensors from fitting a model: names, and lines about shapes or positions."""
+    """What keeps a set of tensors from fitting a model; true where anything does.
+
+    Attributes:
+        missing: Names that the model has and the set has not.
+        unexpected: Names that the set has and the model has not.
+        shapes: One line for each tensor of another shape or role.
+        counts: A line about different numbers of tensors.
+    """
 
     missing: Sequence[str] = ()
     unexpected: Sequence[str] = ()
@@ -49,7 +56,13 @@ class Misfit:
 
 @dataclasses.dataclass(frozen=True)
 class LoadReport:
-    """What was taken from a weights file: how many tensors, and the head's tensors that were left out."""
+    """What was taken from a weights file.
+
+    Attributes:
+        path: Of the file.
+        loaded: Number of tensors that were taken.
+        left_out: Names of the head's tensors, which were not.
+    """
 
     path: str
     loaded: int
@@ -58,12 +71,13 @@ class LoadReport:
     def __str__(self) -> str:
         text = f"{self.loaded} tensors from {self.path}"
         if self.left_out:
-            text += f"; the file's own classification head was left out: {', '.join(self.left_out)}"
+            text += ("; the file's own classification head was left out: "
+                     f"{', '.join(self.left_out)}")
         return text
 
 
 def compare_tensors(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Misfit:
-    """Names and shapes of `given` against those of a model."""
+    """Compare names and shapes of given tensors with those of a model."""
     return Misfit(
         missing=[name for name in wanted if name not in given],
         unexpected=[name for name in given if name not in wanted],
@@ -72,13 +86,17 @@ def compare_tensors(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -
 
 
 def read_weights_file(path: str | Path) -> dict[str, Tensor]:
-    """The named tensors of a .pth/.pt (read with weights_only=True: no code runs) or .safetensors file.
+    """Return the named tensors of a .pth, .pt or .safetensors file; no code in it runs.
 
-    An s3:// address is fetched once a node.
+    A training checkpoint's {"state_dict": ...} or {"model": ...} is unwrapped (the averaged weights
+    first, as timm does), and the prefix "module." that data-parallel training leaves is removed.
 
-    A training checkpoint's {"state_dict": ...} or {"model": ...} is unwrapped (the averaged weights first, as
-    timm does), and the prefix "module." that data-parallel training leaves is removed.
-    Raises WeightsError: no such file, another ending, unreadable, no tensors, values that are not finite.
+    Args:
+        path: A local path; or an s3:// address, which is fetched once a node.
+
+    Raises:
+        WeightsError: There is no such file, it has another ending, cannot be read, has no tensors,
+            or values that are not finite.
     """
     if is_remote(path):
         try:
@@ -87,8 +105,9 @@ def read_weights_file(path: str | Path) -> dict[str, Tensor]:
             raise WeightsError(str(error)) from error
     path = Path(path).expanduser()
     if not path.is_file():
-        raise WeightsError(f"no weights file at {path.absolute()}: set weights to an existing .pth, .pt or "
-                           ".safetensors file, or to hub or random")
+        raise WeightsError(f"no weights file at {path.absolute()}: set weights to an existing .pth,"
+                           " .pt or .safetensors file, or to hub or random")
+    content: Any
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -100,23 +119,28 @@ def read_weights_file(path: str | Path) -> dict[str, Tensor]:
     except WeightsError:
         raise
     except pickle.UnpicklingError as error:
-        raise WeightsError(f"{path} is damaged, or holds Python objects beside tensors, which are not loaded "
-                           "for safety: save the model's state_dict() alone. "
+        raise WeightsError(f"{path} is damaged, or holds Python objects beside tensors, which are "
+                           "not loaded for safety: save the model's state_dict() alone. "
                            f"({first_line(error)})") from error
     except Exception as error:  # torch and safetensors have no common class for "not such a file"
-        raise WeightsError(f"{path} cannot be read as a weights file: {first_line(error)}") from error
+        raise WeightsError(
+            f"{path} cannot be read as a weights file: {first_line(error)}") from error
     if isinstance(content, Mapping) and content.get("format") == CHECKPOINT_FORMAT:
-        raise WeightsError(f"{path} is a checkpoint of this package: read it with load_checkpoint")
+        raise WeightsError(
+            f"{path} is a checkpoint of this package: read it with load_checkpoint")
     for key in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
             break
-    is_state = isinstance(content, Mapping) and all(isinstance(value, Tensor) for value in content.values())
+    is_state = isinstance(content, Mapping) and all(
+        isinstance(value, Tensor) for value in content.values())
     if not is_state or not content:
-        raise WeightsError(f"{path} holds no state_dict (named tensors), but {type(content).__name__}")
+        raise WeightsError(
+            f"{path} holds no state_dict (named tensors), but {type(content).__name__}")
     if all(name.startswith("module.") for name in content):
         content = {name.removeprefix("module."): tensor for name, tensor in content.items()}
-    bad = [name for name, t in content.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+    bad = [name for name, tensor in content.items()
+           if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())]
     if bad:
         raise WeightsError(f"{path} holds values that are not finite in {len(bad)} tensors: "
                            f"{', '.join(bad[:SHOWN])}")
@@ -125,9 +149,16 @@ def read_weights_file(path: str | Path) -> dict[str, Tensor]:
 
 def match_by_name(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor],
                   head_names: Sequence[str]) -> tuple[dict[str, Tensor], list[str], Misfit]:
-    """Tensors for `wanted` by equal names, the names left out because they belong to the head, what misfits.
+    """Match tensors by equal names; the counters num_batches_tracked may be absent.
 
-    The counters num_batches_tracked may be absent: old files have none.
+    Args:
+        wanted: The tensors of the model.
+        given: The tensors of the file.
+        head_names: Prefixes of the file's classification layer.
+
+    Returns:
+        The tensors for the model, the names that were left out because they belong to the head, and
+        what does not fit.
     """
     left_out = [name for name in given
                 if name not in wanted and name.startswith(tuple(f"{head}." for head in head_names))]
@@ -138,12 +169,20 @@ def match_by_name(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor],
 
 def match_by_order(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor],
                    head_names: Sequence[str]) -> tuple[dict[str, Tensor], list[str], Misfit]:
-    """The same by position: the i-th tensor of the file for the i-th of the model.
+    """Match tensors by position: the i-th tensor of the file for the i-th of the model.
 
-    num_batches_tracked is left out on both sides; a weight and a bias for each head at the file's end are
-    left out as well if the file has just so many tensors more.  Shapes are compared one by one, and so are
-    the last parts of the names where both are among weight, bias, running_mean, running_var: those four often
-    have one shape.
+    num_batches_tracked is left out on both sides; a weight and a bias for each head at the file's
+    end are left out as well if the file has just so many tensors more. Shapes are compared one by
+    one, and so are the last parts of the names where both are among weight, bias, running_mean,
+    running_var: those four often have one shape.
+
+    Args:
+        wanted: The tensors of the model.
+        given: The tensors of the file.
+        head_names: Prefixes of the file's classification layer.
+
+    Returns:
+        The same as `match_by_name`.
     """
     names = [name for name in wanted if not _is_counter(name)]
     items = [(name, tensor) for name, tensor in given.items() if not _is_counter(name)]
@@ -156,19 +195,28 @@ def match_by_order(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor],
         role, source_role = name.rpartition(".")[2], source.rpartition(".")[2]
         same_role = role == source_role or not {role, source_role} <= _ROLES
         if tensor.shape != wanted[name].shape or not same_role:
-            shapes.append(f"tensor {position + 1} is {source} {tuple(tensor.shape)}, the model has "
-                          f"{name} {tuple(wanted[name].shape)}")
+            shapes.append(f"tensor {position + 1} is {source} {tuple(tensor.shape)}, the model "
+                          f"has {name} {tuple(wanted[name].shape)}")
         matched[name] = tensor
     return matched, left_out, Misfit(shapes=shapes)
 
 
-def load_trunk_file(trunk: nn.Module, path: str | Path, match: Literal["names", "order"] = "names", *,
-                    model_name: str, head_names: Sequence[str] = ()) -> LoadReport:
-    """Fill `trunk` in place with all its tensors from a file, or change nothing and raise WeightsError.
+def load_trunk_file(trunk: nn.Module, path: str | Path,
+                    match: Literal["names", "order"] = "names", *, model_name: str,
+                    head_names: Sequence[str] = ()) -> LoadReport:
+    """Fill a trunk in place with all its tensors from a file, or change nothing.
 
-    `head_names` are the prefixes of the classification layer that the file may hold beside the trunk: they
-    are left out, whatever their number of classes, and named in the report.  match="order" is for files whose
-    names differ; a .safetensors file does not keep the order of its tensors and is refused there.
+    Args:
+        trunk: The backbone.
+        path: Of the weights file, see `read_weights_file`, whose errors are raised.
+        match: How tensors are assigned. "order" is for files whose names differ; a .safetensors
+            file does not keep the order of its tensors and is refused there.
+        model_name: The architecture, for messages.
+        head_names: Prefixes of the classification layer that the file may hold beside the trunk:
+            they are left out, whatever their number of classes, and named in the report.
+
+    Raises:
+        WeightsError: The file does not fit.
     """
     given = read_weights_file(path)
     ordered = Path(path).suffix != ".safetensors"
@@ -181,14 +229,16 @@ def load_trunk_file(trunk: nn.Module, path: str | Path, match: Literal["names", 
     if misfit:
         (other, rule), = rules.items()
         fits = (other == "names" or ordered) and not rule(wanted, given, head_names)[2]
-        hint = f"\nIn the {other} of its tensors the file fits: set weights_match to {other}." if fits else ""
-        raise WeightsError(f"{path} does not fit {model_name} (weights_match: {match}):\n{misfit}{hint}")
+        hint = (f"\nIn the {other} of its tensors the file fits: set weights_match to {other}."
+                if fits else "")
+        raise WeightsError(
+            f"{path} does not fit {model_name} (weights_match: {match}):\n{misfit}{hint}")
     trunk.load_state_dict(matched, strict=False)
     return LoadReport(str(path), len(matched), left_out)
 
 
 def first_line(error: BaseException) -> str:
-    """The class of an error and the first line of its message."""
+    """Return the class of an error and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
