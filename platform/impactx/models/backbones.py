@@ -53,12 +53,7 @@ def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def timm_trunk(name: str, *, pretrained: bool) -> tuple[nn.Module, tuple[str, ...]]:
-<<<<<<< HEAD
-    """Timm's model without its classification layer, (B, 3, H, W) -> pooled features (B, F), and that layer's
-    names in a weights file.
-=======
     """Build a timm model without its classification layer.
->>>>>>> h-approaches
 
     Random weights come from torch's global generator: call it in `seeded`.
 
