@@ -95,6 +95,7 @@ def tracked(task: Task, context: Context, tracker: Tracker) -> Result:
     Only rank 0 of a training's workers tracks.
     """
     step, place = task.step, context.place
+    step.check_code()
     if context.rank:
         return step.execute(context)
     # The run reads its files until it ends: the folder that holds them outlives it.

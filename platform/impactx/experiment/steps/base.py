@@ -16,7 +16,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
@@ -167,7 +167,17 @@ class Step(Record, abc.ABC, Generic[R]):
     @cached_property
     def code(self) -> str:
         """The fingerprint of the code that computes the step's numbers."""
-        return code_fingerprint(self.code_roots()).digest
+        return _code_of(frozenset(self.code_roots()))
+
+    def check_code(self) -> None:
+        """Check that this process computes by the code that the key holds.
+
+        Raises:
+            StepError: The code has changed since the job began.
+        """
+        if _code_of(frozenset(self.code_roots())) != self.code:
+            raise StepError(f"{self.name}: the code that computes it has changed since the job "
+                            "began: start the same command again")
 
     @cached_property
     def key(self) -> str:
@@ -178,6 +188,15 @@ class Step(Record, abc.ABC, Generic[R]):
     def folder(self) -> str:
         """Where the step's artifacts lie under the output's root."""
         return f"{plural(self.kind)}/{self.key}"
+
+
+@cache
+def _code_of(roots: frozenset[str]) -> str:
+    """Return the fingerprint of the code, as it was when this process first asked for it.
+
+    A process computes by the code that it has imported: files that change later are not its code.
+    """
+    return code_fingerprint(roots).digest
 
 
 def plural(kind: str) -> str:

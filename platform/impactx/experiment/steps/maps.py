@@ -225,6 +225,7 @@ class ShardWorker:
     """Makes shards of a store: model and images are opened once, shards follow."""
 
     def __init__(self, step: Maps, place: Workplace, device: torch.device | str = "cpu") -> None:
+        step.check_code()
         torch.set_num_threads(place.threads)
         keep_freed_memory()
         self.step, self.place, self.device = step, place, torch.device(device)
