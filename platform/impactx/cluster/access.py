@@ -23,13 +23,12 @@ _VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", SEVERAL_
 
 @contextlib.contextmanager
 def private_cluster() -> Iterator[Path]:
-    """Within the block, a Ray cluster started from this process listens on loopback and asks for a
-    new token.
+    """Let a Ray cluster that is started in the block listen on loopback and ask for a new token.
 
     The token is drawn for the block, whatever the environment says of authentication, and lies in a
     file that only this user can read; every process of the cluster finds it by RAY_AUTH_TOKEN_PATH.
-    File and variables are gone after the block. A process that is killed leaves the file behind,
-    and with it the token of a cluster that has ended.
+    File and variables are gone after the block. A process that is killed leaves the file behind, and
+    with it the token of a cluster that has ended.
 
     Yields:
         The path of the file.
@@ -44,7 +43,8 @@ def private_cluster() -> Iterator[Path]:
         with open(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
             stream.write(secrets.token_hex(32))
         os.environ.pop("RAY_AUTH_TOKEN", None)  # it would be preferred to the file
-        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), SEVERAL_MACHINES: "0"}
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token),
+                       SEVERAL_MACHINES: "0"}
         ray_constants.ENABLE_RAY_CLUSTER = False  # Ray reads the variable as it is imported
         read_authentication()
         yield token
@@ -59,10 +59,9 @@ def private_cluster() -> Iterator[Path]:
 
 
 def read_authentication() -> None:
-    """Let Ray read mode and token from the environment again, which it does once a process by
-    itself.
-    """
-    from ray._raylet import AuthenticationTokenLoader, Config
+    """Let Ray read mode and token from the environment again; by itself it reads them once."""
+    # Compiled, without types.
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()

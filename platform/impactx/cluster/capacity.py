@@ -110,8 +110,7 @@ def check(settings: ClusterSettings, nodes: Sequence[Mapping[str, Any]], trains:
         room = sum(processes(cpus, gpus, node) for node in held_by)
         if room < count:
             kind = "GPU" if gpus else "CPU"
-            largest = max(alive, key=lambda node, kind=kind: (
-                node.get(kind, 0.0), node.get("CPU", 0.0)), default={})
+            largest = _largest(alive, kind)
             wrong.append(
                 f"{name}{', each' * (count > 1)} with {each} on one node: there is room for {room} "
                 f"(the largest of {len(alive)} nodes has {largest.get('CPU', 0):g} CPUs and "
@@ -120,14 +119,20 @@ def check(settings: ClusterSettings, nodes: Sequence[Mapping[str, Any]], trains:
     if wrong:
         raise ClusterError(
             f"the cluster is too small: {'; '.join(wrong)}. Ask for less, add nodes, or, where the "
-            "cluster starts nodes on demand, say by cluster.grows_to_cpus and grows_to_gpus what it "
-            "may come to")
+            "cluster starts nodes on demand, say by cluster.grows_to_cpus and grows_to_gpus what "
+            "it may come to")
     makers(s, may_have)
     if trains and have["GPU"] and not s.trial_gpus and not s.use_gpu:
         log.warning(
             "the cluster has %g GPUs, and all trainings are on CPUs: cluster.trial_gpus is 0 and "
-            "cluster.use_gpu is false. For GPUs: cluster.trial_gpus=1 (0.25: four trials share one) "
-            "cluster.use_gpu=true", have["GPU"])
+            "cluster.use_gpu is false. For GPUs: cluster.trial_gpus=1 (0.25: four trials share "
+            "one) cluster.use_gpu=true", have["GPU"])
+
+
+def _largest(nodes: Sequence[Mapping[str, float]], kind: str) -> Mapping[str, float]:
+    """Return the resources of the node that has most of a kind, and among equals most CPUs."""
+    none: Mapping[str, float] = {}
+    return max(nodes, key=lambda node: (node.get(kind, 0.0), node.get("CPU", 0.0)), default=none)
 
 
 def _wanted(s: ClusterSettings, trains: bool) -> list[tuple[str, int, float, float, str]]:

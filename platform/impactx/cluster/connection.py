@@ -28,8 +28,7 @@ log = logging.getLogger("impactx")
 @contextlib.contextmanager
 def connected(settings: ClusterSettings, trains: bool = True, plugin_files: Sequence[str] = ()
               ) -> Iterator[dict[str, float]]:
-    """Connect (to settings.address, RAY_ADDRESS, or a local cluster of this machine); yields its
-    resources.
+    """Connect to settings.address, to RAY_ADDRESS, or to a cluster of this machine's own.
 
     Args:
         settings: Where, and with what.
@@ -66,16 +65,18 @@ def _connected(settings: ClusterSettings, trains: bool, loaded: Sequence[plugins
     address = settings.address or os.environ.get("RAY_ADDRESS")
     # Threads are torch's and ours to set: Ray would otherwise set OMP_NUM_THREADS by the CPUs of a
     # task.
-    variables = {"OMP_NUM_THREADS": str(settings.threads), "RAY_TRAIN_V2_ENABLED": "1", "RAY_DATA_USAGE_DISABLED": "1",
-                 **environment.variables}
+    variables = {"OMP_NUM_THREADS": str(settings.threads), "RAY_TRAIN_V2_ENABLED": "1",
+                 "RAY_DATA_USAGE_DISABLED": "1", **environment.variables}
     package = Path(impactx.__file__).resolve().parent
-    handler = signal.getsignal(signal.SIGTERM)  # Ray sets its own, which ends the cluster before the job
+    # Ray sets its own handler, which ends the cluster before the job.
+    handler = signal.getsignal(signal.SIGTERM)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if address:
         # The package travels with the job, so every worker runs the driver's code, installed or
         # not.
         modules = [str(module) for module in (package, *environment.modules)]
-        options |= {"address": address, "runtime_env": {"env_vars": variables, "py_modules": modules}}
+        options |= {"address": address,
+                    "runtime_env": {"env_vars": variables, "py_modules": modules}}
     else:
         paths = (package.parent, os.environ.get("PYTHONPATH"), environment.folder)
         variables["PYTHONPATH"] = os.pathsep.join(str(path) for path in paths if path)
@@ -93,8 +94,9 @@ def _connected(settings: ClusterSettings, trains: bool, loaded: Sequence[plugins
 
 
 def _start(options: dict[str, Any]) -> None:
-    """Connect or start; a local cluster is tried twice, for Ray gives its processes 30 s, which is
-    little on a busy machine.
+    """Connect or start; a local cluster is tried twice.
+
+    Ray gives its processes 30 s to start, which is little on a busy machine.
     """
     import ray
 
@@ -109,19 +111,18 @@ def _start(options: dict[str, Any]) -> None:
         ray.init(**options)
 
 
-def _checked(settings: ClusterSettings, address: str | None, trains: bool, loaded: Sequence[plugins.Plugin]
-             ) -> Iterator[dict[str, float]]:
-    """Yield the connected cluster's resources once they are known to be enough; disconnect after
-    that.
-    """
+def _checked(settings: ClusterSettings, address: str | None, trains: bool,
+             loaded: Sequence[plugins.Plugin]) -> Iterator[dict[str, float]]:
+    """Yield the cluster's resources once they are known to be enough; disconnect after that."""
     import ray
 
     try:
         resources = ray.cluster_resources()
         check(settings, ray.nodes(), trains)
         check_plugins(loaded, ray.nodes())
-        log.info("cluster: %g CPUs, %g GPUs, %d node(s)%s", resources.get("CPU", 0), resources.get("GPU", 0),
-                 sum(node["Alive"] for node in ray.nodes()), f" at {address}" if address else ", on this machine")
+        log.info("cluster: %g CPUs, %g GPUs, %d node(s)%s", resources.get("CPU", 0),
+                 resources.get("GPU", 0), sum(node["Alive"] for node in ray.nodes()),
+                 f" at {address}" if address else ", on this machine")
         yield resources
     finally:
         ray.shutdown()
@@ -133,10 +134,12 @@ def _restore(handler: Any) -> None:
 
 
 @contextlib.contextmanager
-def executor_when_needed(settings: ClusterSettings, place: Workplace, plugin_files: Sequence[str] = ()
-                         ) -> Iterator[Callable[[], RayExecutor]]:
-    """Yields a function that connects and gives an executor for maps: a job that finds all its work
-    done starts no cluster. The arguments are those of `connected`.
+def executor_when_needed(settings: ClusterSettings, place: Workplace,
+                         plugin_files: Sequence[str] = ()) -> Iterator[Callable[[], RayExecutor]]:
+    """Yield a function that connects, and returns an executor that makes maps.
+
+    A job that has nothing left to do calls it never, and starts no cluster. The arguments are those
+    of `connected`.
     """
     with contextlib.ExitStack() as stack:
         def executor() -> RayExecutor:

@@ -9,8 +9,8 @@ import traceback
 def is_final(error: BaseException) -> bool:
     """Return whether another try would end the same way.
 
-    That is so for what impactx itself raised: it names a cause that is still there. Everything else,
-    such as a peer that died or a device that failed, may go away.
+    That is so for what impactx itself raised: it names a cause that is still there. Everything
+    else, such as a peer that died or a device that failed, may go away.
     """
     return type(error).__module__.partition(".")[0] == "impactx"
 

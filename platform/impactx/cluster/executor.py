@@ -1,6 +1,4 @@
-"""The executor on a Ray cluster: Ray Tune for searches, Train for models, Data for maps, tasks
-else.
-"""
+"""The executor on Ray: Tune for searches, Train for models, Data for maps, tasks for the rest."""
 
 from __future__ import annotations
 
@@ -58,8 +56,7 @@ class RayExecutor:
 
     def search(self, tasks: Sequence[Task], on_result: OnResult, on_epoch: OnEpoch,
                limits: Limits = UNLIMITED) -> None:
-        """Train trials by Ray Tune: each in a process that is kept for the next, or over several.
-        """
+        """Train trials by Ray Tune, each in a process that the next one uses again."""
         s, place, tracker = self.settings, self.place, self.tracker
         workers = self._workers(s.trial_workers, s.trial_cpus, s.trial_gpus)
 
@@ -118,7 +115,7 @@ class RayExecutor:
             return tracked(task, Context(place, device_of(gpus)), tracker)
 
         with self._unless_left():
-            return cast(Result, ray.get(work.remote()))
+            return ray.get(work.remote())
 
     @contextlib.contextmanager
     def _unless_left(self) -> Iterator[None]:

@@ -74,8 +74,7 @@ class Explainer:
         self._worker: ShardWorker | None = None
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        """Make the shards of a batch; return their reports, or the error of the first that failed.
-        """
+        """Make the shards of a batch; return their reports, or an error in its place."""
         rows: dict[str, list[Any]] = {"shard": [], "maps": [], "seconds": [], "error": []}
         for shard in batch["shard"]:
             report, error = ShardReport(int(shard), 0, 0.0), b""
@@ -95,8 +94,7 @@ class Explainer:
 
 @dataclass(frozen=True)
 class Made:
-    """What streams back of a shard: its report, and a pickled error where it failed, else nothing.
-    """
+    """What streams back of a shard: a report, and a pickled error where it failed."""
 
     report: ShardReport
     error: bytes
@@ -131,8 +129,10 @@ class _Pools:
         # What must not be lost with a worker's machine lives on the driver's: without the driver
         # there is no job anyway.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        task = ray.remote(num_cpus=0, max_retries=0, num_returns="streaming",
-                          scheduling_strategy=here)(stream)
+        # Ray's types do not know this way to call `remote`.
+        remote: Any = ray.remote
+        task = remote(num_cpus=0, max_retries=0, num_returns="streaming",
+                      scheduling_strategy=here)(stream)
         self.reports: dict[int, ShardReport] = {}
         self.error: BaseException | None = None
         self.news = threading.Condition()

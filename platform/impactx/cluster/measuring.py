@@ -74,7 +74,7 @@ def places(nodes: Sequence[dict[str, Any]], cpus: float, gpus: float, limit: int
     """The processes that need so much, by kind of node. nodes: as ray.nodes(); limit: of pieces of
     work in all.
     """
-    kinds: dict[tuple, list[dict[str, Any]]] = {}
+    kinds: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for node in nodes:
         if node["Alive"]:
             have = node["Resources"]
@@ -168,9 +168,10 @@ def _gang(where: Place, probes: Sequence[Probe], place: Workplace) -> list[tuple
     """Each probe in all processes of a node at once: alone on a node, everything is faster than it
     will be.
     """
-    actor = ray.remote(num_cpus=where.cpus, num_gpus=where.gpus)(Prober)
+    # Ray's types do not know the methods of an actor.
+    actor: Any = ray.remote(num_cpus=where.cpus, num_gpus=where.gpus)(Prober)
     pinned = NodeAffinitySchedulingStrategy(where.node, soft=False)
-    gang = [actor.options(scheduling_strategy=pinned).remote() for _ in range(where.on_node)]
+    gang: list[Any] = [actor.options(scheduling_strategy=pinned).remote() for _ in range(where.on_node)]
     try:
         found = []
         for probe in probes:

@@ -40,7 +40,8 @@ def check_plugins(plugins: Sequence[Plugin], nodes: Sequence[Mapping[str, Any]])
         raise ClusterError(f"a node cannot import the plugins: {error}") from error
     for node, answer in zip(asked.values(), answers, strict=True):
         if answer:
-            raise ClusterError(f"on node {node.get('NodeManagerAddress', node['NodeID'])}: {answer}")
+            name = node.get("NodeManagerAddress", node["NodeID"])
+            raise ClusterError(f"on node {name}: {answer}")
 
 
 def problem(plugins: Sequence[Plugin]) -> str:

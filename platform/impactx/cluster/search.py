@@ -26,18 +26,17 @@ _REGISTERING = threading.Lock()  # Tune's registry of trainables is not made for
 
 
 class InOrder(Searcher):
-    """Hands Tune the trials in their order, each once it may begin; after a no there are no more.
-    """
+    """Hands Tune the trials in their order, as long as the next one may begin."""
 
     def __init__(self, trials: Sequence[Trial], may_begin: Callable[[Trial], bool]) -> None:
         super().__init__()
         self._waiting, self._may_begin = list(reversed(trials)), may_begin
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+    def suggest(self, trial_id: str) -> Any:
         """Return the next trial, or that there is none."""
         if not self._waiting or not self._may_begin(self._waiting[-1]):
             self._waiting.clear()
-            return str(Searcher.FINISHED)
+            return Searcher.FINISHED
         return {"step": self._waiting.pop().key}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None,
@@ -56,7 +55,7 @@ class InOrder(Searcher):
         """Restore nothing; see `__getstate__`."""
 
 
-class Halving(ASHAScheduler):  # type: ignore[misc]
+class Halving(ASHAScheduler):
     """Tune's ASHA, which begins with the trials of the search that ended earlier."""
 
     def __init__(self, limits: Limits) -> None:
@@ -69,10 +68,12 @@ class Halving(ASHAScheduler):  # type: ignore[misc]
             grace_period=halving.grace_epochs, reduction_factor=halving.reduction,
             stop_last_trials=False)
         for number, history in enumerate(limits.histories):
-            earlier = SimpleNamespace(trial_id=f"earlier-{number}")
-            self.on_trial_add(None, earlier)
+            # It asks a trial for its name alone, and the controller for nothing.
+            earlier, controller = cast(Any, SimpleNamespace(trial_id=f"earlier-{number}")), cast(
+                Any, None)
+            self.on_trial_add(controller, earlier)
             for row in history:
-                self.on_trial_result(None, earlier, dict(row))
+                self.on_trial_result(controller, earlier, dict(row))
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -83,12 +84,13 @@ class Closed(Exception):
 
 
 class _Left(BaseException):
-    """The job leaves its cluster. No Exception: for one, Tune would first wait for each trial's
-    end.
+    """The job leaves its cluster.
+
+    It is no Exception: for one, Tune would first wait for the end of each trial.
     """
 
 
-class _Reports(tune.Callback):  # type: ignore[misc]
+class _Reports(tune.Callback):
     """Hands Tune's events on to the run, and ends Tune where the job ends."""
 
     def __init__(self, trials: dict[str, Trial], artifacts: Artifacts, on_result: OnResult,
@@ -111,8 +113,7 @@ class _Reports(tune.Callback):  # type: ignore[misc]
             self._on_epoch(self._trials[trial.config["step"]], result)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """The trial ended: its result is kept, or the search stopped it, or it says what is wrong.
-        """
+        """The trial ended: with a result, stopped by the search, or with an error."""
         step, last = self._trials[trial.config["step"]], trial.last_result
         result = self._artifacts.result(step)
         # A training that ended by itself says so in a row of its own, without an epoch.
@@ -127,8 +128,7 @@ class _Reports(tune.Callback):  # type: ignore[misc]
 
 
 def _stopped(last: dict[str, Any]) -> TrainingResult:
-    """Return what is known of a trial that was stopped and whose actor has not written it down yet.
-    """
+    """Return what is known of a stopped trial whose actor has not written it down yet."""
     row = {name: value for name, value in last.items()
            if name.startswith(("train_", "val_", "common_")) or name in ("epoch", "seconds")}
     return TrainingResult(
@@ -151,7 +151,8 @@ def tune_search(tasks: Sequence[Task], artifacts: Artifacts, train: TrainTrial, 
         at_once: At most so many trials are under way; None: what fits.
         max_failures: Tries of a trial whose process dies.
         scratch: A folder for Tune's own bookkeeping.
-        on_result, on_epoch: See `run.executor`.
+        on_result: See `run.executor`.
+        on_epoch: See `run.executor`.
         limits: What keeps trials from beginning or going on.
         left: Set where the job leaves its cluster.
 

@@ -21,8 +21,7 @@ from impactx.run.tracker import Tracker
 
 
 def _train_worker(config: dict[str, Any]) -> None:
-    """What each worker of a TorchTrainer runs: the one training loop, on its share of every batch.
-    """
+    """Run the one training loop in a worker of a TorchTrainer, on its share of every batch."""
     import ray.train
     import ray.train.torch
 
@@ -49,18 +48,37 @@ def _train_worker(config: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Workers:
-    """The data-parallel workers of one training: how many, and what each holds."""
+    """The data-parallel workers of one training.
+
+    Attributes:
+        count: How many.
+        cpus: Of each; gpus: Of each.
+        max_failures: Tries of a training whose worker dies.
+        scratch: A folder for Tune's and Train's own bookkeeping.
+    """
 
     count: int
     cpus: float
     gpus: float
     max_failures: int
-    scratch: str  # Tune and Train keep their own bookkeeping here; nothing of ours is in it
+    scratch: str
 
 
 def train_on_workers(task: Task, place: Workplace, tracker: Tracker, workers: Workers,
                       on_row: Callable[[dict[str, float]], object]) -> TrainingResult:
-    """One training by Ray Train's TorchTrainer; its artifacts lie in the output when it returns."""
+    """Train a model by Ray Train's TorchTrainer; its artifacts are kept when this returns.
+
+    Args:
+        task: Of a training.
+        place: Where it is kept.
+        tracker: Keeps its run.
+        workers: Who share the training.
+        on_row: Called with the metrics of each epoch.
+
+    Raises:
+        StepError: The training ended without a result.
+        Exception: What a worker raised, or Ray.
+    """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -73,7 +91,8 @@ def train_on_workers(task: Task, place: Workplace, tracker: Tracker, workers: Wo
         train_loop_config={"task": task, "place": place, "tracker": tracker, "monitor": monitor},
         scaling_config=ScalingConfig(num_workers=workers.count, use_gpu=bool(workers.gpus),
                                      resources_per_worker=resources),
-        run_config=RunConfig(name=f"train-{task.step.key}-{time.time_ns()}", storage_path=workers.scratch,
+        run_config=RunConfig(name=f"train-{task.step.key}-{time.time_ns()}",
+                             storage_path=workers.scratch,
                              failure_config=FailureConfig(max_failures=workers.max_failures)))
     errors: list[BaseException] = []
 
@@ -97,7 +116,7 @@ def train_on_workers(task: Task, place: Workplace, tracker: Tracker, workers: Wo
             on_row(row)
     if failure or errors:
         raise failure or errors[0]
-    result = place.artifacts.result(task.step)
+    result: TrainingResult | None = place.artifacts.result(task.step)
     if result is None:
         raise StepError(f"{task.step.name}: the training ended without a result")
     return result

@@ -1,6 +1,4 @@
-"""The actor in which Ray Tune runs a trial: a training in a thread, one epoch a step, kept for the
-next trial.
-"""
+"""The actor in which Ray Tune runs a trial, one epoch a step; the next trial uses it again."""
 
 from __future__ import annotations
 
@@ -15,15 +13,19 @@ from ray import tune
 from impactx.cluster.errors import is_final, portable
 from impactx.run.executor import Task
 
-END_SECONDS = 300.0  # for a training that is told to stop: its epoch's files and its run are completed
+# A training that is told to stop has so long to complete its epoch's files and its run.
+END_SECONDS = 300.0
 Report = Callable[[dict[str, float]], bool]  # an epoch's metrics; whether the trial is to stop
 TrainTrial = Callable[[Task, Report], Any]
 
 
 @dataclass(frozen=True)
 class Shared:
-    """What all trials of a search have in common: the tasks by their steps' keys (a reference in
-    Ray's object store), and how one of them is trained.
+    """What all trials of a search have in common.
+
+    Attributes:
+        tasks: By their steps' keys; a reference in Ray's object store.
+        train: Trains one of them.
     """
 
     tasks: Any

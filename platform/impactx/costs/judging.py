@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from impactx.approaches.baseline import BASELINE
 from impactx.evaluation.quality import metrics_of
-from impactx.experiment.cell import BASELINE, Cell
+from impactx.experiment.cell import Cell
 from impactx.experiment.steps.quality import MapQuality
 from impactx.explain.attribution import Attribution
 from impactx.settings.extensions import AttributionSettings

@@ -11,11 +11,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from impactx.approaches.baseline import BASELINE
 from impactx.costs.count import Count, CountedGroup, count, shards_left
 from impactx.costs.judging import Passes, passes_of
 from impactx.costs.measured import JUDGING, MAPS, Making, Measured, Probe, likeness
 from impactx.experiment.artifacts import Artifacts
-from impactx.experiment.cell import BASELINE, Cell, Configuration
+from impactx.experiment.cell import Cell, Configuration
 from impactx.experiment.steps.maps import Maps
 from impactx.experiment.steps.quality import MapQuality
 from impactx.experiment.steps.training import Model, Trial

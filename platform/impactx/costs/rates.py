@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from impactx.approaches.base import Approach, Bench
-from impactx.approaches.baseline import Baseline
+from impactx.approaches.baseline import BASELINE, Baseline
 from impactx.datasets import Dataset, make_split
-from impactx.experiment.cell import BASELINE, Cell
+from impactx.experiment.cell import Cell
 from impactx.experiment.steps.base import StepError
 from impactx.experiment.steps.maps import Target
 from impactx.experiment.steps.training import StepFiles

@@ -127,7 +127,8 @@ class Artifacts:
             search = self.storage.read_json(path).get("halving")
             if search != trial.halving.model_dump(mode="json"):
                 return None
-            return read_record(self.storage, path, trial.result_type, _FOR_PEOPLE)
+            return cast("TrainingResult", read_record(
+                self.storage, path, trial.result_type, _FOR_PEOPLE))
         except FileNotFoundError:
             return None
 

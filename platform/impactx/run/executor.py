@@ -97,7 +97,8 @@ def tracked(task: Task, context: Context, tracker: Tracker) -> Result:
     step, place = task.step, context.place
     step.check_code()
     if context.rank:
-        return step.execute(context)
+        rest: Result = step.execute(context)
+        return rest
     # The run reads its files until it ends: the folder that holds them outlives it.
     with tempfile.TemporaryDirectory(prefix="impactx-") as folder, task.open_run(tracker) as run:
         early = set(step.files(place, Path(folder), None))

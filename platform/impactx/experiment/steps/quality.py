@@ -184,7 +184,8 @@ class MapQuality(Step[QualityResult]):
             raise StepError(f"{self.name}: {error}") from error
         result = QualityResult(seconds=time.perf_counter() - started, quality=quality)
         stream = io.BytesIO()
-        np.savez_compressed(stream, **arrays)
+        # numpy's own type of this call allows booleans only.
+        np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
         artifacts.finish(self, result, {MAP_SCORES: stream.getvalue()})
         return result
 

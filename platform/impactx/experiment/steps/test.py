@@ -134,7 +134,9 @@ class Test(Step[TestResult]):
         started = time.perf_counter()
         data = place.dataset(self.dataset)
         test = data.load_test()
-        model = place.checkpoint(self.checkpoint, self.weights).model.eval().to(context.device)
+        # A module's own methods are not typed.
+        model: Any = place.checkpoint(self.checkpoint, self.weights).model
+        model = model.eval().to(context.device)
         store = None if self.maps is None else MapStore.open(
             artifacts.storage, self.maps.folder, self.maps.key)
         images = DeviceData(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -40,7 +41,7 @@ from impactx.settings import (
 from impactx.settings.extensions import AnyApproach, AnyAttribution
 from impactx.storage import Storage
 from impactx.timing import duration
-from impactx.training.loop import LoopArguments, Metrics, ResumeError
+from impactx.training.loop import LoopArguments, ResumeError
 
 log = logging.getLogger("impactx")
 STOPPED_TAG = {"impactx.stopped": "asha"}
@@ -201,8 +202,9 @@ class Training(Step[TrainingResult]):
 
     def _settings(self) -> dict[str, Any]:
         """Return the approach's settings that are not its defaults, but for what is searched."""
-        return self.approach.model_dump(
+        settings: dict[str, Any] = self.approach.model_dump(
             mode="json", exclude_defaults=True, exclude={"kind", *SEARCHED})
+        return settings
 
     @property
     def method(self) -> Approach:
@@ -414,6 +416,6 @@ class StepFiles:
         self.storage.delete(f"{self.folder}/{name}")
 
 
-def _finite(row: Metrics) -> dict[str, float | None]:
+def _finite(row: Mapping[str, float]) -> dict[str, float | None]:
     """JSON has no infinite numbers: they become None."""
     return {name: value if math.isfinite(value) else None for name, value in row.items()}
