@@ -25,10 +25,10 @@ _VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", SEVERAL_
 def private_cluster() -> Iterator[Path]:
     """Let a Ray cluster that is started in the block listen on loopback and ask for a new token.
 
-    The token is drawn for the block, whatever the environment says of authentication, and lies in a
-    file that only this user can read; every process of the cluster finds it by RAY_AUTH_TOKEN_PATH.
-    File and variables are gone after the block. A process that is killed leaves the file behind, and
-    with it the token of a cluster that has ended.
+    The token is drawn for the block, whatever the environment says of authentication, and lies in
+    a file that only this user can read; every process of the cluster finds it by
+    RAY_AUTH_TOKEN_PATH. File and variables are gone after the block. A process that is killed
+    leaves the file behind, and with it the token of a cluster that has ended.
 
     Yields:
         The path of the file.

@@ -29,6 +29,6 @@ def device_of(gpus: float) -> str:
     if not torch.cuda.is_available():
         raise StepError(
             f"Ray gave this process {gpus:g} GPU on {socket.gethostname()}, where torch finds "
-            "none: its driver is missing, or the node was started with a number of GPUs that it does not "
-            "have")
+            "none: its driver is missing, or the node was started with a number of GPUs that it "
+            "does not have")
     return "cuda"
