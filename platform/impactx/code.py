@@ -43,8 +43,9 @@ class CodeFingerprint:
     Attributes:
         digest: sha256 in hex of all normalised syntax trees and of what their imported names are.
             The modules' own names have no part in it.
-        modules: A hash of each module's normalised syntax tree, by the module's name. Modules with
-            nothing but imports and docstrings are left out.
+        modules: A hash of each module's normalised syntax tree and of the names that it uses of
+            others, by the module's name. Modules with nothing but imports and docstrings are left
+            out.
     """
 
     digest: str
@@ -83,7 +84,7 @@ def code_fingerprint(
             continue
         inside = sorted((a, b, trees.get(c, "")) for a, b, c in links[name])
         parts.add(_digest(json.dumps([trees[name], inside])))
-        modules[name] = trees[name][:16]
+        modules[name] = _digest(json.dumps([trees[name], [use[:2] for use in inside]]))[:16]
     return CodeFingerprint(_digest(json.dumps(sorted(parts))), dict(sorted(modules.items())))
 
 
@@ -110,24 +111,26 @@ def imported_files(roots: Iterable[str], path: Sequence[str] | None = None) -> d
     return dict(sorted(files.items()))
 
 
-def explain_difference(old: Mapping[str, str], new: Mapping[str, str]) -> str:
-    """Return one sentence that says which code differs, or "" if every module is the same.
+def explain_difference(old: CodeFingerprint, new: CodeFingerprint) -> str:
+    """Return one sentence that says which code differs, or "" if it is the same.
 
     Args:
-        old: `CodeFingerprint.modules` of earlier code.
-        new: The same of today's code.
+        old: The fingerprint of earlier code.
+        new: The fingerprint of today's code, from the same roots.
     """
-    gone = {name for name in old if name not in new}
-    added = {name for name in new if name not in old}
-    # A module that was moved is gone in one place and new in another, with the same tree.
-    moved_from = {name for name in gone if old[name] in {new[other] for other in added}}
-    moved_to = {name for name in added if new[name] in {old[other] for other in gone}}
-    changed = sorted(name for name in old if name in new and old[name] != new[name])
-    groups = ((changed, "{} changed"), (sorted(added - moved_to), "{} {be} new"),
-              (sorted(gone - moved_from), "{} {be} no longer used"))
-    clauses = [text.format(_listed(names), be="is" if len(names) == 1 else "are")
+    if old.digest == new.digest:
+        return ""
+    gone, added = set(old.modules) - set(new.modules), set(new.modules) - set(old.modules)
+    # A module that was moved is gone in one place and new in another, with the same hash.
+    gone_hashes, added_hashes = {old.modules[n] for n in gone}, {new.modules[n] for n in added}
+    both = set(old.modules) & set(new.modules)
+    groups = (
+        ({n for n in both if old.modules[n] != new.modules[n]}, "{} changed"),
+        ({n for n in added if new.modules[n] not in gone_hashes}, "{} {be} new"),
+        ({n for n in gone if old.modules[n] not in added_hashes}, "{} {be} no longer used"))
+    clauses = [text.format(_listed(sorted(names)), be="is" if len(names) == 1 else "are")
                for names, text in groups if names]
-    return f"the code differs: {', '.join(clauses)}" if clauses else ""
+    return f"the code differs: {', '.join(clauses) or 'the same modules import other names'}"
 
 
 def _listed(names: Sequence[str], most: int = 4) -> str:
@@ -276,10 +279,11 @@ class _Graph:
                 continue
             chains = source.uses.get(imported.bound, frozenset())
             if not chains:
-                # A package's own imports hand names on. In any other module, an import whose name
-                # appears nowhere is there for its effect; one that appears only in annotations and
-                # messages does nothing.
-                if not hands_on and imported.bound not in source.mentioned:
+                # What a package takes from modules and does not use, it hands on. Any other import
+                # whose name appears nowhere is there for its effect; one whose name appears in
+                # annotations and messages alone does nothing.
+                handed_on = hands_on and imported.attribute
+                if not handed_on and imported.bound not in source.mentioned:
                     way, left = self.definition(origin, first)
                     yield "", "", [*way, *imported.whole], left
                 continue
@@ -398,11 +402,11 @@ def _read(file: str, mtime_ns: int, size: int, inode: int) -> _Source:
 def _parsed(content: bytes) -> _Source:
     try:
         tree = ast.parse(content)
-    except (SyntaxError, ValueError):
+        imports = tuple(_imports(tree))
+        writer = _Writer({imported.bound for imported in imports})
+        writer.write(tree.body)
+    except (SyntaxError, ValueError, RecursionError):
         return _Source(hashlib.sha256(content).hexdigest())
-    imports = tuple(_imports(tree))
-    writer = _Writer({imported.bound for imported in imports})
-    writer.write(tree.body)
     text = "".join(writer.written)
     return _Source(
         _digest(text) if text else "", imports,
