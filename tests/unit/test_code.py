@@ -400,7 +400,7 @@ print(json.dumps([seconds, len(modules), [m for m in sys.modules if m.partition(
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True,
                           env={"PYTHONPATH": str(PACKAGE.parent), "PATH": "/usr/bin:/bin"})
     seconds, count, loaded = json.loads(done.stdout)
-    assert count > 50 and sorted(loaded) == ["impactx", "impactx.code"]
+    assert count > 50 and sorted(loaded) == ["impactx", "impactx.code", "impactx.code.imports", "impactx.code.syntax"]
     assert seconds[0] < 2 and min(seconds[1:]) < seconds[0] / 2, seconds
 
 
