@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from impactx.approaches.checkpoint import CheckpointError, Loaded, load_checkpoint
-from impactx.code import code_fingerprint
+from impactx.code import code_fingerprint, is_users_own
 from impactx.experiment.steps.base import Record, StepError
 from impactx.models import Classifier, Preprocess, seeded, weights_fingerprint
 from impactx.models.backbones import check_architecture, normalisation
@@ -136,9 +136,8 @@ def open_source(source: ModelSource, place: Workplace, weights: str | None = Non
                                    input_size=source.model.input_size)
     else:
         model = imported(source.path, source.folder)
-        modules = {source.path.partition(":")[0],
-                   *(kind.__module__ for part in model.modules() for kind in type(part).__mro__)}
-        explained = ExplainedModel(kind=source.path, code=code_fingerprint(modules).digest)
+        explained = ExplainedModel(
+            kind=source.path, code=code_fingerprint(_modules_of(source.path, model)).digest)
     present = weights_fingerprint(model)
     if weights is not None and present != weights:
         raise StepError(
@@ -151,6 +150,21 @@ def open_source(source: ModelSource, place: Workplace, weights: str | None = Non
     plain = isinstance(source, (TimmSource, ImportSource)) or isinstance(model, Classifier)
     module = model if plain else Logits(model)
     return OpenedModel(module.eval().requires_grad_(False), present, explained)
+
+
+def _modules_of(path: str, model: nn.Module) -> set[str]:
+    """Return the imported module, and the user's modules that define classes of the model's parts.
+
+    Weights do not say what a forward pass does with them: a mean that is written into the code
+    changes the maps, and no tensor. Scores of a fixed batch would show it, but their last bits
+    differ between machines.
+    """
+    first = path.partition(":")[0]
+    files = {kind.__module__: getattr(sys.modules.get(kind.__module__), "__file__", None)
+             for part in model.modules() for kind in type(part).__mro__}
+    return {first} | {name for name, file in files.items() if file and (
+        name.partition(".")[0] in (first.partition(".")[0], "impactx")
+        or is_users_own(Path(file)))}
 
 
 def _of_checkpoint(loaded: Loaded) -> tuple[nn.Module, ExplainedModel]:
