@@ -6,17 +6,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from impactx.experiment.measured import JUDGING, MAPS, Measured, Probe, Slots
-from impactx.experiment.plan import Cell, Configuration, DataFacts
-from impactx.experiment.price_list import price_list
-from impactx.experiment.pricing import CellPrice, Item, Range, price_cell, probes_of
-from impactx.experiment.rates import STAGE1, TrainingRate
-from impactx.experiment.stage2 import Basis
-from impactx.experiment.units import RUNNING, Artifacts
 
 from impactx.approaches.base import Candidate
+from impactx.approaches.baseline import BASELINE
 from impactx.approaches.ensemble import EnsembleNetwork
 from impactx.configuration import load_settings
+from impactx.costs.measured import JUDGING, MAPS, Measured, Probe, Slots
+from impactx.costs.price_list import price_list
+from impactx.costs.pricing import CellPrice, Item, Range, price_cell, probes_of
+from impactx.costs.rates import TrainingRate
+from impactx.evaluation.judgement import MapQuality as Judgement
+from impactx.experiment.artifacts import RUNNING, Artifacts
+from impactx.experiment.cell import Cell, Classifier, Configuration, DataFacts
+from impactx.experiment.steps.maps import Maps, MapsResult
+from impactx.experiment.steps.quality import QualityResult
+from impactx.experiment.steps.training import TrainingResult
 from impactx.explain.maps.store import MapStore, StoreError, StoreSpec
 from impactx.models import build_classifier
 from impactx.storage import Storage
@@ -45,39 +49,54 @@ def measured(of: list[Cell], gpus: float = 0.0, workers: int = 1) -> Measured:
     rates = Measured({"trial": training, "model": replace(training, gpus=0), "maps on CPUs": Slots(4, 1, 0),
                       JUDGING: Slots(4, 1, 0)}, 4, gpus * 4)
     for probe in probes_of(of):
-        for slot in {MAPS: ["maps on CPUs"], JUDGING: [JUDGING]}.get(probe.what, ["trial", "model"]):
+        for slot in {MAPS: ["maps on CPUs"], JUDGING: [JUDGING]}.get(probe.subject, ["trial", "model"]):
             for speed in (1, 2):
                 maps = 5.0 / {"trial": 5, "model": 10}.get(slot, 1)
-                rate = maps * speed if probe.made else TrainingRate(1 / speed, 0.001 / speed, 0)
-                rates.add(slot, probe, 2, [rate, rate])
+                rate = maps * speed if probe.making else TrainingRate(1 / speed, 0.001 / speed, 0)
+                add = rates.add_maps if probe.making else rates.add_training
+                add(slot, probe, 2, [rate, rate])
     return rates
 
 
-def finish_maps(cell: Cell, artifacts: Artifacts, repeats=(0, 1)) -> list[Basis]:
-    """Write down as finished all of stage 1 and, of these repeats, A and its maps; their bases."""
-    for k, unit in enumerate(cell.stage1_trials()):
-        artifacts.finish(unit, {"best": best(0.5 + k / 10), "weights": None})
-    point, bases = Configuration(0.002, 20, 0.2), []
+def training(accuracy: float = 0.5, weights: str | None = None, seconds: float = 0) -> TrainingResult:
+    """A finished training."""
+    best = {"common_accuracy": accuracy, "val_accuracy": accuracy, "val_loss": 1.0}
+    return TrainingResult(seconds=seconds, best=best, best_epoch=1, epochs=1, history=[], diverged=False,
+                          weights=weights, train_images=800, validation_images=200, seconds_this_process=seconds)
+
+
+def made(maps: Maps) -> MapsResult:
+    """A finished store."""
+    return MapsResult(seconds=0, images=1000, shards=1, shape=(3, 32, 32), folder=maps.folder, maps_made=1000,
+                      maps_per_second=None, process_seconds=None, map_std=1, map_abs_max=1)
+
+
+JUDGEMENT = QualityResult(seconds=0, quality=Judgement(
+    images=100, seconds=0, seconds_per_map={}, evaluations_per_map={}, results={}))
+
+
+def finish_maps(cell: Cell, artifacts: Artifacts, repeats=(0, 1)) -> list[Classifier]:
+    """Write down as finished all of stage 1 and, of these repeats, A and its maps; these A's."""
+    for k, point in enumerate(cell.configurations()):
+        artifacts.finish(cell.classifier_trial(point), training(0.5 + k / 10))
+    point, trained = Configuration(0.002, 20, 0.2), []
     for repeat in repeats:
-        a = cell.stage1_model(point, repeat)
-        artifacts.finish(a, result := {"weights": f"w{repeat}" * 32})
-        maps = cell.maps(a, result, repeat)
+        step = cell.classifier(point, repeat)
+        artifacts.finish(step, result := training(weights=f"w{repeat}" * 32))
+        a = Classifier(step, step.ref(result))
+        maps = cell.maps(a, cell.settings.attribution)
         spec = StoreSpec(maps.key, 1000, (3, 32, 32), cell.settings.maps.shard_size, {})
         store = MapStore.create(artifacts.storage, maps.folder, spec)
         for shard in store.missing():
             artifacts.storage.write(f"{maps.folder}/{store.shard_name(shard)}", b"")
-        artifacts.finish(maps, {})
-        bases.append(cell.basis(point, a, result, repeat))
-    return bases
+        artifacts.finish(maps, made(maps))
+        trained.append(a)
+    return trained
 
 
 def exactly(number: int) -> Range:
     """No range."""
     return Range(number, number)
-
-
-def best(accuracy: float) -> dict[str, float]:
-    return {"common_accuracy": accuracy, "val_accuracy": accuracy, "val_loss": 1.0}
 
 
 @pytest.fixture
@@ -91,15 +110,15 @@ def test_an_epoch_takes_what_its_steps_and_images_take():
     (cell,) = cells()
     # Two nodes of two slots each, one twice as fast: three quarters of the slower one's seconds... 4 / (2/t + 2/(t/2)).
     t = 40 + 0.2
-    assert measured([cell]).epoch("trial", cell, STAGE1, 20, 800, 200) == pytest.approx(4 / (2 / t + 4 / t))
+    assert measured([cell]).epoch("trial", cell, BASELINE, 20, 800, 200) == pytest.approx(4 / (2 / t + 4 / t))
 
 
 def test_cells_that_are_alike_are_measured_once():
     two = cells(names=("one", "two"))
-    assert [(p.what, p.batch_size) for p in probes_of(two)] == [
-        (STAGE1, 10), (STAGE1, 20), ("impactx", 10), ("impactx", 20), (MAPS, 0)]
+    assert [(p.subject, p.batch_size) for p in probes_of(two)] == [
+        (BASELINE, 10), (BASELINE, 20), ("impactx", 10), ("impactx", 20), (MAPS, 0)]
     own = cells("approaches.impactx.batch_size=32")
-    assert ("impactx", 32) in [(p.what, p.batch_size) for p in probes_of(own)]
+    assert ("impactx", 32) in [(p.subject, p.batch_size) for p in probes_of(own)]
 
 
 def test_what_is_left_is_counted_and_priced(artifacts):
@@ -130,7 +149,7 @@ def test_what_exists_costs_nothing(artifacts):
     (cell,) = cells()
     finish_maps(cell, artifacts, repeats=[0])
     price = price_cell(cell, measured([cell]), artifacts)
-    assert price.exists == "4 trials, A repeat 0, maps repeat 0" and price.trials == exactly(2)
+    assert price.exists == "4 of stage 1, 1 of training A, 1 of maps" and price.trials == exactly(2)
     assert price.evaluations == Range(100_000, 100_000)
     found = {item.name: item for item in price.items}
     large = 2 / 3 * 40.2
@@ -142,49 +161,46 @@ def test_what_exists_costs_nothing(artifacts):
 
 def test_finished_work_of_stage_2_costs_nothing(artifacts):
     (cell,) = cells(JUDGED)
-    rates, (approach,) = measured([cell]), cell.approaches()
-    bases = finish_maps(cell, artifacts)
+    rates, trained = measured([cell]), finish_maps(cell, artifacts)
     large = 2 / 3 * 40.2
 
     def priced():
         price = price_cell(cell, rates, artifacts)
         return price, {item.name: item for item in price.items}
 
-    (first, _), (second, _) = approach.trials(bases[0])
-    artifacts.finish(first, {"best": best(0.6), "weights": None})
+    first, second = (cell.approach_trial("impactx", Candidate(weight), trained[0]) for weight in (0.4, 0.8))
+    artifacts.finish(first, training(0.6))
     # A model of a point that may not be the selected one is not counted as done.
-    artifacts.finish(lost := approach.model(bases[0], Candidate(0.4)), {"weights": "x" * 64})
+    artifacts.finish(cell.approach_model("impactx", Candidate(0.4), trained[0]), training(weights="x" * 64))
     price, found = priced()
     assert price.trials == exactly(1) and found["impactx's search"].seconds.low == pytest.approx(6 * large)
-    assert "1 trials of impactx" in price.exists and lost.name not in price.exists
+    assert "1 of stage 2 of impactx" in price.exists
     assert found["final models"].seconds.low == pytest.approx(6 * 2 * large)
 
-    artifacts.finish(second, {"best": best(0.7), "weights": None})
+    artifacts.finish(second, training(0.7))
     price, found = priced()
     assert price.trials == exactly(0) and "impactx's search" not in found
     assert price.epochs == Range(6 * 2, 30 * 2), "lambda = 0.8 is selected, and trained in no repeat"
-    finals = [approach.model(basis, Candidate(0.8)) for basis in bases]
-    artifacts.finish(finals[0], {"weights": "y0" * 32})
+    finals = [cell.approach_model("impactx", Candidate(0.8), a) for a in trained]
+    artifacts.finish(finals[0], training(weights="y0" * 32))
     price, found = priced()
-    assert price.epochs == Range(6, 30) and finals[0].name in price.exists and found["judging"].slots == 4
+    assert price.epochs == Range(6, 30) and "1 of final trainings" in price.exists and found["judging"].slots == 4
 
-    artifacts.finish(finals[1], {"weights": "y1" * 32})
-    models = [(basis.a, basis.a_result) for basis in bases] + [
-        (unit, artifacts.result(unit)) for unit in finals]
-    for unit, result in models:
+    artifacts.finish(finals[1], training(weights="y1" * 32))
+    for model in [*(a.step for a in trained), *finals]:
         assert priced()[1]["judging"].seconds.low > 0
-        artifacts.finish(cell.map_quality(unit, result), {})
+        artifacts.finish(cell.map_quality(model, artifacts.result(model)), JUDGEMENT)
     price, found = priced()
     assert price.epochs == Range() and price.evaluations == Range() and "judging" not in found
-    assert all(item.seconds == Range() for item in price.items) and "4 judgements" in price.exists
+    assert all(item.seconds == Range() for item in price.items) and "4 of map quality" in price.exists
 
 
 def test_shards_that_are_there_cost_nothing(artifacts):
     (cell,) = cells("repeats=1", "maps.shard_size=300")
     finish_maps(cell, artifacts, repeats=[])
-    a = cell.stage1_model(Configuration(0.002, 20, 0.2), 0)
-    artifacts.finish(a, result := {"weights": "w0" * 32})
-    unit = cell.maps(a, result, 0)
+    step = cell.classifier(Configuration(0.002, 20, 0.2), 0)
+    artifacts.finish(step, result := training(weights="w0" * 32))
+    unit = cell.maps(Classifier(step, step.ref(result)), cell.settings.attribution)
     store = MapStore.create(artifacts.storage, unit.folder, StoreSpec(unit.key, 1000, (3, 32, 32), 300, {}))
     rates = measured([cell])
     assert price_cell(cell, rates, artifacts).evaluations == Range(100_000, 100_000)
@@ -200,10 +216,9 @@ def test_shards_that_are_there_cost_nothing(artifacts):
 
 def test_a_finished_store_that_lost_a_shard_is_completed(artifacts):
     (cell,) = cells("repeats=1", "maps.shard_size=300")
-    finish_maps(cell, artifacts, repeats=[0])
+    (a,) = finish_maps(cell, artifacts, repeats=[0])
     assert price_cell(cell, measured([cell]), artifacts).evaluations == Range()
-    point = Configuration(0.002, 20, 0.2)
-    unit = cell.maps(cell.stage1_model(point, 0), {"weights": "w0" * 32}, 0)
+    unit = cell.maps(a, cell.settings.attribution)
     store = MapStore.open(artifacts.storage, unit.folder, unit.key)
     artifacts.storage.delete(f"{unit.folder}/{store.shard_name(3)}")
     price = price_cell(cell, measured([cell]), artifacts)
@@ -230,8 +245,8 @@ def test_maps_that_a_training_makes_itself_are_priced(artifacts):
 def test_a_budget_bounds_trials_epochs_and_seconds(artifacts):
     (cell,) = cells("grid.max_hours=1", "grid.batch_size=[20]",
                     f"grid.learning_rate={[0.001 * k for k in range(1, 21)]}")
-    trials = cell.stage1_trials()
-    artifacts.finish(trials[2], {"best": best(0.5), "weights": None, "seconds": 3000})
+    trials = [cell.classifier_trial(point) for point in cell.configurations()]
+    artifacts.finish(trials[2], training(seconds=3000))
 
     def stage1():
         price = price_cell(cell, measured([cell]), artifacts)
@@ -243,7 +258,7 @@ def test_a_budget_bounds_trials_epochs_and_seconds(artifacts):
     epoch = 2 / 3 * 40.2
     item, count, epochs = stage1()
     assert count == Range(1 + 2, 7 + 2)
-    assert item.what == "1 to 7 of 20 trials left, as 10 min 00 s of training are left (grid.max_hours)"
+    assert item.text == "1 to 7 of 20 trials left, as 10 min 00 s of training are left (grid.max_hours)"
     assert (item.seconds.low, item.seconds.high) == pytest.approx((600, 600 + 4 * 30 * epoch))
     assert (epochs.low, epochs.high) == pytest.approx((600 / epoch, (600 + 4 * 30 * epoch) / epoch))
     assert item.alone().high == pytest.approx((600 + 4 * 30 * epoch) / 4 + 30 * epoch * 3 / 4)
@@ -253,8 +268,8 @@ def test_a_budget_bounds_trials_epochs_and_seconds(artifacts):
     item, count, epochs = stage1()
     assert count == Range(9 + 2, 9 + 2) and (epochs.low, epochs.high) == pytest.approx((9 * 6, 9 * 30))
     assert (item.seconds.low, item.seconds.high) == pytest.approx((9 * 6 * epoch, 9 * 30 * epoch))
-    artifacts.finish(trials[2], {"best": best(0.5), "weights": None, "seconds": 3600})
-    assert stage1() == (replace(item, what=item.what.replace("10 min 00 s", "0.0 s")), count, epochs)
+    artifacts.finish(trials[2], training(seconds=3600))
+    assert stage1() == (replace(item, text=item.text.replace("10 min 00 s", "0.0 s")), count, epochs)
     for unit in trials[-9:]:
         artifacts.storage.delete(f"{unit.folder}/{RUNNING}")
     item, count, epochs = stage1()
@@ -287,7 +302,8 @@ def test_no_step_is_shorter_than_its_longest_piece():
 
 def test_judging_is_counted_and_priced(artifacts):
     (cell,) = cells(JUDGED, "evaluation.attributions=[{method: grad_cam}]")
-    assert [p.made.count("grad_cam") for p in probes_of([cell]) if p.what == JUDGING] == [0, 1]
+    assert [p.making.attribution.method for p in probes_of([cell]) if p.subject == JUDGING] == [
+        "partition", "grad_cam"]
     price = price_cell(cell, measured([cell]), artifacts)
     item = {item.name: item for item in price.items}["judging"]
     # A: predicted and grad_cam (4 passes), and true where that is another class; impactx: of its A as well.
@@ -314,8 +330,8 @@ def test_judging_is_counted_and_priced(artifacts):
 def test_several_workers_hold_several_times_as_much(artifacts):
     (cell,) = cells()
     one, four = (measured([cell], workers=n) for n in (1, 4))
-    assert four.epoch("trial", cell, STAGE1, 20, 800, 200) == pytest.approx(
-        one.epoch("trial", cell, STAGE1, 20, 800, 50)), "each step is theirs, and a part of the validation images"
+    assert four.epoch("trial", cell, BASELINE, 20, 800, 200) == pytest.approx(
+        one.epoch("trial", cell, BASELINE, 20, 800, 50)), "each step is theirs, and a part of the validation images"
     item = price_cell(cell, four, artifacts).items[0]
     assert item.cpu_hours(four).low == pytest.approx(item.seconds.low * 4 / 3600)
 
@@ -331,7 +347,7 @@ def test_slots_hold_all_their_workers(monkeypatch):
     tried = []
 
     def gang(where, probes, place):
-        tried.append((where.device, where.on_node, where.workers, [probe.what for probe in probes]))
+        tried.append((where.device, where.on_node, where.workers, [probe.subject for probe in probes]))
         return [(probe, [1.0]) for probe in probes]
 
     monkeypatch.setattr(measuring, "_gang", gang)
@@ -354,10 +370,10 @@ def test_a_worker_is_measured_on_its_share_of_a_batch(monkeypatch):
     pytest.importorskip("ray")
     from impactx.cluster import measuring
 
-    monkeypatch.setattr(measuring, "measure_training", lambda cell, place, what, batch_size, device: batch_size)
+    monkeypatch.setattr(measuring, "measure_training", lambda cell, place, subject, batch_size, device: batch_size)
     (cell,) = cells()
     where = measuring.Place("node", "cpu", 1, 0, 4, 4)
-    sizes = {(n, size): measuring.Prober().run(Probe(cell, STAGE1, size), None, replace(where, workers=n))
+    sizes = {(n, size): measuring.Prober().run(Probe(cell, BASELINE, size), None, replace(where, workers=n))
              for n in (1, 4) for size in (1, 4, 10)}
     assert sizes == {(1, 1): 1, (1, 4): 4, (1, 10): 10, (4, 1): 1, (4, 4): 2, (4, 10): 3}
 
@@ -371,7 +387,8 @@ def test_what_the_plan_knows_of_a_model_is_true():
             "single_stage": cell.settings.approaches["single_stage"].build(cell.model, 10, (32, 32),
                                                seed=0),
             "ensemble": EnsembleNetwork([a, a])}
-    assert {x.name: x.approach.makes_maps for x in cell.approaches()} == {n: hasattr(m, "with_maps") for n, m in nets.items()}
+    assert {name: approach.makes_maps for name, approach in cell.approaches.items()} == {
+        name: hasattr(net, "with_maps") for name, net in nets.items()}
 
 
 def test_strategies_cost_less(artifacts):
@@ -408,7 +425,7 @@ def test_cells_take_as_long_as_their_number_at_once_and_the_trials_of_all_allow(
     def price(trials: float, models: float) -> CellPrice:
         return CellPrice(cell, [Item("stage 1", "", "trial", Range(trials, trials), 2, 2),
                                 Item("final models", "", "model", Range(models, models), 2, 2)],
-                         exactly(1), Range(), Range(), 0, "")
+                         exactly(1), Range(), Range(), 0, {}, "")
 
     def whole(at_once: int, *prices: CellPrice) -> str:
         return price_list(prices, rates, at_once).partition("in all: ")[2].splitlines()[2].strip().partition(" on")[0]
