@@ -20,6 +20,18 @@ def test_the_library_example_is_the_file_that_is_run() -> None:
     assert f"```python\n{code}\n```" in (ROOT / "README.md").read_text()
 
 
+def test_the_pages_on_extensions_and_rooms_show_and_name_files_that_are_there() -> None:
+    page = (ROOT / "docs/extending.md").read_text()
+    plugins = sorted((ROOT / "tests/extensions").glob("toy_*.py"))
+    assert len(plugins) == 4
+    assert not [file.name for file in plugins if f"```python\n{file.read_text().strip()}\n```" not in page]
+    architecture = (ROOT / "docs/architecture.md").read_text()
+    named = set(re.findall(r"`((?:[a-z_]+/)*[a-z_0-9]+\.py)`", architecture))
+    folders = [ROOT, ROOT / "platform/impactx", ROOT / "platform/impactx/experiment"]
+    assert len(named) > 30
+    assert not [name for name in named if not any((folder / name).exists() for folder in folders)]
+
+
 def test_every_file_that_the_readme_names_is_there() -> None:
     text = (ROOT / "README.md").read_text()
     named = set(re.findall(r"\]\((?!http)([^)#]+)\)", text)) | set(re.findall(r"python (jobs/\w+\.py)", text))
