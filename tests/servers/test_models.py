@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from impactx.experiment.tracker import TrackingError
 
 from impactx.api import TrainedModel, load_model
 from impactx.approaches.impactx import Impactx

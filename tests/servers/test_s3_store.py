@@ -13,19 +13,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from impactx.experiment.executor import LocalExecutor, Task
-from impactx.experiment.plan import Cell, Configuration, DataFacts
-from impactx.experiment.units import RUNNING
-from impactx.experiment.work import train_unit
 from services import WEED, free_ports, s3_server
 
 from impactx.datasets import DataError, load_dataset
+from impactx.experiment.artifacts import RUNNING
+from impactx.experiment.cell import Cell, Classifier, Configuration, DataFacts
+from impactx.experiment.steps.base import Context
 from impactx.experiment.workplace import Workplace
 from impactx.explain.attribution import Explanations
 from impactx.explain.maps.reading import MapDataset, store_at
 from impactx.explain.maps.store import MapStore, StoreError, StoreSpec
 from impactx.models.weights import WeightsError, read_weights_file
+from impactx.run.executor import Task
+from impactx.run.local import LocalExecutor
 from impactx.run.no_tracker import NoTracker
+from impactx.run.tracker import RunIdentity
 from impactx.settings import DatasetSettings, ExperimentSettings
 from impactx.storage import Storage, StorageError
 
@@ -162,7 +164,7 @@ def test_trainings_resume_and_maps_are_made_in_a_bucket(bucket, tmp_path):
             data.fingerprint, len(data.train), data.num_classes, data.image_size, data.class_names))
 
     remote, cell = at(bucket)
-    a = cell.stage1_model(Configuration(0.003, 16, 0.2), 0)
+    a = cell.classifier(Configuration(0.003, 16, 0.2), 0)
     seen: list[int] = []
 
     def stop(row) -> None:  # noqa: ANN001
@@ -171,29 +173,30 @@ def test_trainings_resume_and_maps_are_made_in_a_bucket(bucket, tmp_path):
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        train_unit(a, remote, on_epoch=stop)
+        a.execute(Context(remote, on_epoch=stop))
     storage = remote.artifacts.storage
     assert storage.exists(f"{a.folder}/{RUNNING}") and remote.artifacts.result(a) is None
-    resumed = train_unit(a, remote, on_epoch=lambda row: seen.append(row["epoch"]))
+    resumed = a.execute(Context(remote, on_epoch=lambda row: seen.append(row["epoch"])))
     assert seen[:2] == [1, 2] and seen[2] in (2, 3) and seen[-1] == 3 and len(seen) <= 4
     assert not storage.exists(f"{a.folder}/{RUNNING}")
     local, _ = at(str(tmp_path / "out"))
-    assert train_unit(a, local)["weights"] == resumed["weights"]  # as if nothing had happened
+    assert a.execute(Context(local)).weights == resumed.weights  # as if nothing had happened
 
-    maps = cell.maps(a, resumed, 0)
+    maps = cell.maps(Classifier(a, a.ref(resumed)), settings.attribution)
+    task = Task(maps, RunIdentity("job/maps", "maps", "job"))
     for place in (remote, local):
-        made = LocalExecutor(place, NoTracker()).explain(Task(maps, "job/maps", "job", {}), lambda *_: None)
-        assert made["images"] == 60
+        made = LocalExecutor(place, NoTracker()).explain(task, lambda *_: None)
+        assert made.images == 60
     for shard in range(3):
         name = MapStore.open(storage, maps.folder).shard_name(shard)
         assert storage.read(f"{maps.folder}/{name}") == local.artifacts.storage.read(f"{maps.folder}/{name}")
-    data = remote.dataset(maps.inputs["dataset"])
+    data = remote.dataset(maps.dataset)
     image, label, values = MapDataset.open(f"{bucket}/{maps.folder}", data, cache=tmp_path / "maps")[59]
     assert values.shape == (3, 32, 32) and label == data.train.labels[59] and image.max() <= 1
     missing = MapStore.open(storage, maps.folder)
     storage.delete(f"{maps.folder}/{missing.shard_name(1)}")
     done: list[tuple[int, int, int]] = []
-    LocalExecutor(remote, NoTracker()).explain(Task(maps, "job/maps", "job", {}), lambda *now: done.append(now))
+    LocalExecutor(remote, NoTracker()).explain(task, lambda *now: done.append(now))
     assert done == [(25, 35, 60)] and missing.verify() == []
 
 
