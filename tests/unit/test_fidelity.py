@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from impactx.evaluation.fidelity import agreement, mean_maps, randomised
 
 from impactx.approaches.impactx import Impactx
 from impactx.evaluation.metrics.fidelity import agreement, randomised
