@@ -74,6 +74,7 @@ def load_settings(preset: str = DEFAULT_PRESET, overrides: Sequence[str] = (), f
     if preset not in presets(folder):
         raise ConfigurationError(f"preset {preset!r} does not exist: {_similar(preset, presets(folder))}"
                                  f"there are {', '.join(presets(folder))} (in {folder})")
+    plugins.load(_plugin_files(folder, preset, overrides))  # any setting can name what they register
     known = groups(folder)
     chosen: dict[str, list[str]] = {}  # by group; the last choice counts, as everywhere
     values = []
@@ -114,9 +115,6 @@ def load_settings(preset: str = DEFAULT_PRESET, overrides: Sequence[str] = (), f
     composed = {name: value for name, value in composed.items()
                 if name in root.model_fields or name not in ExperimentSettings.model_fields}
     errors += _lay_over(composed, values)
-    files = composed.get("plugins")
-    if isinstance(files, list) and all(isinstance(file, str) for file in files):
-        plugins.load(files)  # what they register can be named by any other setting
     settings = None
     try:
         settings = root.model_validate(composed)
@@ -128,6 +126,17 @@ def load_settings(preset: str = DEFAULT_PRESET, overrides: Sequence[str] = (), f
         raise ConfigurationError(f"{count} in the configuration (preset {preset}):\n" + "\n".join(
             f"  - {e}" for e in dict.fromkeys(errors)))
     return settings
+
+
+def _plugin_files(folder: Path, preset: str, overrides: Sequence[str]) -> list[str]:
+    """The plugins of the last override that names any, else the preset's; a value that is no such list is reported
+    where the settings are checked."""
+    composed: dict[str, Any] = _compose(folder, preset, [])
+    named = [value for key, equals, value in (text.partition("=") for text in overrides)
+             if equals and key.strip().lstrip("+") == "plugins"]
+    _lay_over(composed, [("plugins", value) for value in named])
+    files = composed.get("plugins")
+    return files if isinstance(files, list) and all(isinstance(file, str) for file in files) else []
 
 
 def _forget_other_attribution(composed: dict[str, Any], method: str, folder: Path, preset: str) -> None:

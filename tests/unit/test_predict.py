@@ -25,25 +25,10 @@ from impactx.command import main
 from impactx.datasets import DataError
 from impactx.explain.maps.sheet import draw_sheet
 from impactx.explain.methods.partition import Partition
-from impactx.models import build_abn, build_classifier, build_impactx, build_wae, load_checkpoint
-from impactx.prediction import ModelChoice, PredictionError, read_images
-from impactx.serving import _load_pyfunc
-from impactx.settings import (
-    AbnSettings,
-    ImpactxSettings,
-    ModelSettings,
-    WaeSettings,
-    extensions,
-from impactx.explain.maps.sheet import draw_sheet
 from impactx.models import build_classifier
 from impactx.prediction import ModelChoice, PredictionError, read_images
 from impactx.serving import _load_pyfunc
-from impactx.settings import (
-    AttributionSettings,
-    ModelSettings,
-    PartitionSettings,
-    parse_attribution,
-)
+from impactx.settings import ModelSettings, extensions
 from impactx.tracking.models import DISTRIBUTIONS, REQUIREMENTS, requirements, save, signature
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,7 +41,7 @@ def trained(approach: str, seed: int = 0) -> TrainedModel:
     if approach == "baseline":
         return TrainedModel(a.eval(), LENET, NAMES)
     if approach == "wae":
-        wae = Wae(attribution=PartitionSettings(max_evals=12, fixed_context=1))
+        wae = Wae(attribution=Partition(max_evals=12, fixed_context=1))
         return TrainedModel(wae.build(LENET, a, seed=seed).eval(), LENET, NAMES, wae)
     if approach == "abn":
         return TrainedModel(Abn().build(LENET, len(NAMES), (32, 32), seed=seed).eval(), LENET, NAMES,
@@ -271,7 +256,7 @@ def test_a_machine_that_serves_gets_what_the_models_attribution_needs(tmp_path, 
         TrainedModel(model.eval(), LENET, NAMES, settings).save(tmp_path / "net.pt")
         return dict(line.partition("==")[::2] for line in requirements(load_checkpoint(tmp_path / "net.pt")))
 
-    a, attribution = build_classifier(LENET, len(NAMES), (32, 32), seed=0), parse_attribution({"method": method})
+    a, attribution = build_classifier(LENET, len(NAMES), (32, 32), seed=0), extensions.attribution.parse({"method": method})
     wae, own = Wae(attribution=attribution), Impactx(attribution=attribution)
     extra = found(wae.build(LENET, a, seed=0), wae)
     assert set(extra) == set(REQUIREMENTS) | needed

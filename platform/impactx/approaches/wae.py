@@ -21,9 +21,9 @@ from impactx.approaches.baseline import Baseline
 from impactx.datasets.batches import Batch
 from impactx.models import Classifier, MapKind
 from impactx.models.beside import BesideClassifier, LatentExplanationPredictor, build_c, build_lep
-from impactx.settings import AttributionSettings, ModelSettings
+from impactx.settings import ModelSettings
 from impactx.settings.base import Positive, axis
-from impactx.settings.extensions import approach
+from impactx.settings.extensions import AnyAttribution, approach
 from impactx.training.losses import cross_entropy
 
 
@@ -108,7 +108,7 @@ class Wae(TunedApproach):
         512, ge=1, description="units of the encoder's last layer, as the LEP's")
     encoder_start: Literal["as_stage1", "from_stage1"] = Field(
         "as_stage1", description="as IMPACTX's lep_start")
-    attribution: AttributionSettings | None = Field(
+    attribution: AnyAttribution | None = Field(
         None, description="makes the class maps; None: the experiment's")
 
     network: ClassVar[type[nn.Module]] = WaeNetwork

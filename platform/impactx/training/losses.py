@@ -22,18 +22,6 @@ def cross_entropy(scores: Tensor, batch: Batch) -> Tensor:
     return (F.cross_entropy(scores, batch.labels, reduction="none") * batch.weights).sum()
 
 
-def map_error(maps: Tensor, targets: Tensor, batch: Batch) -> Tensor:
-    """Return the weighted mean squared error of maps.
-
-    Args:
-        maps: Predicted maps, (B, C, H, W), in the units of the scaled maps.
-        targets: The maps that are to be predicted, of the same shape and units. The error of an
-            image is the mean over its C*H*W values.
-        batch: The batch, for its weights.
-    """
-    return ((maps - targets).square().mean(dim=(1, 2, 3)) * batch.weights).sum()
-
-
 def classification_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the logits (B, K) of a classifier and their cross entropy (paper 3.3, stage 1)."""
     logits = model(batch.images)

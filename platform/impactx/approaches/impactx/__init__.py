@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from impactx.approaches.base import Bench, Candidate, MapsNeeded, Trained, TunedApproach
 from impactx.approaches.baseline import Baseline
+from impactx.approaches.impactx.loss import map_error
 from impactx.approaches.impactx.network import ImpactxNetwork, network_parts
 from impactx.approaches.impactx.targets import Maps, targets_of
 from impactx.approaches.role import Role
@@ -16,8 +17,8 @@ from impactx.datasets.batches import Batch, check_maps
 from impactx.models import Classifier
 from impactx.settings import AttributionSettings, ModelSettings
 from impactx.settings.base import Lambda, Positive, axis, expand_range
-from impactx.settings.extensions import approach
-from impactx.training.losses import Loss, cross_entropy, map_error
+from impactx.settings.extensions import AnyAttribution, approach
+from impactx.training.losses import Loss, cross_entropy
 
 __all__ = ["TABLE_1", "Impactx", "ImpactxNetwork", "impactx_loss"]
 
@@ -63,7 +64,7 @@ class Impactx(TunedApproach):
         "what the decoder is taught. own: each image's map; the controls: another image's "
         "(shuffled, shuffled_in_class), or the mean of the training part's maps (mean, class_mean) "
         "for every image"))
-    attribution: AttributionSettings | None = Field(None, description=(
+    attribution: AnyAttribution | None = Field(None, description=(
         "makes the maps, in a store of its own; None: the experiment's"))
 
     network: ClassVar[type[nn.Module]] = ImpactxNetwork

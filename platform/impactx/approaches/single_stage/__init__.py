@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from impactx.approaches.base import Bench, Candidate, Trained, TunedApproach
 from impactx.approaches.impactx import TABLE_1
+from impactx.approaches.impactx.loss import map_error
 from impactx.approaches.impactx.network import network_parts
 from impactx.approaches.role import Role
 from impactx.approaches.single_stage.network import SingleStageNetwork
@@ -21,8 +22,8 @@ from impactx.models import build_classifier
 from impactx.models.logits import Logits
 from impactx.settings import AttributionSettings, ModelSettings
 from impactx.settings.base import Lambda, axis
-from impactx.settings.extensions import approach
-from impactx.training.losses import Loss, cross_entropy, map_error
+from impactx.settings.extensions import AnyAttribution, approach
+from impactx.training.losses import Loss, cross_entropy
 
 __all__ = ["SingleStage", "SingleStageNetwork", "single_stage_loss"]
 
@@ -78,7 +79,7 @@ class SingleStage(TunedApproach):
         "they have, or have no part in the MSE until their first"))
     auxiliary: float = Field(0.0, ge=0, allow_inf_nan=False, description=(
         "weight of a cross entropy of M's own scores; 0: M learns through C alone"))
-    attribution: AttributionSettings | None = Field(
+    attribution: AnyAttribution | None = Field(
         None, description="makes the maps; None: the experiment's")
 
     network: ClassVar[type[nn.Module]] = SingleStageNetwork
