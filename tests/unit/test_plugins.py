@@ -228,7 +228,7 @@ def test_settings_load_the_plugins_first(tmp_path):
 
 
 def test_the_key_of_a_job_does_not_depend_on_the_files_place():
-    from impactx.experiment.run import job_key
+    from impactx.run.job import job_key
 
     write("a/place_of_mine.py", METRIC)
     plain = load_settings("demo", [], CONFIGS)
