@@ -76,12 +76,12 @@ class Registry(Generic[E]):
 
     def names(self) -> list[str]:
         """Return the names of all registered extensions, sorted."""
-        return sorted(self.classes())
+        return list(self.classes())
 
     def classes(self) -> dict[str, type[E]]:
-        """Return the classes of all registered extensions by their names."""
+        """Return the classes of all registered extensions by their names, in their order."""
         self._load()
-        return dict(self._classes)
+        return dict(sorted(self._classes.items()))
 
     def get(self, name: str) -> type[E]:
         """Return the class of a name.
@@ -138,8 +138,6 @@ class Registry(Generic[E]):
         """Import the modules of the built-in extensions, once, and of this process's plugins."""
         while self._packages:
             name = self._packages.pop()
-            if importlib.util.find_spec(name) is None:  # a room that is not rebuilt yet
-                continue
             package = importlib.import_module(name)
             for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
                 importlib.import_module(module.name)
