@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.util
 import os
 import pkgutil
 from collections.abc import Mapping, Sequence
