@@ -17,9 +17,11 @@ PACKAGE = "impactx"
 # are in every key themselves, carry work out, keep it, or show it. Each would otherwise be reached
 # from many steps, and a change of the report would cost all maps. "" is impactx/__init__.py. An
 # extension's class holds its settings and its methods in one file outside of them, which counts
-# whole.
+# whole. What a checkpoint holds is known by the fingerprint of its weights, and the steps that open
+# one name the module of its approach themselves.
 ROOMS_WITHOUT_NUMBERS = frozenset({
-    "", "benchmarks", "cli", "cluster", "code", "command", "configuration", "costs", "fetching",
+    "", "approaches.checkpoint", "benchmarks", "cli", "cluster", "code", "command", "configuration",
+    "costs", "experiment.artifacts", "experiment.ownership", "experiment.steps.base", "fetching",
     "logging", "plugins", "report", "results", "run", "serving", "settings", "settings_doc",
     "storage", "timing", "tracking", "version"})
 
@@ -211,7 +213,8 @@ class Graph:
 
 def _without_numbers(name: str) -> bool:
     package, _, rest = name.partition(".")
-    return package == PACKAGE and rest.partition(".")[0] in ROOMS_WITHOUT_NUMBERS
+    return package == PACKAGE and (
+        not rest or not ROOMS_WITHOUT_NUMBERS.isdisjoint(with_parents(rest)))
 
 
 def is_users_own(file: Path) -> bool:

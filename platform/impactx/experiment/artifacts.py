@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
+from impactx.experiment.history import keep_code, note_finished
 from impactx.experiment.steps.base import Result, Step
 from impactx.storage import DamagedError, Storage, StorageError
 
@@ -97,11 +98,16 @@ class Artifacts:
             return None
 
     def finish(self, step: Step[R], result: R, files: dict[str, bytes] | None = None) -> None:
-        """Keep a step's files and then its result, so that with the result everything is there."""
+        """Keep a step's files and then its result, so that with the result everything is there.
+
+        By which code it was done is kept beside all results; see `history`.
+        """
+        keep_code(self.storage, step)
         for name, content in (files or {}).items():
             self.storage.write(f"{step.folder}/{name}", content)
         self.storage.write_json(f"{step.folder}/{RESULT}", self._about(step) | result.model_dump(
             mode="json"))
+        note_finished(self.storage, step)
         for name in (RUNNING, STOPPED, OWNER):
             self.storage.delete(f"{step.folder}/{name}")
 

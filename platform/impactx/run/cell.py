@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 from impactx.experiment.artifacts import CHECKPOINT
 from impactx.experiment.cell import Cell, Configuration
 from impactx.experiment.flow import flow
-from impactx.experiment.groups import Group, LeftOut, Outcomes, Request, Search, select
+from impactx.experiment.groups import (
+    Group,
+    LeftOut,
+    Outcomes,
+    Request,
+    Search,
+    SelectionError,
+    select,
+)
 from impactx.experiment.ownership import TakenOver
 from impactx.experiment.steps.base import Result, Step, StepError
 from impactx.experiment.steps.maps import Maps
@@ -223,15 +231,32 @@ class CellRun:
 
     # ---- groups
 
+    def _plan(self, group: Group) -> None:
+        """Note a group's steps, and say which of them only the code makes new."""
+        self.journal.plan(group.title, group.steps, search=isinstance(group, Search))
+        if again := self.job.history.made_again(group.steps):
+            self.log.info("%s: %s", group.title, again)
+
     def _group(self, group: Group) -> Outcomes:
         """Do independent steps at once; maps, which spread over a cluster, one after the other."""
-        self.journal.plan(group.title, group.steps)
+        self._plan(group)
         self.job.progress.at(self.cell.name, group.title)
         # Two approaches may come to one step: it must not be done twice at once.
         unique = {step.folder: step for step in group.steps}
         spread = any(step.slot == "maps" for step in unique.values())
         at_once = 1 if spread else self.job.executor.steps_at_once()
-        work: list[Callable[[], Result]] = [partial(self._do, step) for step in unique.values()]
+        taken_over: list[TakenOver] = []
+
+        def do(step: Step[Any]) -> Result:
+            if taken_over:
+                raise taken_over[0]  # another process does the cell: nothing more is begun here
+            try:
+                return self._do(step)
+            except TakenOver as error:
+                taken_over.append(error)
+                raise
+
+        work: list[Callable[[], Result]] = [partial(do, step) for step in unique.values()]
         outcomes = run_all(work, at_once, name=group.title.replace(" ", "-"),
                            on_interrupt=self.job.executor.stop)
         results: dict[str, Result] = {}
@@ -250,13 +275,16 @@ class CellRun:
 
     def _search(self, search: Search, run: Run) -> Outcomes:
         """Train the trials of a search; they may have been trained or stopped earlier."""
-        self.journal.plan(search.title, search.steps, search=True)
+        self._plan(search)
         under_way = _Trials(self, search)
         if pending := under_way.pending:
             self.job.executor.search([self._task(trial) for trial in pending], under_way.on_result,
                                      under_way.on_epoch, under_way.limits())
         outcomes = under_way.outcomes()
-        chosen = select(search.steps, outcomes, search.metric)
+        try:
+            chosen = select(search.steps, outcomes, search.metric)
+        except SelectionError:
+            return outcomes  # the flow says what follows from it
         self.journal.selected(search.title, chosen.trial)
         self.log.info("%s: selected %s (%s %.4f)%s", search.title, chosen.trial.name,
                       search.metric, chosen.result.score(search.metric), under_way.notes())

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from impactx.experiment.cell import Cell
+from impactx.experiment.history import History
 from impactx.experiment.ownership import Ownership
 from impactx.experiment.steps.base import StepError, fingerprint
 from impactx.experiment.workplace import Workplace
@@ -54,6 +55,7 @@ class Job:
     end the others.
 
     Attributes:
+        history: What was finished before the job began, and under which code.
         failed: What failed, whole or in part, by the cell's name.
         report: The address of the finished job's report.
         evidence: What the finished job shows.
@@ -78,6 +80,7 @@ class Job:
         self.executor, self.tracker, self.tags = executor, tracker, dict(tags or {})
         self.key, self._start = job_key(settings), start or Start()
         self.artifacts = place.artifacts
+        self.history = History(self.artifacts.storage)
         self.map_folders: list[str] = []
         self.failed: dict[str, Exception] = {}
         self.progress = JobProgress(len(cells))

@@ -18,11 +18,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from impactx.code import code_fingerprint
+from impactx.code import CodeFingerprint, code_fingerprint
 from impactx.settings.base import Settings
 from impactx.storage import Storage
 from impactx.timing import duration
@@ -95,6 +95,10 @@ class Step(Record, abc.ABC, Generic[R]):
             that make maps, or one process.
         result_type: The class of its result.
         title: What people call a group of such steps.
+
+    Attributes:
+        reused_code: The digest of the other code under which the step was finished and is reused;
+            None: it is done by today's.
     """
 
     kind: ClassVar[str]
@@ -107,6 +111,7 @@ class Step(Record, abc.ABC, Generic[R]):
     model_name: Name
     approach_name: Annotated[str | None, OUTSIDE_KEY] = None
     repeat: Annotated[int, OUTSIDE_KEY] = 0
+    reused_code: Annotated[str | None, OUTSIDE_KEY] = None
 
     @abc.abstractmethod
     def execute(self, context: Context) -> R:
@@ -166,7 +171,12 @@ class Step(Record, abc.ABC, Generic[R]):
 
     @cached_property
     def code(self) -> str:
-        """The fingerprint of the code that computes the step's numbers."""
+        """The digest of the code that computes the step's numbers."""
+        return self.reused_code or self.todays_code.digest
+
+    @property
+    def todays_code(self) -> CodeFingerprint:
+        """The code by which this process would compute the step's numbers."""
         return _code_of(frozenset(self.code_roots()))
 
     def check_code(self) -> None:
@@ -175,7 +185,7 @@ class Step(Record, abc.ABC, Generic[R]):
         Raises:
             StepError: The code has changed since the job began.
         """
-        if _code_of(frozenset(self.code_roots())) != self.code:
+        if self.todays_code.digest != self.code:
             raise StepError(f"{self.name}: the code that computes it has changed since the job "
                             "began: start the same command again")
 
@@ -184,6 +194,18 @@ class Step(Record, abc.ABC, Generic[R]):
         """32 hexadecimal digits: the fingerprint of recipe and code."""
         return fingerprint({"kind": self.kind, "recipe": self.recipe, "code": self.code})
 
+    @cached_property
+    def recipe_key(self) -> str:
+        """32 hexadecimal digits: the fingerprint of kind and recipe, whatever the code is."""
+        return fingerprint({"kind": self.kind, "recipe": self.recipe})
+
+    def finished_by(self, code: str) -> Self:
+        """Return the same step as it was done by other code, whose digest is given."""
+        other = self.model_copy(update={"reused_code": code})
+        for name in ("code", "key"):  # a copy has the original's cached properties
+            other.__dict__.pop(name, None)
+        return other
+
     @property
     def folder(self) -> str:
         """Where the step's artifacts lie under the output's root."""
@@ -191,12 +213,12 @@ class Step(Record, abc.ABC, Generic[R]):
 
 
 @cache
-def _code_of(roots: frozenset[str]) -> str:
+def _code_of(roots: frozenset[str]) -> CodeFingerprint:
     """Return the fingerprint of the code, as it was when this process first asked for it.
 
     A process computes by the code that it has imported: files that change later are not its code.
     """
-    return code_fingerprint(roots).digest
+    return code_fingerprint(roots)
 
 
 def plural(kind: str) -> str:

@@ -29,7 +29,7 @@ from impactx.explain.maps.store import PRECISION_ERROR, MapStore, StoreError, St
 from impactx.explain.scores import completeness_gaps
 from impactx.explain.weighted import explain_by_own_probabilities
 from impactx.settings import DatasetSettings
-from impactx.settings.extensions import AnyAttribution
+from impactx.settings.extensions import AnyAttribution, approach
 from impactx.storage import Storage
 from impactx.timing import duration
 
@@ -127,9 +127,16 @@ class Maps(Step[MapsResult]):
     shard_size: Annotated[int, OUTSIDE_KEY]
 
     def code_roots(self) -> set[str]:
-        """See `Step.code_roots`."""
+        """See `Step.code_roots`: the approach counts whose network is explained, where it is not A.
+
+        A's network counts without the training of A, so that new code that comes to the same
+        weights keeps the maps.
+        """
+        kind, approaches = self.explained.kind, approach.classes()
         return super().code_roots() | {
-            type(self.attribution).__module__, type(self.dataset.source).__module__}
+            type(self.attribution).__module__, type(self.dataset.source).__module__} | (
+            {approaches[kind].__module__} if kind in approaches else {
+                "impactx.models.classifier"})
 
     def parameters(self) -> dict[str, Any]:
         """See `Step.parameters`."""

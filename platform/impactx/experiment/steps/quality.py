@@ -37,7 +37,7 @@ from impactx.explain.allocation import keep_freed_memory
 from impactx.explain.maps.scale import map_scale
 from impactx.explain.maps.store import MapStore
 from impactx.settings import DatasetSettings, EvaluationSettings
-from impactx.settings.extensions import AnyAttribution
+from impactx.settings.extensions import AnyApproach, AnyAttribution
 
 
 class QualityResult(Result):
@@ -64,6 +64,7 @@ class MapQuality(Step[QualityResult]):
         a: The A that the model was trained on, whose maps are judged as well.
         decoder_is_trained: Whether the model's own maps mean something: not after lambda = 0.
         checkpoint: The folder of the step that trained the model.
+        approach: Whose model it is.
     """
 
     kind: ClassVar[str] = "map_quality"
@@ -83,6 +84,7 @@ class MapQuality(Step[QualityResult]):
     decoder_is_trained: bool
     makes_maps: Annotated[bool, OUTSIDE_KEY]
     checkpoint: Annotated[str, OUTSIDE_KEY]
+    approach: Annotated[AnyApproach, OUTSIDE_KEY]
     trained: Annotated[dict[str, Any], OUTSIDE_KEY]
     dataset: Annotated[DatasetSettings, OUTSIDE_KEY]
 
@@ -109,13 +111,13 @@ class MapQuality(Step[QualityResult]):
             learned_attribution=model.maps_attribution if learns else None,
             split=model.split if learns else None, a=model.classifier,
             decoder_is_trained=model.candidate.weight != 0,
-            makes_maps=model.method.makes_maps, checkpoint=ref.folder, trained=model.parameters(),
-            dataset=model.dataset)
+            makes_maps=model.method.makes_maps, checkpoint=ref.folder,
+            approach=model.approach, trained=model.parameters(), dataset=model.dataset)
 
     def code_roots(self) -> set[str]:
-        """See `Step.code_roots`: the chosen metrics and attributions count."""
-        parts = [self.attribution, self.learned_attribution, *self.evaluation.metrics,
-                 *self.evaluation.attributions, self.dataset.source]
+        """See `Step.code_roots`: network, metrics and attributions count."""
+        parts = [self.approach, self.attribution, self.learned_attribution, self.dataset.source,
+                 *self.evaluation.metrics, *self.evaluation.attributions]
         return super().code_roots() | {type(part).__module__ for part in parts if part is not None}
 
     def parameters(self) -> dict[str, Any]:

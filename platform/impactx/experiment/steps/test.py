@@ -20,7 +20,7 @@ from impactx.explain.attribution import Attribution
 from impactx.explain.maps.store import MapStore
 from impactx.explain.weighted import explain_by_own_probabilities
 from impactx.settings import DatasetSettings, TrainingSettings
-from impactx.settings.extensions import AnyAttribution
+from impactx.settings.extensions import AnyApproach, AnyAttribution
 
 
 class TestResult(Result):
@@ -53,6 +53,7 @@ class Test(Step[TestResult]):
         data, test: Fingerprints of the data set's contents and of its test part.
         maps: The store of the test images' maps, where the model must be given them.
         checkpoint: The folder of the step that trained the model.
+        approach: Whose model it is.
         trained: What MLflow and the table show of that training.
     """
 
@@ -67,6 +68,7 @@ class Test(Step[TestResult]):
     test: str
     maps: MapsRef | None = None
     checkpoint: Annotated[str, OUTSIDE_KEY]
+    approach: Annotated[AnyApproach, OUTSIDE_KEY]
     trained: Annotated[dict[str, Any], OUTSIDE_KEY]
     val_accuracy: Annotated[float | None, OUTSIDE_KEY]
     paper_accuracy: Annotated[float | None, OUTSIDE_KEY]
@@ -89,13 +91,14 @@ class Test(Step[TestResult]):
             name=f"test of {model.name}", dataset_name=model.dataset_name,
             model_name=model.model_name, approach_name=model.approach_name, repeat=model.repeat,
             weights=ref.weights, data=model.data, test=test, maps=model.test_maps,
-            checkpoint=ref.folder, trained=model.parameters(),
+            checkpoint=ref.folder, approach=model.approach, trained=model.parameters(),
             val_accuracy=(result.best or {}).get("val_accuracy"), paper_accuracy=paper,
             dataset=model.dataset, training=model.training, attribution=model.maps_attribution)
 
     def code_roots(self) -> set[str]:
-        """See `Step.code_roots`; the network's code counts through the weights that it gave."""
-        return super().code_roots() | {type(self.dataset.source).__module__}
+        """See `Step.code_roots`: weights do not say what their network does with images."""
+        return super().code_roots() | {
+            type(self.approach).__module__, type(self.dataset.source).__module__}
 
     def parameters(self) -> dict[str, Any]:
         """See `Step.parameters`: those of the training, so that one row of a table says all."""
