@@ -11,7 +11,8 @@ from torch import nn
 
 from impactx.evaluation.judgement import JudgedImages, JudgedModel, MapQualityError, judge
 from impactx.evaluation.quality import MapMetric, Measurement, MetricResult, metrics_of
-from impactx.settings import EvaluationSettings, OcclusionSettings
+from impactx.explain.methods.occlusion import Occlusion
+from impactx.settings import EvaluationSettings
 from impactx.settings.extensions import MapMetricSettings
 
 
@@ -35,7 +36,7 @@ def judged(**settings):
     images = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), np.uint8)
     return judge(JudgedModel(classifier, classifier), JudgedImages(np.arange(8), images, np.arange(8) % 4),
                  EvaluationSettings(orders=[], resamples=100, metrics=[Some(**settings)]),
-                 OcclusionSettings(), device=torch.device("cpu"), memory_bytes=2**20)
+                 Occlusion(), device=torch.device("cpu"), memory_bytes=2**20)
 
 
 def test_an_image_without_a_value_is_left_out_and_kept_as_such():

@@ -6,7 +6,8 @@ import threading
 import time
 
 import pytest
-from impactx.experiment.threads import run_all
+
+from impactx.run.threads import run_all
 
 
 def fail():
