@@ -8,17 +8,21 @@ import sys
 import numpy as np
 import pytest
 import torch
-from impactx.experiment.executor import LocalExecutor, Task
-from impactx.experiment.plan import Configuration
 from torch import nn
 
+from impactx.approaches.base import Candidate
 from impactx.configuration import ConfigurationError, configs_folder, load_settings
-from impactx.experiment.preparation import dry_run, prepare
+from impactx.costs.dry_run import dry_run
+from impactx.experiment.cell import Classifier, Configuration
+from impactx.experiment.preparation import prepare
 from impactx.explain.attribution import AttributionError, MissingPackage
 from impactx.explain.maps.store import MapStore
 from impactx.explain.precision import forward_precision, map_error
 from impactx.explain.scores import completeness_gaps
+from impactx.run.executor import Task
+from impactx.run.local import LocalExecutor
 from impactx.run.no_tracker import NoTracker
+from impactx.run.tracker import RunIdentity
 from impactx.settings import extensions
 
 CHEAP = {
@@ -338,14 +342,17 @@ def test_stage_2_runs_on_any_of_them(name, more, tmp_path):
     cell, executor = prepared.cells[0], LocalExecutor(prepared.place, NoTracker())
     per_map = settings.attribution.evaluations((32, 32))
     assert f"60 maps, {60 * per_map:,} evaluations" in dry_run(settings)
-    point = Configuration(0.002, 16, 0.2)
-    a = cell.stage1_model(point, 0)
-    trained = executor.train(Task(a, "job/a", "job", {}), lambda *_: None)
-    maps = cell.maps(a, trained, 0)
-    made = executor.explain(Task(maps, "job/maps", "job", {}), lambda *_: None)
-    assert made["images"] == 60 and ("map_gap_mean" in made) == (name in ("gradient_shap", "shap_partition"))
+    step = cell.classifier(Configuration(0.002, 16, 0.2), 0)
+    a = Classifier(step, step.ref(executor.train(task(step), lambda *_: None)))
+    maps = cell.maps(a, settings.attribution)
+    made = executor.explain(task(maps), lambda *_: None)
+    assert made.images == 60 and (made.map_gap_mean is not None) == (name in ("gradient_shap", "shap_partition"))
     store = MapStore.open(prepared.place.artifacts.storage, maps.folder)
     assert store.spec.recipe["attribution"]["method"] == name and store.verify() == []
-    stage2 = cell.approaches()[0].model(cell.basis(point, a, trained, 0), {"lambda": 0.8})
-    result = executor.train(Task(stage2, "job/2", "job", {}), lambda *_: None)
-    assert not result["diverged"] and np.isfinite(result["history"][0]["train_loss"])
+    result = executor.train(task(cell.approach_model("impactx", Candidate(0.8), a)), lambda *_: None)
+    assert not result.diverged and np.isfinite(result.history[0]["train_loss"])
+
+
+def task(step) -> Task:
+    """A step as executors get it."""
+    return Task(step, RunIdentity(f"job/{step.key}", step.name, "job"))
