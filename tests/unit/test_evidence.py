@@ -7,17 +7,28 @@ import json
 
 import numpy as np
 import pytest
-from impactx.experiment.evidence import evidence, sentences
-from impactx.experiment.results import Row
-from impactx.experiment.stage2 import roles
 
 from impactx.evaluation.statistics import TwoLevelBootstrap, holm
+from impactx.results.evidence import evidence, roles, sentences
+from impactx.results.rows import Row
+from impactx.settings import ExperimentSettings
 from impactx.storage import Storage
 
 IMAGES, CLASSES = 2000, 4
 SETTINGS = {"attribution": {"method": "partition"}, "approaches": {
     "impactx": {"kind": "impactx", "lambdas": [0.8]}, "lambda0": {"kind": "impactx", "lambdas": [0.0]},
     "shuffled": {"kind": "impactx", "lambdas": [0.8], "maps": "shuffled"}, "other": {"kind": "abn"}}}
+
+
+def find(storage, rows, settings=SETTINGS, **evaluation):
+    """What these rows show, by these approaches."""
+    return evidence(storage, rows, experiment(settings, **evaluation))
+
+
+def experiment(settings, **evaluation) -> ExperimentSettings:
+    return ExperimentSettings.model_validate(settings | {
+        "datasets": {"cifar10": {"name": "cifar10"}},
+        "models": {"lenet5": {"name": "lenet5", "architecture": "lenet5"}}, "evaluation": evaluation})
 
 
 class Lab:
@@ -40,11 +51,12 @@ class Lab:
             np.savez_compressed(stream, labels=labels, probabilities=scores)
             self.storage.write(f"{folder}/predictions.npz", stream.getvalue())
             self.rows.append(Row(dataset, "lenet5", approach, repeat, weight, 0.001, 32, 0.1, 0.7, float(right.mean()),
-                                 images, 12, 10.0, None, f"models/{approach}{repeat}", folder))
+                                 images, 12, 10.0, None, f"models/{approach}{repeat}", folder, None, None, None,
+                                 f"models/{approach}{repeat}", "w"))
         return self
 
     def cell(self, index=0, **how):
-        return evidence(self.storage, self.rows, how.pop("settings", SETTINGS), resamples=1000, **how)["cells"][index]
+        return find(self.storage, self.rows, resamples=1000, **how)["cells"][index]
 
     def hits(self, approach, dataset="cifar10"):
         found = {}
@@ -62,7 +74,7 @@ def lab(tmp_path):
 
 def test_a_gain_is_the_bootstraps_and_everything_is_plain_data(lab):
     lab.add("baseline", 0.6).add("impactx", 0.7, weight=0.8).add("lambda0", 0.65, weight=0.0)
-    found = evidence(lab.storage, lab.rows, SETTINGS, resamples=1000, seed=3)
+    found = find(lab.storage, lab.rows, resamples=1000, seed=3)
     assert json.loads(json.dumps(found)) == found
     (cell,) = found["cells"]
     assert cell["test_images"] == IMAGES and not cell["missing"]
@@ -145,7 +157,7 @@ def test_what_an_approach_is_depends_on_its_settings_and_not_on_its_name(lab):
                   "same": impactx | {"attribution": {"method": "partition"}},
                   "at_once": {"kind": "single_stage", "lambdas": [0.4, 0.8]}, "wae": {"kind": "wae"}}
     settings = SETTINGS | {"approaches": approaches}
-    assert {name: (role.kind, role.candidates) for name, role in roles(settings).items()} == {
+    assert {name: (role.kind, role.candidates) for name, role in roles(experiment(settings)).items()} == {
         "baseline": ("a", None), "ours": ("explained", 1), "no_maps": ("no_maps", 2), "shuffled_08": ("shuffled", 1),
         "mean": ("control", 1), "gradients": ("control", 1), "same": ("explained", 1), "at_once": ("explained", 2),
         "wae": ("other", 1)}
@@ -173,7 +185,7 @@ def test_holm_runs_over_the_cells_of_one_comparison(lab):
     for dataset, ours in (("one", 0.62), ("two", 0.605), ("three", 0.7)):
         lab.add("baseline", 0.6, dataset=dataset).add("impactx", ours, weight=0.8, dataset=dataset, seed=1)
     lab.add("lambda0", 0.6, dataset="three", weight=0.0)
-    cells = evidence(lab.storage, lab.rows, SETTINGS, resamples=1000)["cells"]
+    cells = find(lab.storage, lab.rows, resamples=1000)["cells"]
     gains = [cell["approaches"][1]["gains"]["baseline"] for cell in cells]
     assert [g["p_holm"] for g in gains] == holm([g["p"] for g in gains]) and gains[1]["p_holm"] >= gains[1]["p"]
     alone = cells[2]["approaches"][1]["gains"]["lambda0"]
@@ -186,7 +198,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_shown(lab):
     lab.storage.delete(f"{rows[0].test}/predictions.npz")
     lab.storage.write(f"{rows[1].test}/predictions.npz", b"PK torn")
     rows[2] = Row(**(rows[2].as_dict() | {"test": None}))
-    cell = evidence(lab.storage, rows, SETTINGS, resamples=100)["cells"][0]
+    cell = find(lab.storage, rows, resamples=100)["cells"][0]
     told = "\n".join(cell["missing"])
     assert f"{rows[0].test}/predictions.npz is missing" in told and "predictions.npz is damaged" in told
     assert "baseline repeat 2: its result is of an earlier version" in told
@@ -195,7 +207,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_shown(lab):
     # Of the three repeats of impactx none has its A any more.
     assert cell["approaches"][1]["gains"] == {} and cell["approaches"][0]["repeats"] == [3, 4]
     assert "What impactx gains cannot be told" in cell["sentence"]
-    nothing = evidence(lab.storage, rows[:2], SETTINGS, resamples=100)["cells"][0]
+    nothing = find(lab.storage, rows[:2], resamples=100)["cells"][0]
     assert nothing["approaches"] == [] and len(nothing["missing"]) == 2
 
 

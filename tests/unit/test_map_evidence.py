@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from impactx.experiment.map_evidence import map_sentence, maps_over_repeats
 
 from impactx.evaluation.statistics import TwoLevelBootstrap
+from impactx.results.map_evidence import map_sentence, maps_over_repeats
 
 HOW = {"resamples": 300, "seed": 1, "confidence": 0.9}
 LEVELS = {"decoder": 0.3, "shap_predicted": 0.4, "grad_cam_predicted": 0.2, "mean_map": 0.35, "random": 0.1}

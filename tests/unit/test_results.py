@@ -8,15 +8,16 @@ import json
 import statistics
 
 import pytest
-from impactx.experiment.results import Row, results_csv, summarise, table
 
 from impactx.experiment.paper import paper_accuracy, published
+from impactx.results.rows import Row, results_csv, summarise, table
 from impactx.settings import DatasetSettings
 
 
 def row(approach: str, repeat: int, test: float, *, dataset="cifar10", weight=None, val=0.7, seconds=10.0) -> Row:
     return Row(dataset, "lenet5", approach, repeat, weight, 0.001, 32, 0.1, val, test, 1000, 12, seconds,
-               paper_accuracy(dataset, "lenet5", approach), f"/out/models/{approach}{repeat}")
+               paper_accuracy(dataset, "lenet5", approach), f"/out/models/{approach}{repeat}", f"tests/{approach}{repeat}",
+               None, None, None, f"models/{approach}{repeat}", "w")
 
 
 ROWS = [row("baseline", 0, 0.60), row("impactx", 0, 0.63, weight=0.8), row("baseline", 1, 0.62, seconds=30.0),
