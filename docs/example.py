@@ -4,21 +4,14 @@ python docs/example.py      under a minute on two cores; scikit-learn's embedded
 """
 
 import impactx
-from impactx import (
-    AugmentationSettings,
-    DatasetSettings,
-    ModelSettings,
-    Partition,
-    Schedule,
-    TrainingSettings,
-)
+from impactx import AugmentationSettings, DatasetSettings, ModelSettings, TrainingSettings
 
 data = impactx.load_dataset(DatasetSettings(name="digits", source="digits", subset=400), data_root="data")
 training = TrainingSettings(epochs=15)
-schedule = Schedule(learning_rate=0.002, augmentation=AugmentationSettings(flip=False))  # a mirrored digit is none
+schedule = impactx.Schedule(learning_rate=0.002, augmentation=AugmentationSettings(flip=False))  # a mirrored digit is none
 
 a = impactx.train_classifier(data, ModelSettings(name="lenet5", architecture="lenet5"), training, schedule)
-maps = impactx.explain_dataset(a, data, Partition(max_evals=100))  # SHAP values, (400, 3, 32, 32)
+maps = impactx.explain_dataset(a, data, impactx.Partition(max_evals=100))  # SHAP values, (400, 3, 32, 32)
 net = impactx.train_impactx(a, data, maps, training, weight=0.8)
 net.save("impactx-digits.pt")
 

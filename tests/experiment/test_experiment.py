@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,29 +17,33 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from impactx.experiment.cell_run import PartsFailed
-from impactx.experiment.claims import TakenOver
-from impactx.experiment.executor import LocalExecutor
-from impactx.experiment.export import export_job
-from impactx.experiment.map_quality import judge_maps
-from impactx.experiment.plan import SelectionError
-from impactx.experiment.results import table
-from impactx.experiment.run import CellsFailed, Job
-from impactx.experiment.units import WorkError
-from impactx.experiment.work import evaluate_unit, finish_maps, maps_complete, train_unit
 
 import impactx
+from impactx.approaches.base import Bench, Candidate
+from impactx.approaches.baseline import Baseline
+from impactx.approaches.checkpoint import load_checkpoint
+from impactx.approaches.impactx import Impactx
 from impactx.command import main
 from impactx.configuration import ConfigurationError, load_settings
+from impactx.costs.dry_run import dry_run
 from impactx.datasets import DataError, make_split
-from impactx.experiment.preparation import dry_run, prepare
+from impactx.experiment.cell import Classifier
+from impactx.experiment.groups import SelectionError
+from impactx.experiment.ownership import TakenOver
+from impactx.experiment.preparation import prepare
+from impactx.experiment.steps.base import Context, StepError
+from impactx.experiment.steps.training import Trial
 from impactx.explain.attribution import Explanations
 from impactx.explain.maps.store import HEAD, MapStore, StoreError
-from impactx.models import build_classifier, load_checkpoint
+from impactx.models import build_classifier
+from impactx.results.export import export_job
+from impactx.results.rows import table
+from impactx.run.cell import PartsFailed
+from impactx.run.job import CellsFailed, Job
+from impactx.run.local import LocalExecutor
 from impactx.run.no_tracker import NoRun, NoTracker
 from impactx.settings import ModelSettings, TrainingSettings
 from impactx.storage import Storage, StorageError
-from impactx.training import train_stage1, train_stage2
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("datasets.digits.subset=100", "grid.learning_rate=[0.002,0.004]", "grid.batch_size=[16]",
@@ -56,27 +61,27 @@ class Recorder(LocalExecutor):
         self.stop_at = stop_at
 
     def train(self, task, on_epoch):
-        self.done.append(task.unit.name)
+        self.done.append(task.step.name)
 
-        def watched(unit, row):
-            on_epoch(unit, row)
-            if unit.name == self.stop_at and row["epoch"] == 1:
+        def watched(step, row):
+            on_epoch(step, row)
+            if step.name == self.stop_at and row["epoch"] == 1:
                 raise KeyboardInterrupt
 
         return super().train(task, watched)
 
     def explain(self, task, on_shards):
         def watched(done, before, total):
-            self.done.append(f"{task.unit.name}: {before + done} of {total}")
+            self.done.append(f"{task.step.name}: {before + done} of {total}")
             on_shards(done, before, total)
-            if task.unit.name == self.stop_at:
+            if task.step.name == self.stop_at:
                 raise KeyboardInterrupt
 
         return super().explain(task, watched)
 
-    def evaluate(self, task):
-        self.done.append(task.unit.name)
-        return super().evaluate(task)
+    def process(self, task):
+        self.done.append(task.step.name)
+        return super().process(task)
 
 
 class Done:
@@ -130,9 +135,13 @@ def folder_of(output: Path, role: str, name: str) -> Path:
     return found[0]
 
 
+def stage1_trials(done: Done) -> list[Trial]:
+    return [done.cell.classifier_trial(point) for point in done.cell.configurations()]
+
+
 def times(output: Path) -> dict[str, int]:
     return {str(p.relative_to(output)): p.stat().st_mtime_ns for p in output.rglob("*")
-            if p.is_file() and "jobs" not in p.parts}
+            if p.is_file() and not {"jobs", "recipes"} & set(p.parts)}
 
 
 def chosen_lambda(done: Done) -> float:
@@ -148,7 +157,7 @@ def test_the_whole_experiment_in_its_order(first):
         "test of A repeat 0", f"test of impactx lambda={weight:g} repeat 0", "test of lambda0 lambda=0 repeat 0"]
     assert [(r.approach, r.weight) for r in first.rows] == [("baseline", None), ("impactx", weight), ("lambda0", 0.0)]
     assert all(0 <= r.test_accuracy <= 1 and r.test_images == len(first.place.dataset(
-        first.cell.dataset.model_dump()).load_test()) for r in first.rows)
+        first.cell.dataset).load_test()) for r in first.rows)
     kept = json.loads(Path(first.place.output, "jobs", first.job.key, "results.json").read_text())
     assert kept == [r.as_dict() for r in first.rows] and "lambda0" in table(first.rows)
 
@@ -156,7 +165,7 @@ def test_the_whole_experiment_in_its_order(first):
 def test_the_selection_is_the_best_trial(first):
     output = Path(first.place.output)
     found = [json.loads(p.read_text()) for p in (output / "trials").glob("*/result.json")]
-    stage1 = [r for r in found if r["recipe"]["stage"] == 1]
+    stage1 = [r for r in found if r["recipe"]["approach"]["kind"] == "baseline"]
     best = max(r["best"]["common_accuracy"] for r in stage1)
     chosen = [r["recipe"]["learning_rate"] for r in stage1 if r["best"]["common_accuracy"] == best]
     assert len(found) == 4 and first.rows[0].learning_rate in chosen
@@ -167,7 +176,7 @@ def test_the_selection_is_the_best_trial(first):
 def test_the_test_results_are_those_of_the_kept_weights(first):
     for row in first.rows:
         model = impactx.load_model(Path(row.checkpoint, "checkpoint.pt"))
-        test = first.place.dataset(first.cell.dataset.model_dump()).load_test()
+        test = first.place.dataset(first.cell.dataset).load_test()
         assert (model.predict(test.images).labels == test.labels).mean() == row.test_accuracy
 
 
@@ -219,27 +228,26 @@ def of_another_model(storage: Storage, folder: str) -> None:
 def test_a_store_of_another_model_is_refused_by_whoever_opens_it(shared, tmp_path):
     job = ("approach=[impactx,wae]", "approaches.impactx.lambdas=[0.8]", "approaches.wae.learning_rate_factors=[1]",
            "grid.learning_rate=[0.004]", "attribution.max_evals=12", "evaluation.map_images=4")
-    done, units = Done(tmp_path, shared, *job), {}
+    done, steps = Done(tmp_path, shared, *job), {}
 
     def noting(how, task, *rest):
-        units[task.unit.name] = task.unit
+        steps[task.step.name] = task.step
         return how(task, *rest)
 
-    for what in ("train", "explain", "evaluate", "judge"):
+    for what in ("train", "explain", "process"):
         setattr(done.executor, what, partial(noting, getattr(done.executor, what)))
     done.run().job.check()
     storage = done.place.artifacts.storage
-    train, test = units["maps repeat 0"], units["class-weighted maps of test images repeat 0"]
+    train, test = steps["maps repeat 0"], steps["class-weighted maps of test images repeat 0"]
     for maps in (train, test):
-        assert maps_complete(maps, done.place)
+        assert maps.complete(done.place)
         of_another_model(storage, maps.folder)
-        assert not maps_complete(maps, done.place)
-    for maps, user, work in [(train, "map quality of impactx lambda=0.8 repeat 0", judge_maps),
-                             (train, "impactx lambda=0.8 repeat 0", train_unit),
-                             (test, "test of wae repeat 0", evaluate_unit)]:
-        (tmp_path / units[user].folder / "result.json").unlink()
+        assert not maps.complete(done.place)
+    for maps, user in [(train, "map quality of impactx lambda=0.8 repeat 0"), (train, "impactx lambda=0.8 repeat 0"),
+                       (test, "test of wae repeat 0")]:
+        (tmp_path / steps[user].folder / "result.json").unlink()
         with pytest.raises(StoreError) as caught:
-            work(units[user], done.place)
+            steps[user].execute(Context(done.place))
         said = str(caught.value)
         assert f"{storage.uri(maps.folder)} holds maps under fingerprint {'0' * 32}, not {maps.key}" in said
         assert "delete the folder and compute the maps again" in said
@@ -258,7 +266,7 @@ def test_a_changed_setting_recomputes_what_depends_on_it(first, output, shared, 
     if work is None:  # everything is trained again, to the very same weights: maps and tests are known for those
         assert again.work == [name for name in first.work if not name.startswith(("maps", "test"))]
         assert again.job.key != first.job.key and again.numbers() != first.numbers() == [
-            replace(r, checkpoint=o.checkpoint) for r, o in zip(again.numbers(), first.numbers(), strict=True)]
+            replace(r, checkpoint=o.checkpoint, model_folder=o.model_folder) for r, o in zip(again.numbers(), first.numbers(), strict=True)]
     elif "lambdas" in override:
         rest = set(again.work) - {"impactx lambda=0.6", "impactx lambda=0.6 repeat 0",
                                   "test of impactx lambda=0.6 repeat 0", "impactx lambda=0.4 repeat 0",
@@ -278,8 +286,8 @@ def test_an_interrupted_job_goes_on_and_ends_with_the_same_numbers(first, shared
         (file.parent / ".partial-of-a-killed-process").write_bytes(b"half")
     again = Done(tmp_path, shared).run()
     assert again.numbers() == first.numbers() and not list(tmp_path.rglob(".partial-*"))
-    assert {k: v for k, v in times(tmp_path).items() if k in left and not k.endswith(("running.pt", "claim.json"))} == {
-        k: v for k, v in left.items() if not k.endswith(("running.pt", "claim.json"))}
+    assert {k: v for k, v in times(tmp_path).items() if k in left and not k.endswith(("running.pt", "owner.json"))} == {
+        k: v for k, v in left.items() if not k.endswith(("running.pt", "owner.json"))}
     if stop_at.startswith("maps"):
         assert again.work[0] == "maps repeat 0: 60 of 100"  # 30 lay there
     else:
@@ -300,7 +308,7 @@ def test_a_diverging_trial_does_not_stop_the_grid(shared, tmp_path, caplog):
 
 def test_a_trial_that_raises_does_not_stop_the_grid(shared, tmp_path, caplog):
     done = Done(tmp_path, shared, "approach=[]")
-    bad = done.cell.stage1_trials()[0]
+    bad = stage1_trials(done)[0]
     (tmp_path / bad.folder / "running.pt").mkdir(parents=True)  # a folder where a file must be
     with caplog.at_level(logging.INFO, "impactx"):
         done.run()
@@ -310,7 +318,7 @@ def test_a_trial_that_raises_does_not_stop_the_grid(shared, tmp_path, caplog):
 
 def test_a_torn_state_of_a_trial_is_named(shared, tmp_path, caplog):
     done = Done(tmp_path, shared, "approach=[]")
-    bad = done.cell.stage1_trials()[0]
+    bad = stage1_trials(done)[0]
     done.place.artifacts.storage.write(f"{bad.folder}/running.pt", b"torn")
     with caplog.at_level(logging.INFO, "impactx"):
         done.run()
@@ -319,7 +327,7 @@ def test_a_torn_state_of_a_trial_is_named(shared, tmp_path, caplog):
 
 def test_when_all_trials_fail_the_reasons_are_told(shared, tmp_path):
     done = Done(tmp_path, shared, "approach=[]", *DIVERGING, "grid.learning_rate=[10,0.004]")
-    bad = done.cell.stage1_trials()[1]
+    bad = stage1_trials(done)[1]
     (tmp_path / bad.folder / "running.pt").mkdir(parents=True)
     with pytest.raises(SelectionError) as caught:
         done.run()
@@ -343,28 +351,29 @@ def test_a_wrong_checkpoint_is_refused_by_name(output, shared, damage, said, wor
     role, name = {"stage 2": ("models", "lambda0 lambda=0 repeat 0"), "maps": ("maps", "maps repeat 0"),
                   "test": ("tests", "test of A repeat 0")}[work]
     shutil.rmtree(folder_of(output, role, name))
-    with pytest.raises(WorkError) as caught:
+    with pytest.raises(StepError) as caught:
         Done(output, shared).run().job.check()
     assert str(file) in str(caught.value) and said in str(caught.value) and "delete the folder" in str(caught.value)
 
 
 def test_other_data_on_a_node_are_refused(first, tmp_path):
     """A plan for one data set, worked on where another lies."""
-    unit = first.cell.stage1_trials()[0]
-    other = replace(unit, recipe=unit.recipe | {"data": unit.recipe["data"] | {"fingerprint": "0" * 64}})
-    with pytest.raises(WorkError, match="give every node the same files"):
-        train_unit(other, replace(first.place, output=str(tmp_path)))
+    cell = copy(first.cell)
+    cell.facts = replace(cell.facts, fingerprint="0" * 64)
+    other = cell.classifier_trial(cell.configurations()[0])
+    with pytest.raises(StepError, match="give every node the same files"):
+        other.execute(Context(replace(first.place, output=str(tmp_path))))
 
 
 def test_incomplete_maps_are_not_finished(first, output):
     place = replace(first.place, output=str(output))
     c = first.cell.configurations()[0]
     c = replace(c, learning_rate=first.rows[0].learning_rate)
-    a = first.cell.stage1_model(c, 0)
-    maps = first.cell.maps(a, place.artifacts.result(a), 0)
+    a = first.cell.classifier(c, 0)
+    maps = first.cell.maps(Classifier(a, a.ref(place.artifacts.result(a))), first.cell.settings.attribution)
     next((output / maps.folder).glob("shard-00002*")).unlink()
-    with pytest.raises(WorkError, match="1 of 4 shards are missing"):
-        finish_maps(maps, place, 1.0, 0, 0.0)
+    with pytest.raises(StepError, match="1 of 4 shards are missing"):
+        maps.finish(place, 1.0, 0, 0.0)
 
 
 def test_an_output_that_cannot_be_written_is_told_before_anything_is_decoded(tmp_path):
@@ -387,9 +396,9 @@ def test_a_relative_weights_file_reaches_the_workers_as_an_absolute_one(tmp_path
     net = build_classifier(ModelSettings(name="lenet5", architecture="lenet5"), 10, (32, 32), seed=1)
     torch.save(net.trunk.state_dict(), tmp_path / "w.pth")
     monkeypatch.chdir(tmp_path)
-    near, far = (Done(tmp_path / "out", shared, f"models.lenet5.weights={path}").cell.stage1_trials()[0]
+    near, far = (stage1_trials(Done(tmp_path / "out", shared, f"models.lenet5.weights={path}"))[0]
                  for path in ("w.pth", tmp_path / "w.pth"))
-    assert near.inputs["model"]["weights"] == far.inputs["model"]["weights"] == str(tmp_path / "w.pth")
+    assert near.model.weights == far.model.weights == str(tmp_path / "w.pth")
     assert near.key == far.key and "w.pth" not in json.dumps(near.recipe)
 
 
@@ -410,11 +419,17 @@ def test_a_dry_run_lists_and_writes_nothing(first, output, shared, tmp_path):
     empty = tmp_path / "empty"
     fresh, finished = text(f"output={empty}"), text(f"output={output}")
     assert not empty.exists() and "4 trials and 3 final trainings of at most 2 epochs" in fresh
-    assert "5,000 explainer evaluations in 4 shards" in fresh and "0 finished" in fresh
-    assert "2 finished" in finished and "A repeat 0, maps repeat 0" in finished
-    assert "2 trials of impactx" in finished and "impactx lambda=" in finished
-    assert "judged" not in fresh and "judged:  maps of every model in 1 repeats, on 7 test images, at most" in text(
-        f"output={empty}", "evaluation.map_images=7")
+    assert "5,000 explainer evaluations in 4 shards" in fresh and "finished" not in fresh
+    for line in ("stage 1: 2 trials, at most 4 epochs; 2 finished",
+                 "training A: 1 final trainings of baseline, at most 2 epochs; 1 finished",
+                 "maps: 1 stores of 100 maps, 5,000 evaluations, 4 shards; 1 finished",
+                 "stage 2 of impactx: 2 trials, at most 4 epochs; 2 finished",
+                 "final trainings: 2 final trainings of impactx, lambda0, at most 4 epochs; 2 finished",
+                 "tests: 3; 3 finished"):
+        assert f"    {line}\n" in f"{finished}\n" and f"    {line.partition(';')[0]}\n" in f"{fresh}\n", line
+    assert "map quality" not in fresh and (
+        "map quality: 3, maps of every model on 7 test images, at most 14,910 forward passes" in text(
+            f"output={empty}", "evaluation.map_images=7"))
     with pytest.raises(ConfigurationError, match="evaluation.metrics: morf: region = 40"):
         text(f"output={empty}", "evaluation.map_images=7", "evaluation.metrics=[{metric: morf, region: 40}]")
 
@@ -430,7 +445,7 @@ def test_float64_works_from_end_to_end(shared, tmp_path):
 def test_predicted_maps_come_back_in_the_attributions_units(first):
     row = next(r for r in first.rows if r.approach == "impactx")
     found = load_checkpoint(Path(row.checkpoint, "checkpoint.pt"))
-    data = first.place.dataset(first.cell.dataset.model_dump())
+    data = first.place.dataset(first.cell.dataset)
     store = MapStore.open(first.place.artifacts.storage, str(folder_of(
         Path(first.place.output), "maps", "maps repeat 0").relative_to(first.place.output)))
     split = make_split(data.train.labels, 0.2, common_fraction=0.2, seed=0)
@@ -444,18 +459,20 @@ def test_predicted_maps_come_back_in_the_attributions_units(first):
 
 
 def test_a_data_set_above_the_memory_budget_trains_to_the_same_numbers(first):
-    data = first.place.dataset(first.cell.dataset.model_dump())
+    data = first.place.dataset(first.cell.dataset)
     split = make_split(data.train.labels, 0.2, common_fraction=0.2, seed=0)
     maps = np.random.default_rng(0).normal(size=(100, 3, 32, 32)).astype(np.float32)
     lenet = ModelSettings(name="lenet5", architecture="lenet5")
-    how = {"seed": 0, "learning_rate": 0.002, "batch_size": 16, "augmentation": impactx.AugmentationSettings()}
     histories = []
     for megabytes in (4096, 0):
         training = TrainingSettings(epochs=2).model_copy(update={"memory_mb": megabytes})
-        a, one = train_stage1(data, split, lenet, training, **how)
-        _, two = train_stage2(data, split, lenet, training, classifier=a, approach=impactx.ImpactxSettings(),
-                              weight=0.8, maps=maps, scale=2.0, **how)
-        histories.append([{k: v for k, v in row.items() if k != "seconds"} for row in one.history + two.history])
+        bench = Bench(data=data, split=split, model=lenet, training=training, seed=0, learning_rate=0.002, batch_size=16,
+                      augmentation=impactx.AugmentationSettings())
+        one = Baseline().train(bench)
+        two = Impactx().train(replace(bench, candidate=Candidate(0.8), classifier=lambda a=one.model: a,
+                                      maps=lambda: (maps, 2.0)))
+        histories.append([{k: v for k, v in row.items() if k != "seconds"}
+                          for row in one.fit.history + two.fit.history])
     assert histories[0] == histories[1]
 
 
@@ -483,36 +500,32 @@ def test_a_finished_job_that_is_started_again_and_interrupted_keeps_its_report(f
 # ---- what fails alone
 
 class Faulty(Recorder):
-    """Some units raise, and the losses of some trainings are not finite: by the beginnings of their names."""
+    """Some steps raise, and the losses of some trainings are not finite: by the beginnings of their names."""
 
     raising: dict[str, Exception] = {}
     diverging: tuple[str, ...] = ()
 
     def _check(self, task):
         for name, error in self.raising.items():
-            if task.unit.name.startswith(name):
-                self.done.append(task.unit.name)
+            if task.step.name.startswith(name):
+                self.done.append(task.step.name)
                 raise error
 
     def train(self, task, on_epoch):
         self._check(task)
         result = super().train(task, on_epoch)
-        if task.unit.name.startswith(self.diverging):
-            result |= {"weights": None, "best": None, "diverged": True}
-            self.place.artifacts.finish(task.unit, result)
+        if task.step.name.startswith(self.diverging):
+            result = result.model_copy(update={"weights": None, "best": None, "diverged": True})
+            self.place.artifacts.finish(task.step, result)
         return result
 
     def explain(self, task, on_shards):
         self._check(task)
         return super().explain(task, on_shards)
 
-    def evaluate(self, task):
+    def process(self, task):
         self._check(task)
-        return super().evaluate(task)
-
-    def judge(self, task):
-        self._check(task)
-        return super().judge(task)
+        return super().process(task)
 
 
 def faulty(output, shared, *overrides, raising=None, diverging=(), tracker=None) -> Done:
@@ -541,8 +554,8 @@ def test_approaches_that_fail_do_not_take_the_others_results(shared, tmp_path, c
     """A search without a choice, one training, one store of maps and one test: each fails alone, and is named."""
     tracker = StatusTracker()
     done = faulty(tmp_path, shared, *FOUR, tracker=tracker, diverging=["abn"], raising={
-        "lambda0 lambda=0 repeat 1": WorkError("it failed 3 times"),
-        "class-weighted maps of test images": StorageError("full"), "test of A repeat 1": WorkError("not finite")})
+        "lambda0 lambda=0 repeat 1": StepError("it failed 3 times"),
+        "class-weighted maps of test images": StorageError("full"), "test of A repeat 1": StepError("not finite")})
     with caplog.at_level(logging.INFO, "impactx"):
         done.run()
     assert have_results(done) == {("baseline", 0), ("impactx", 0), ("impactx", 1), ("lambda0", 0)}
@@ -554,10 +567,10 @@ def test_approaches_that_fail_do_not_take_the_others_results(shared, tmp_path, c
         done.job.check()
     said = left_out(done)
     for what in ("abn failed: SelectionError: none of 2 trials",
-                 "lambda0 lambda=0 repeat 1 failed: WorkError: it failed 3 times",
+                 "lambda0 lambda=0 repeat 1 failed: StepError: it failed 3 times",
                  "class-weighted maps of test images repeat 0 failed: StorageError: full",
-                 "wae failed: WorkError: it has no maps, their making failed: class-weighted maps of test images rep",
-                 "test of A repeat 1 failed: WorkError: not finite"):
+                 "wae failed: it has no maps, their making failed: class-weighted maps of test images rep",
+                 "test of A repeat 1 failed: StepError: not finite"):
         assert what in said and what.replace(" failed:", ":", 1) in str(caught.value), what
         assert what.replace(" failed:", " failed, the cell goes on without it:", 1) in caplog.text
     assert said.count("it failed 3 times") == 1 and "baseline: repeat 1 is not tested yet" in said
@@ -586,17 +599,17 @@ def test_a_repeat_whose_a_diverged_is_left_out_for_every_approach(shared, tmp_pa
     with caplog.at_level(logging.INFO, "impactx"):
         done = faulty(tmp_path, shared, *FOUR[1:], "approach=[impactx,abn]", diverging=["A repeat 0"]).run()
     assert have_results(done) == {(name, 1) for name in ("baseline", "impactx", "abn")}
-    assert "A repeat 0 diverged in its first epoch: repeat 0 is left out, for every approach" in caplog.text
+    assert "A repeat 0: it diverged in its first epoch: the repeat is left out, for every approach" in caplog.text
     assert "A repeat 0: diverged" in left_out(done)
     done.job.check()
 
 
 def test_without_a_repeat_of_a_nothing_can_go_on(shared, tmp_path):
     done = faulty(tmp_path, shared, *FOUR, diverging=["A repeat 0"], raising={"A repeat 1": ValueError("broken")})
-    with pytest.raises(WorkError) as caught:
+    with pytest.raises(StepError) as caught:
         done.run()
     assert "no classifier A is left in 2 repeats" in str(caught.value)
-    assert "A repeat 0: diverged" in str(caught.value) and "A repeat 1: ValueError: broken" in str(caught.value)
+    assert "A repeat 0: it diverged" in str(caught.value) and "A repeat 1: ValueError: broken" in str(caught.value)
     assert not any(name.startswith("maps") for name in done.work)
 
 
@@ -632,7 +645,7 @@ class FolderTracker(NoTracker):
         return FolderRun(self.folder / identity.name.replace("/", "_"))
 
 
-def test_runs_hold_the_resolved_unit_the_split_and_the_checkpoint(shared, tmp_path):
+def test_runs_hold_the_resolved_step_the_split_and_the_checkpoint(shared, tmp_path):
     tracker = FolderTracker(tmp_path / "runs")
     done = Done(tmp_path / "out", shared, "approach=[impactx]", "approaches.impactx.lambdas=[0.8]",
                 "tracking.uri=http://me:hidden-word@mlflow", tracker=tracker).run()
@@ -640,12 +653,12 @@ def test_runs_hold_the_resolved_unit_the_split_and_the_checkpoint(shared, tmp_pa
     assert not [p for p in (tmp_path / "runs").rglob("*.json") if "hidden-word" in p.read_text()]
     trial, model, two = (tmp_path / "runs" / name for name in (
         "A lr=0.002 bs=16 vf=0.2", "A repeat 0", "impactx lambda=0.8 repeat 0"))
-    assert sorted(os.listdir(trial)) == ["unit.json"]
-    assert sorted(os.listdir(model)) == sorted(os.listdir(two)) == ["checkpoint.pt", "split.npz", "unit.json"]
-    a = done.cell.stage1_model(replace(done.cell.configurations()[0], learning_rate=done.rows[0].learning_rate), 0)
-    assert json.loads((model / "unit.json").read_text()) == json.loads(json.dumps(
-        {"recipe": a.recipe, "inputs": a.inputs}))
-    data = done.place.dataset(done.cell.dataset.model_dump())
+    assert sorted(os.listdir(trial)) == ["step.json"]
+    assert sorted(os.listdir(model)) == sorted(os.listdir(two)) == ["checkpoint.pt", "split.npz", "step.json"]
+    a = done.cell.classifier(replace(done.cell.configurations()[0], learning_rate=done.rows[0].learning_rate), 0)
+    assert json.loads((model / "step.json").read_text()) == json.loads(json.dumps(
+        {"kind": "model", "recipe": a.recipe, "code": a.code, "inputs": a.inputs()}))
+    data = done.place.dataset(done.cell.dataset)
     split, kept = make_split(data.train.labels, 0.2, common_fraction=0.2, seed=0), np.load(model / "split.npz")
     for part in ("train", "validation", "common"):
         np.testing.assert_array_equal(kept[part], getattr(split, part))
@@ -661,7 +674,7 @@ HOURS = ("approach=[]", "grid.learning_rate=[0.002,0.003,0.004]")
 def test_no_trial_is_begun_once_the_hours_are_spent(shared, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "impactx"):
         done = Done(tmp_path, shared, *HOURS, "grid.max_hours=1e-9").run()
-    order = [unit.name for unit in done.cell.stage1_trials()]
+    order = [trial.name for trial in stage1_trials(done)]
     assert done.work == [order[0], "A repeat 0", "test of A repeat 0"]
     assert "the budget of 1e-09 hours is spent, 2 of 3 trials were not begun" in caplog.text
     again = Done(tmp_path, shared, *HOURS, "grid.max_hours=1e-9").run()
@@ -671,7 +684,7 @@ def test_no_trial_is_begun_once_the_hours_are_spent(shared, tmp_path, caplog):
 
 
 def test_a_trial_that_was_begun_is_finished_although_the_hours_are_spent(shared, tmp_path):
-    order = [unit.name for unit in Done(tmp_path, shared, *HOURS, "grid.max_hours=1").cell.stage1_trials()]
+    order = [trial.name for trial in stage1_trials(Done(tmp_path, shared, *HOURS, "grid.max_hours=1"))]
     with pytest.raises(KeyboardInterrupt):
         Done(tmp_path, shared, *HOURS, "grid.max_hours=1", stop_at=order[1]).run()
     again = Done(tmp_path, shared, *HOURS, "grid.max_hours=1e-9").run()
@@ -679,7 +692,7 @@ def test_a_trial_that_was_begun_is_finished_although_the_hours_are_spent(shared,
 
 
 def test_asha_needs_a_cluster(shared, tmp_path):
-    with pytest.raises(WorkError, match="'asha' needs a Ray cluster"):
+    with pytest.raises(StepError, match="'asha' needs a Ray cluster"):
         Done(tmp_path, shared, "approach=[]", "grid.strategy=asha").run()
 
 
@@ -707,7 +720,7 @@ TWO_CELLS = ("datasets.more.name=more", "datasets.more.source=digits", "datasets
 def test_a_cell_that_fails_does_not_end_the_others(shared, tmp_path, caplog):
     tracker = StatusTracker()
     done = Done(tmp_path, shared, *TWO_CELLS, tracker=tracker)
-    for bad in done.cell.stage1_trials():
+    for bad in stage1_trials(done):
         (tmp_path / bad.folder / "running.pt").mkdir(parents=True)  # a folder where a file must be
     with caplog.at_level(logging.INFO, "impactx"):
         done.run()
@@ -737,7 +750,7 @@ def test_one_experiment_under_two_names_is_refused(shared, tmp_path):
 
 # ---- front doors
 
-@pytest.mark.parametrize("error", [SelectionError("none"), WorkError("of another model"), StorageError("full"),
+@pytest.mark.parametrize("error", [SelectionError("none"), StepError("of another model"), StorageError("full"),
                                    ConfigurationError("wrong")])
 def test_a_users_error_is_one_message_and_status_2(error, capsys):
     log = logging.getLogger("impactx")
@@ -771,7 +784,7 @@ def test_the_example_runs_as_it_stands(tmp_path):
 def test_the_front_door_refuses_what_cannot_be(first):
     row = next(r for r in first.rows if r.approach == "impactx")
     net = impactx.load_model(Path(row.checkpoint, "checkpoint.pt"))
-    data = first.place.dataset(first.cell.dataset.model_dump())
+    data = first.place.dataset(first.cell.dataset)
     with pytest.raises(ValueError, match="starts from a classifier of stage 1"):
         impactx.train_impactx(net, data, np.zeros((100, 3, 32, 32), np.float32))
     with pytest.raises(ValueError, match="must be uint8"):
@@ -781,7 +794,7 @@ def test_the_front_door_refuses_what_cannot_be(first):
 def test_the_front_door_and_the_experiment_train_the_same_model(first):
     """One code for both: the same seed, split and settings give the very same accuracies."""
     row = first.rows[0]
-    data = first.place.dataset(first.cell.dataset.model_dump())
+    data = first.place.dataset(first.cell.dataset)
     schedule = impactx.Schedule(learning_rate=row.learning_rate, batch_size=16, validation_fraction=0.2,
                                 augmentation=first.cell.dataset.augmentation)
     a = impactx.train_classifier(data, first.cell.model, first.cell.settings.training, schedule)

@@ -67,10 +67,12 @@ def stage2(cell: Cell, classifiers: list[Classifier]) -> Generator[Request, Outc
     present = {maps.key for maps, _ in explained}
     models: list[Model] = []
     for name in cell.approaches:
-        repeats = [a for a in classifiers
-                   if all(maps.key in present for maps in cell.maps_of(name, a))]
+        lacking = {a: [maps.name for maps in cell.maps_of(name, a) if maps.key not in present]
+                   for a in classifiers}
+        repeats = [a for a in classifiers if not lacking[a]]
         if not repeats:
-            yield LeftOut(name, "it has no maps, their making failed", failed=True)
+            names = ", ".join(name for names in lacking.values() for name in names)
+            yield LeftOut(name, f"it has no maps, their making failed: {names}", failed=True)
             continue
         try:
             candidate = yield from approach_search(cell, name, repeats[0])

@@ -152,7 +152,8 @@ def check_metrics(settings: ExperimentSettings, size: tuple[int, int], name: str
         try:
             metric.check(size)
         except ValueError as error:
-            raise ConfigurationError(f"evaluation.metrics: {error} ({name})") from error
+            raise ConfigurationError(
+                f"evaluation.metrics: {metric.metric}: {error} ({name})") from error
 
 
 def _check_evaluation(settings: ExperimentSettings, data: Dataset) -> None:
