@@ -9,24 +9,24 @@ import numpy as np
 import pytest
 import torch
 
+from impactx.approaches.base import Bench, Candidate
+from impactx.approaches.single_stage import SingleStage, single_stage_loss
 from impactx.datasets import load_dataset, make_split
 from impactx.datasets.batches import Batch
-from impactx.explain.partition.engine import partition_shap
-from impactx.models import build_single_stage
+from impactx.explain.partition import partition_shap
 from impactx.settings import (
     AugmentationSettings,
     DatasetSettings,
     ModelSettings,
-    SingleStageSettings,
     TrainingSettings,
-    extensions,
+    parse_attribution,
 )
-from impactx.training import single_stage_loss, train_single_stage
+from impactx.training import LoopArguments
 from impactx.training.loop import ResumeError
 
 LENET = ModelSettings(name="lenet5", architecture="lenet5")
 # With a fixed context the engine takes the module as it is: nothing is frozen and compiled in each round.
-ATTRIBUTION = extensions.attribution.parse({"method": "partition", "max_evals": 10, "batch_size": 4, "fixed_context": 1})
+ATTRIBUTION = parse_attribution({"method": "partition", "max_evals": 10, "batch_size": 4, "fixed_context": 1})
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +65,12 @@ def train(data, *, epochs=4, weight=0.8, precision="float32", files=None, state=
 
     training = TrainingSettings(epochs=epochs, patience=9, precision=precision).model_copy(
         update={"memory_mb": memory_mb})
-    return train_single_stage(
-        data, make_split(data.train.labels, 0.2, common_fraction=0.2, seed=0), LENET, training,
-        approach=SingleStageSettings(latent=16, **approach), attribution=ATTRIBUTION, weight=weight, scale=scale,
-        seed=seed, files=files, learning_rate=0.003, batch_size=16,
-        augmentation=AugmentationSettings(flip=False, shift=1), load=lambda: state.get("state"),
-        save=lambda content: state.update(state=content), on_epoch=on_epoch)
+    trained = SingleStage(latent=16, **approach).train(Bench(
+        data, make_split(data.train.labels, 0.2, common_fraction=0.2, seed=0), LENET, training, 0.003, 16, seed,
+        AugmentationSettings(flip=False, shift=1), Candidate(weight), ATTRIBUTION, scale, LoopArguments(
+            load=lambda: state.get("state"), save=lambda content: state.update(state=content), on_epoch=on_epoch),
+        files=files))
+    return trained.model, trained.fit
 
 
 def numbers(result):
@@ -84,7 +84,7 @@ def kept_maps(files) -> tuple[str, np.ndarray, np.ndarray]:
 
 
 def test_the_loss_is_equation_1_over_the_images_that_have_a_map():
-    net = build_single_stage(SingleStageSettings(latent=16), LENET, 4, (32, 32), seed=0).double()
+    net = SingleStage(latent=16).build(LENET, 4, (32, 32), seed=0).double()
     generator = torch.Generator().manual_seed(0)
     images, maps = (torch.rand(5, 3, 32, 32, generator=generator, dtype=torch.float64) for _ in range(2))
     labels, weights = torch.tensor([0, 1, 2, 3, 0]), torch.full((5,), 0.2, dtype=torch.float64)
@@ -113,7 +113,7 @@ def test_a_round_explains_the_networks_own_score_of_the_true_class(data, precisi
     name, indices, maps = kept_maps(files)
     split = make_split(data.train.labels, 0.2, common_fraction=0.2, seed=0)
     assert name == "running-maps-00001.npz" and (indices == split.train).all()
-    net = build_single_stage(SingleStageSettings(latent=16), LENET, 10, (32, 32), seed=9)
+    net = SingleStage(latent=16).build(LENET, 10, (32, 32), seed=9)
     found = torch.load(io.BytesIO(state["state"]), weights_only=True)["model"]
     net.to(found["c.weight"].dtype).load_state_dict(found)
     net.eval().float()
@@ -197,7 +197,7 @@ def test_maps_that_cannot_be_had_again_are_named(data, damage):
 def test_m_learns_and_a_finished_training_is_left_alone(data):
     state, files = {}, Folder()
     net, result = train(data, epochs=2, files=files, state=state)
-    start = build_single_stage(SingleStageSettings(latent=16), LENET, 10, (32, 32), seed=3).state_dict()
+    start = SingleStage(latent=16).build(LENET, 10, (32, 32), seed=3).state_dict()
     last = torch.load(io.BytesIO(state["state"]), weights_only=True)["model"]  # the best epoch may be the first
     for part in ("a.trunk", "a.head", "lep", "decoder", "c"):
         assert any(not torch.equal(start[n], last[n]) for n in start if n.startswith(part)), part
@@ -238,12 +238,11 @@ def test_two_workers_share_the_maps_and_take_the_steps_of_one(data, tmp_path):
 def _two_epochs(folder, rank: int, world: int):
     data = load_dataset(DatasetSettings(name="digits", source="digits", subset=60), folder, folder)
     files = Kept()
-    _, result = train_single_stage(
+    trained = SingleStage(latent=16).train(Bench(
         data, make_split(data.train.labels, 0.2, common_fraction=0.2, seed=0), LENET,
-        TrainingSettings(epochs=2, precision="float64"), approach=SingleStageSettings(latent=16),
-        attribution=ATTRIBUTION, weight=0.8, scale="std", seed=3, learning_rate=0.02, batch_size=16,
-        augmentation=AugmentationSettings(flip=False, shift=1), files=files, rank=rank, world_size=world)
-    return result, files
+        TrainingSettings(epochs=2, precision="float64"), 0.02, 16, 3, AugmentationSettings(flip=False, shift=1),
+        Candidate(0.8), ATTRIBUTION, "std", LoopArguments(rank=rank, world_size=world), files=files))
+    return trained.fit, files
 
 
 def _worker(rank: int, world: int, folder: str) -> None:
