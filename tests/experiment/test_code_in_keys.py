@@ -252,3 +252,56 @@ def test_a_job_says_why_it_trains_again(finished, tmp_path):
     third = job(tmp_path / "here")
     assert not said(third, ": starts") and not said(third, "made again")
     assert said(third, "row ") == said(first, "row ")
+
+
+def clean(folder: Path, *options: str) -> str:
+    done = python(folder, "jobs/clean.py", "results", *options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def kept(folder: Path) -> set[str]:
+    return {str(p.parent.relative_to(folder / "results")) for p in folder.glob("results/*/*/result.json")}
+
+
+@pytest.fixture
+def edited(finished, tmp_path) -> Path:
+    """The small job, and the same started again after stage 2's loss was edited."""
+    shutil.copytree(finished[0], tmp_path / "here")
+    # jobs/clean.py puts its own checkout first: it has to be the copy's.
+    shutil.copytree(ROOT / "jobs", tmp_path / "here" / "jobs")
+    edit(tmp_path / "here" / P / "approaches" / "impactx" / "__init__.py", "ce + weight * mse", "ce + 9 * weight * mse")
+    job(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def test_what_nothing_leads_to_is_listed_and_deleted(finished, edited):
+    before, old = kept(edited), kept(finished[0])
+    # The job's journal names the new steps: two trials, a model and its test are left over.
+    text = clean(edited)
+    assert "named by no job" in text and "in all: 4 steps" in text and "not today's" in text
+    assert "in all: 4 steps" in clean(edited, "--code", "other")
+    assert "in all: 0 steps" in clean(edited, "--older-than", "1", "--delete", "--yes")
+    assert kept(edited) == before
+    (key,) = [p.name for p in (edited / "results" / "jobs").iterdir()]
+    # A job that is under way may still come to them.
+    owner = {"token": "x", "host": "elsewhere", "process": 1, "since": "today"}
+    (driver := edited / "results" / "jobs" / key / "driver.json").write_text(json.dumps(owner))
+    text = clean(edited, "--delete", "--yes")
+    assert "in all: 0 steps" in text and "process 1 on elsewhere" in text and kept(edited) == before
+    driver.unlink()
+    assert "4 steps were deleted" in clean(edited, "--delete", "--yes")
+    assert before - kept(edited) == old - kept(edited) and len(before - kept(edited)) == 4
+    assert not said(job(edited), ": starts")  # nothing that the job needs is gone
+    codes = {name.split(".")[1] for name in os.listdir(edited / "results" / "recipes")}
+    assert {name.removesuffix(".json") for name in os.listdir(edited / "results" / "code")} == codes
+    assert f"in all: {len(kept(edited))} steps" in clean(edited, "--job", key, "--delete", "--yes")
+    assert not kept(edited)
+
+
+def test_nothing_is_deleted_without_a_yes(edited):
+    before = kept(edited)
+    done = subprocess.run([sys.executable, "jobs/clean.py", "results", "--delete"], cwd=edited, input="n\n", text=True,
+                          capture_output=True, timeout=300)
+    assert "delete 4 steps for good?" in done.stdout and "nothing was deleted" in done.stdout, done.stderr
+    assert kept(edited) == before

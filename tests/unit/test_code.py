@@ -330,7 +330,7 @@ def module_with(folder: Path, text: str) -> str:
 
 # What a step's function would import, by a definition in it.
 A, MAPS, STAGE_2, MORF, LOSS = (
-    "class Classifier(", "def partition_shap(", "class LatentExplanationPredictor(",
+    "class Classifier(", "def partition_shap(", "class ImpactxNetwork(",
     "def most_relevant_first(", "def impactx_loss(")
 STEPS = (A, MAPS, STAGE_2, MORF, LOSS)
 
@@ -340,12 +340,12 @@ def real(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(("within", "old", "new", "changed"), [
-    ("class Decoder(", "nn.ReLU()", "nn.GELU()", {STAGE_2}),
-    ("class LeNet5Trunk(", "84", "85", {A, STAGE_2}),
-    ("def impactx_loss(", "weight * mse", "weight / mse", {LOSS}),
+    ("class Decoder(", "nn.ReLU()", "nn.GELU()", {STAGE_2, LOSS}),
+    ("class LeNet5Trunk(", "84", "85", {A, STAGE_2, LOSS}),
+    ("def impactx_loss(", "weight * mse", "weight / mse", {STAGE_2, LOSS}),
     ("def _copy_boxes(", "= image[z, r, c]", "= -image[z, r, c]", {MAPS}),  # compiled by Numba
     ("def most_relevant_first(", "stable", "quicksort", {MORF}),
-    ("class Batch:", "class Batch:", "SIZE = 3\n\n\nclass Batch:", {LOSS}),
+    ("class Batch:", "class Batch:", "SIZE = 3\n\n\nclass Batch:", {STAGE_2, LOSS}),
     ("class Decoder(", "\nclass Decoder", "\n# a comment\nclass Decoder", set()),
     ("def impactx_loss(", "stage 2 needs a map for every image", "no maps", set()),
     ("def write_report(", "def write_report(", "NEW = 1\ndef write_report(", set()),

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 JOB, CELLS = "job.json", "cells"
+EXPLAINED = "explained"  # <key>.json of each store of maps that jobs/explain.py makes
 
 
 def now() -> str:

@@ -28,6 +28,7 @@ from impactx.explain.attribution import Attribution
 from impactx.explain.maps.reading import store_at
 from impactx.explain.maps.sheet import check_sheet, draw_sheet
 from impactx.explain.maps.store import MapStore, StoreError
+from impactx.results.records import EXPLAINED
 from impactx.run.executor import Executor, Task
 from impactx.run.tracker import RunIdentity
 from impactx.settings import DatasetSettings, ExplainSettings, ModelSettings
@@ -189,12 +190,15 @@ def run(job: Explained, executor: Callable[[], Executor]) -> str:
         job: What is to be made.
         executor: Called only where there is something to do.
     """
+    storage = job.place.artifacts.storage
+    # No job's journal names the store: the note keeps it from being taken for a leftover.
+    storage.write_json(f"{EXPLAINED}/{job.step.key}.json", {"name": job.step.name})
     result = job.place.artifacts.result(job.step) if job.finished() else None
     if result is not None:
         log.info("all maps are there already")
     else:
         result = make(job, executor())
-        job.place.artifacts.storage.sweep(job.step.folder)
+        storage.sweep(job.step.folder)
     gap = "" if result.map_gap_mean is None else (
         f", they miss f(image) - f(base) by {result.map_gap_mean:.1e} of their size on average")
     return f"{result.images} maps in {result.shards} shards{gap}\nstore: {job.address}"

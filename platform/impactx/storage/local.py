@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import uuid
 from pathlib import Path
 
@@ -72,6 +73,11 @@ class LocalFiles:
     def delete(self, path: str) -> None:
         """Delete a file, if it exists."""
         Path(self.root, path).unlink(missing_ok=True)
+
+    def delete_folder(self, folder: str) -> None:
+        """Delete a folder with everything in it, if it exists."""
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(Path(self.root, folder))
 
     def sweep(self, folder: str) -> None:
         """Delete what killed writers left in a folder."""

@@ -103,5 +103,10 @@ class S3Files:
         if self.exists(path):
             self._s3.delete_file(self._key(path))
 
+    def delete_folder(self, folder: str) -> None:
+        """Delete every object below a folder."""
+        for path in self.files(folder):
+            self._s3.delete_file(self._key(f"{folder}/{path}"))
+
     def sweep(self, folder: str) -> None:
         """Do nothing: S3 shows nothing half."""

@@ -173,6 +173,15 @@ class Storage:
         with self._naming("delete", path):
             self._backend.delete(path)
 
+    def delete_folder(self, folder: str) -> None:
+        """Delete a folder with everything in it, if it exists.
+
+        Raises:
+            StorageError: It cannot be deleted.
+        """
+        with self._naming("delete", folder):
+            self._backend.delete_folder(folder)
+
     def write_json(self, path: str, value: object) -> None:
         """Write plain data as readable JSON; see `write`.
 
