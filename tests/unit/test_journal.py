@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
-from impactx.experiment.journal import CellJournal
-from impactx.experiment.results import Row
-from impactx.experiment.units import Unit
 
+from impactx.configuration import load_settings
+from impactx.experiment.cell import Cell, DataFacts
+from impactx.results.records import CellFacts
+from impactx.run.journal import CellJournal
 from impactx.storage import Storage
 
-PATH, FACTS = "jobs/job/cells/d.m.json", {"class_names": ["a", "b"], "common": "f" * 32}
-TRIALS = [Unit("trial", f"A lr={rate}", {"rate": rate}) for rate in (1, 2)]
-FINAL = Unit("model", "A repeat 0", {"rate": 1, "final": True})
-
-
-def row(approach: str = "baseline", repeat: int = 0, accuracy: float = 0.7) -> Row:
-    return Row("d", "m", approach, repeat, None, 0.001, 32, 0.1, 0.7, accuracy, 10, 1, 1.0, None, "checkpoint", "test")
+PATH = "jobs/job/cells/d.m.json"
+FACTS = CellFacts(dataset="d", model="m", class_names=["a", "b"], image_size=(8, 8), train_images=9,
+                  selection_metric="val_accuracy", fingerprint="f" * 32)
+SETTINGS = load_settings("demo", ["grid.learning_rate=[0.001,0.002]", "grid.batch_size=[16]",
+                                  "grid.validation_fraction=[0.2]"], Path(__file__).resolve().parents[2] / "configs")
+CELL = Cell(SETTINGS, SETTINGS.datasets["digits"], SETTINGS.models["lenet5"], DataFacts(
+    "d" * 64, 1437, 10, (32, 32), tuple("0123456789")))
+TRIALS = [CELL.classifier_trial(point) for point in CELL.configurations()]
+FINAL = CELL.classifier(CELL.configurations()[0], 0)
 
 
 @pytest.fixture
@@ -27,18 +31,31 @@ def storage(tmp_path) -> Storage:
     journal = begin(storage)
     journal.failed(TRIALS[1], "ValueError: broken")
     journal.selected("stage 1", TRIALS[0])
-    journal.plan([FINAL])
-    journal.tested(row())
-    journal.tested(row("impactx"))
-    journal.lost("wae", "WorkError: no maps")
+    journal.plan("training A", [FINAL])
+    journal.left_out("wae", "StepError: no maps")
     journal.finished()
     return storage
 
 
-def begin(storage: Storage, facts: dict | None = None) -> CellJournal:
-    journal = CellJournal(storage, "job", "d", "m", facts or FACTS)
-    journal.plan(TRIALS, "stage 1")
+def begin(storage: Storage, facts: CellFacts = FACTS) -> CellJournal:
+    journal = CellJournal(storage, "job", facts)
+    journal.plan("stage 1", TRIALS, search=True)
     return journal
+
+
+def names(held: dict) -> list[str]:
+    return [step["name"] for step in held["steps"]]
+
+
+def test_what_is_written(storage):
+    held = storage.read_json(PATH)
+    assert names(held) == [*(trial.name for trial in TRIALS), "A repeat 0"]
+    assert [(step["group"], step["search"]) for step in held["steps"]] == [("stage 1", True)] * 2 + [
+        ("training A", False)]
+    assert held["steps"][1]["folder"] == TRIALS[1].folder
+    assert held["steps"][1]["parameters"]["learning_rate"] == 0.002
+    assert held["failed"] == {TRIALS[1].folder: "ValueError: broken"}
+    assert held["selected"] == {"stage 1": TRIALS[0].folder} and held["left_out"] == {"wae": "StepError: no maps"}
 
 
 def test_a_start_that_is_interrupted_takes_nothing_away(storage):
@@ -46,21 +63,17 @@ def test_a_start_that_is_interrupted_takes_nothing_away(storage):
     for _ in range(2):
         begin(storage)
         # Why the earlier start went on without wae, or ended, is no longer so: this one is at it.
-        assert storage.read_json(PATH) == before | {"lost": {}}
-    assert [u["name"] for u in before["units"]] == ["A lr=1", "A lr=2", "A repeat 0"] and len(before["rows"]) == 2
+        assert storage.read_json(PATH) == before | {"left_out": {}}
     begin(storage).stopped("StorageError: full")
     assert storage.read_json(PATH)["error"] == "StorageError: full"
     begin(storage)
-    assert storage.read_json(PATH) == before | {"lost": {}}
+    assert storage.read_json(PATH) == before | {"left_out": {}}
 
 
-def test_what_comes_anew_takes_the_place_of_what_was(storage):
+def test_what_is_done_has_not_failed(storage):
     journal = begin(storage)
-    journal.tested(row(accuracy=0.9))
     journal.done(TRIALS[1])
-    held = storage.read_json(PATH)
-    assert [(r["approach"], r["test_accuracy"]) for r in held["rows"]] == [("baseline", 0.9), ("impactx", 0.7)]
-    assert held["failed"] == {}
+    assert storage.read_json(PATH)["failed"] == {}
     journal.failed(TRIALS[1], "OSError: again")
     assert storage.read_json(PATH)["failed"] == {TRIALS[1].folder: "OSError: again"}
     journal.done(TRIALS[1])
@@ -70,30 +83,30 @@ def test_what_comes_anew_takes_the_place_of_what_was(storage):
 def test_at_the_cells_end_only_what_this_start_came_to_is_left(storage):
     journal = begin(storage)
     journal.selected("stage 1", TRIALS[0])
-    journal.tested(row(accuracy=0.9))
+    assert len(names(storage.read_json(PATH))) == 3
     journal.finished()
     held = storage.read_json(PATH)
-    assert [r["approach"] for r in held["rows"]] == ["baseline"] and held["failed"] == {}
-    assert [u["name"] for u in held["units"]] == ["A lr=1", "A lr=2"]
+    assert names(held) == [trial.name for trial in TRIALS] and held["failed"] == {}
 
 
 def test_another_choice_leaves_nothing_of_what_followed_from_the_earlier_one(storage):
     begin(storage).selected("stage 1", TRIALS[1])
     held = storage.read_json(PATH)
-    assert held["rows"] == [] and held["selected"] == {"stage 1": TRIALS[1].folder} and len(held["units"]) == 2
+    assert held["selected"] == {"stage 1": TRIALS[1].folder} and names(held) == [trial.name for trial in TRIALS]
 
 
 def test_of_other_data_under_the_same_settings_nothing_is_kept(storage):
-    begin(storage, FACTS | {"common": "e" * 32})
+    begin(storage, FACTS.model_copy(update={"fingerprint": "e" * 32}))
     held = storage.read_json(PATH)
-    assert held["rows"] == [] and held["selected"] == held["failed"] == {} and held["common"] == "e" * 32
+    assert held["selected"] == held["failed"] == {} and len(held["steps"]) == 2
+    assert held["facts"]["fingerprint"] == "e" * 32
 
 
-@pytest.mark.parametrize("content", [b"", b'{"units"', b"[]", b'{"dataset": "d", "model": "m", "class_names": ["a", "b"'
-                                     b'], "common": "ffffffffffffffffffffffffffffffff", "units": [{}]}'])
+@pytest.mark.parametrize("content", [b"", b'{"steps"', b"[]", b'{"facts": {"dataset": "d"}}',
+                                     b'{"units": [], "rows": []}'])
 def test_a_damaged_journal_is_written_anew(storage, caplog, content):
     storage.write(PATH, content)
     with caplog.at_level(logging.WARNING, "impactx"):
         begin(storage)
-    assert f"{storage.uri(PATH)} cannot be read and is written anew" in caplog.text
-    assert len(storage.read_json(PATH)["units"]) == 2
+    assert storage.uri(PATH) in caplog.text
+    assert len(storage.read_json(PATH)["steps"]) == 2
