@@ -11,9 +11,9 @@ from statistics import fmean
 import pytest
 from lab import Lab, ignore, task
 
+from impactx.approaches.baseline import BASELINE
 from impactx.costs.measured import MAPS, Making
 from impactx.costs.pricing import probes_of
-from impactx.approaches.baseline import BASELINE
 from impactx.run.threads import run_all
 
 JOB = Path(__file__).resolve().parents[2] / "jobs" / "full_grid.py"

@@ -21,6 +21,7 @@ from impactx.explain.weighted import class_probabilities, explain_by_own_probabi
 from impactx.models import build_classifier, build_trunk
 from impactx.models.logits import Logits
 from impactx.settings import ModelSettings
+from impactx.settings.extensions import attribution
 
 sys.path.insert(0, str(Path(__file__).parent))
 from partition_twin import partition_values  # noqa: E402
@@ -218,7 +219,7 @@ def test_waes_map_is_the_weighted_sum_by_the_slow_twin():
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Tanh(), torch.nn.Flatten(),
                               torch.nn.Linear(4 * 36, 5)).eval()
     pictures = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
-    maker = extensions.attribution.parse({"method": "partition", "max_evals": 60, "batch_size": 6,
+    maker = attribution.parse({"method": "partition", "max_evals": 60, "batch_size": 6,
                                                  "masker": "0.25"})
     found = explain_by_own_probabilities(maker, net, pictures)
     slow = copy.deepcopy(net).double()
@@ -246,7 +247,7 @@ def test_of_other_attributions_the_class_maps_are_summed(method):
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Tanh(), torch.nn.Flatten(),
                               torch.nn.Linear(4 * 36, 5)).eval()
     pictures = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
-    maker = extensions.attribution.parse({"method": method} | (
+    maker = attribution.parse({"method": method} | (
         {"window": 4} if method == "occlusion" else {"steps": 4}))
     found, p = explain_by_own_probabilities(maker, net, pictures), class_probabilities(net, pictures)
     each = [maker.explain(net, pictures, np.full(3, k)).maps for k in range(5)]
