@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-from types import SimpleNamespace
 
 import pytest
 
@@ -132,22 +130,18 @@ def test_measurements_count_a_fraction_as_what_it_blocks(ray):
         "trial": 4, "model": 2, "maps on CPUs": 2, "maps on GPUs": 2, "judging": 4}
 
 
-def test_maps_are_asked_for_on_nodes_that_are_not_there_yet(ray, monkeypatch):
-    from impactx.cluster import executor as module
+def test_maps_are_asked_for_on_nodes_that_are_not_there_yet(ray):
+    from impactx.cluster.executor import RayExecutor
+    from impactx.cluster.maps import pools_of
 
-    seen = []
-    monkeypatch.setattr(module, "open_store", lambda unit, place: SimpleNamespace(missing=lambda: [0]))
-    monkeypatch.setattr(module, "explain_on_pools", lambda unit, place, pools, *more: seen.append(
-        {pool.name: (pool.actors, pool.resources) for pool in pools}) or (0, 0.0))
-    monkeypatch.setattr(module, "finish_maps", lambda *anything: {})
-    monkeypatch.setattr(module, "log_maps", lambda *anything: None)
-    task = SimpleNamespace(unit=None, parent_key="cell", open_run=lambda tracker: contextlib.nullcontext())
-    for settings in ({}, {"grows_to_gpus": 8, "grows_to_cpus": 64}):
-        module.RayExecutor(ClusterSettings(**settings), None, None).explain(task, print)
+    def asked(**settings):
+        executor = RayExecutor(ClusterSettings(**settings), None, None)
+        return {pool.device: (pool.actors, pool.num_cpus, pool.num_gpus)
+                for pool in pools_of(executor.settings, executor._capacity())}
+
     # An actor on a GPU asks for no CPU: those on CPUs, which wait for more of them, would leave it none.
-    assert seen == [{kind: (many, asked) for kind, many, asked in (
-        ("cpu", cpus, {"num_cpus": 0.75}), ("gpu", gpus, {"num_cpus": 0, "num_gpus": 1}))}
-        for cpus, gpus in ((2, 2), (64, 8))]
+    assert asked() == {"cpu": (2, 1, 0), "cuda": (2, 0, 1)}
+    assert asked(grows_to_gpus=8, grows_to_cpus=64) == {"cpu": (64, 1, 0), "cuda": (8, 0, 1)}
 
 
 def test_a_plan_says_where_nothing_can_be_measured_yet(ray):
