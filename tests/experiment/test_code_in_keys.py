@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -305,3 +306,21 @@ def test_nothing_is_deleted_without_a_yes(edited):
                           capture_output=True, timeout=300)
     assert "delete 4 steps for good?" in done.stdout and "nothing was deleted" in done.stdout, done.stderr
     assert kept(edited) == before
+
+
+def test_steps_of_other_code_are_reused_where_asked_and_marked(finished, tmp_path):
+    shutil.copytree(finished[0], here := tmp_path / "here")
+    edit(here / P / "approaches" / "impactx" / "__init__.py", "ce + weight * mse", "ce + 9 * weight * mse")
+    edit(here / P / "explain" / "partition" / "compose.py", "nogil=True, cache=True", "nogil=True")
+    log = job(here, "reuse=any_code")
+    assert not said(log, ": starts") and not said(log, "made again")
+    assert said(log, "row ") == said(finished[1], "row ")
+    reused = "is reused, the code differs: impactx."
+    assert said(log, f"maps: 1 finished step {reused}explain.partition.compose changed (reuse = any_code)")
+    assert said(log, f"final trainings: 1 finished step {reused}approaches.impactx changed (reuse = any_code)")
+    (table,) = here.glob("results/jobs/*/results.csv")  # the same job: the setting is part of no key
+    marks = {row["approach"]: row["other_code"] for row in csv.DictReader(table.open())}
+    assert marks == {"baseline": "", "impactx": "maps, model, test"}
+    # The same command without the setting does them by today's code, and the mark goes.
+    assert said(job(here), "maps repeat 0: starts")
+    assert [row["other_code"] for row in csv.DictReader(table.open())] == ["", ""]

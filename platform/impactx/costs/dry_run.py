@@ -17,6 +17,7 @@ from impactx.experiment.preparation import (
     check_metrics,
     check_names,
     facts_of,
+    reusable_by,
     workplace,
 )
 from impactx.experiment.steps.maps import Maps
@@ -53,7 +54,8 @@ def dry_run(settings: ExperimentSettings) -> str:
         for model in absolute_models(settings):
             side = dataset.image_size or 0
             cell = Cell(settings, dataset, model, facts or DataFacts(
-                "unknown", train_images or 0, 0, (side, side), ()), weights_files[model.name])
+                "unknown", train_images or 0, 0, (side, side), ()), weights_files[model.name],
+                        reusable_by(settings, place))
             lines += _cell_lines(cell, place.artifacts if facts else None, totals)
     passes = f", at most {totals.passes:,} forward passes to judge maps" if totals.passes else ""
     head = [f"{settings.name}: {len(settings.datasets) * len(settings.models)} cells, output "

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
+from typing import Any, TypeVar, cast
 
 from impactx.approaches.base import Approach, Candidate
 from impactx.approaches.baseline import BASELINE, Baseline
 from impactx.experiment.model_source import StepSource
 from impactx.experiment.paper import published
-from impactx.experiment.steps.base import fingerprint
+from impactx.experiment.steps.base import Step, fingerprint
 from impactx.experiment.steps.maps import ExplainedModel, Maps, Part, Target
 from impactx.experiment.steps.quality import MapQuality
 from impactx.experiment.steps.test import Test
@@ -30,6 +32,9 @@ from impactx.experiment.steps.training import (
 )
 from impactx.settings import DatasetSettings, ExperimentSettings, ModelSettings
 from impactx.settings.extensions import AttributionSettings
+
+S = TypeVar("S", bound=Step[Any])
+Reusable = Callable[[Step[Any]], Step[Any]]
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,8 @@ class Cell:
     """One data set with one model: settings, facts, and the steps made of them."""
 
     def __init__(self, settings: ExperimentSettings, dataset: DatasetSettings, model: ModelSettings,
-                 facts: DataFacts, weights_file: str | None = None) -> None:
+                 facts: DataFacts, weights_file: str | None = None,
+                 reusable: Reusable | None = None) -> None:
         """Hold what the steps are made of.
 
         Args:
@@ -97,13 +103,30 @@ class Cell:
             model: Of this cell, with an absolute path of its weights.
             facts: Of the data set.
             weights_file: Fingerprint of the file that model.weights names, where it names one.
+            reusable: Returns a step as it was finished by other code, where it may be reused. None:
+                no step of other code is.
         """
         self.settings, self.dataset, self.model, self.facts = settings, dataset, model, facts
+        self._reusable = reusable
+        self._known: dict[tuple[str, str], Step[Any]] = {}
         self.name = f"{dataset.name} x {model.name}"
         self.network = Network(
             architecture=model.architecture, weights=weights_file or model.weights,
             weights_match=model.weights_match, input_size=model.input_size, mean=model.mean,
             std=model.std)
+
+    def _found(self, step: S) -> S:
+        """Return a step by the code that finished it: the keys of those that follow hold its own.
+
+        A step that is asked for again is the same, even where its result came meanwhile.
+        """
+        if self._reusable is None:
+            return step
+        key = (step.folder, step.name)
+        if key not in self._known:
+            self._known[key] = self._reusable(step)
+        # The dictionary holds steps of every kind.
+        return cast(S, self._known[key])
 
     @property
     def fingerprint(self) -> str:
@@ -156,11 +179,13 @@ class Cell:
     def classifier_trial(self, c: Configuration) -> Trial:
         """Return the trial of one point of the grid for A."""
         name = f"A lr={c.learning_rate:g} bs={c.batch_size} vf={c.validation_fraction:g}"
-        return Trial(**self._training(name, BASELINE, Baseline(), c, 0), halving=self._halving())
+        return self._found(Trial(**self._training(name, BASELINE, Baseline(), c, 0),
+                                 halving=self._halving()))
 
     def classifier(self, c: Configuration, repeat: int) -> Model:
         """Return the training of the classifier A in one repeat."""
-        return Model(**self._training(f"A repeat {repeat}", BASELINE, Baseline(), c, repeat))
+        return self._found(Model(**self._training(
+            f"A repeat {repeat}", BASELINE, Baseline(), c, repeat)))
 
     # ---- maps
 
@@ -175,7 +200,7 @@ class Cell:
         words = (["class-weighted"] * (target != "label") + ["maps"]
                  + ["of test images"] * (part != "train")
                  + [f"by {attribution.method}"] * (attribution != s.attribution))
-        return Maps(
+        return self._found(Maps(
             name=f"{' '.join(words)} repeat {a.repeat}", dataset_name=self.dataset.name,
             model_name=self.model.name, repeat=a.repeat, weights=a.ref.weights,
             data=self.facts.fingerprint,
@@ -184,7 +209,7 @@ class Cell:
                                      input_size=self.model.input_size),
             attribution=attribution, target=target, part=part,
             source=StepSource(folder=a.ref.folder), dataset=self.dataset,
-            shard_size=s.maps.shard_size)
+            shard_size=s.maps.shard_size))
 
     def maps_of(self, name: str, a: Classifier) -> list[Maps]:
         """Return the stores of maps that an approach needs in a repeat."""
@@ -197,12 +222,12 @@ class Cell:
     def approach_trial(self, name: str, candidate: Candidate, a: Classifier) -> Trial:
         """Return the trial of one candidate of an approach's search, around a repeat's A."""
         label = candidate.label()
-        return Trial(**self._stage2(f"{name} {label}".strip(), name, candidate, a))
+        return self._found(Trial(**self._stage2(f"{name} {label}".strip(), name, candidate, a)))
 
     def approach_model(self, name: str, candidate: Candidate, a: Classifier) -> Model:
         """Return the final training of an approach in a repeat."""
         label = f"{name} {candidate.label()}".strip()
-        return Model(**self._stage2(f"{label} repeat {a.repeat}", name, candidate, a))
+        return self._found(Model(**self._stage2(f"{label} repeat {a.repeat}", name, candidate, a)))
 
     def _stage2(self, title: str, name: str, candidate: Candidate, a: Classifier
                 ) -> dict[str, object]:
@@ -236,7 +261,7 @@ class Cell:
     def test(self, model: Model, result: TrainingResult) -> Test:
         """Return the one reading of the test set by a final model."""
         paper = published(self.dataset, self.model.name, model.approach_name or "")
-        return Test.of(model, result, self.facts.test_fingerprint, paper)
+        return self._found(Test.of(model, result, self.facts.test_fingerprint, paper))
 
     def map_quality(self, model: Model, result: TrainingResult) -> MapQuality | None:
         """Return the judgement of a final model's maps on test images.
@@ -248,5 +273,5 @@ class Cell:
         chosen = e.approaches is None or model.approach_name in e.approaches
         if not e.map_images or not chosen or model.test_maps is not None:
             return None
-        return MapQuality.of(model, result, self.facts.test_fingerprint, e,
-                             self.settings.attribution)
+        return self._found(MapQuality.of(model, result, self.facts.test_fingerprint, e,
+                                         self.settings.attribution))

@@ -9,15 +9,20 @@ no result has to be opened for it, wherever the output lies.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from impactx.code import CodeFingerprint, explain_difference
 from impactx.experiment.steps.base import Step
 from impactx.storage import DamagedError, Storage
 
+if TYPE_CHECKING:
+    from impactx.experiment.workplace import Workplace
+
+S = TypeVar("S", bound=Step[Any])
 CODE, RECIPES = "code", "recipes"
 
 
@@ -80,27 +85,57 @@ class History:
 
         Of several versions of the code, the one counts that differs in the fewest modules.
         """
-        new = step.todays_code
-        olds = [self._code(digest) for digest in self.other_codes(step)]
-        if not olds:
-            return ""
-        nearest = min(olds, key=lambda old: len(set(old.modules.items()) ^ set(new.modules.items())
-                                                ) if old.modules else 10**6)
-        return explain_difference(nearest, new) if nearest.modules else (
-            "its code differs, in which modules is not known any more")
+        others = self._nearest_first(step)
+        return self._explained(others[0], step) if others else ""
+
+    def _nearest_first(self, step: Step[Any]) -> list[str]:
+        new = set(step.todays_code.modules.items())
+        return sorted(self.other_codes(step),
+                      key=lambda digest: len(new ^ set(self._code(digest).modules.items())))
+
+    def _explained(self, digest: str, step: Step[Any]) -> str:
+        old = self._code(digest)
+        return explain_difference(old, step.todays_code) if old.modules else (
+            "the code differs, in which modules is not known any more")
 
     def _code(self, digest: str) -> CodeFingerprint:
         if digest not in self._codes:
             self._codes[digest] = code_of(self._storage, digest)
         return self._codes[digest]
 
+    def reusable(self, step: S, place: Workplace) -> S:
+        """Return a step as other code finished it, if today's has not; else the step itself.
+
+        Args:
+            step: As today's code would do it.
+            place: Where steps leave what they make.
+
+        Raises:
+            StorageError: The storage does not answer.
+        """
+        for digest in self._nearest_first(step):
+            other = step.finished_by(digest)
+            # An earlier version may have kept results of another shape.
+            with contextlib.suppress(DamagedError):
+                if place.artifacts.result(other) is not None and other.complete(place):
+                    return other
+        return step
+
     def made_again(self, steps: Iterable[Step[Any]]) -> str:
         """Return one sentence on the steps that are made again because of their code, or ""."""
-        reasons = {step.folder: reason for step in steps if (reason := self.difference(step))}
-        if not reasons:
-            return ""
-        counted = Counter(reasons.values())
-        parts = [reason if len(counted) == 1 else f"{reason} ({count})"
-                 for reason, count in counted.items()]
-        steps_are = "step is" if len(reasons) == 1 else "steps are"
-        return f"{len(reasons)} finished {steps_are} made again, {'; '.join(parts)}"
+        return _sentence("made again", [self.difference(step) for step in steps])
+
+    def reused(self, steps: Iterable[Step[Any]]) -> str:
+        """Return one sentence on the steps of other code that are reused all the same, or ""."""
+        return _sentence("reused", [self._explained(step.reused_code, step) for step in steps
+                                    if step.reused_code])
+
+
+def _sentence(what: str, reasons: Iterable[str]) -> str:
+    counted = Counter(filter(None, reasons))
+    if not counted:
+        return ""
+    parts = [reason if len(counted) == 1 else f"{reason} ({count})"
+             for reason, count in counted.items()]
+    steps_are = "step is" if counted.total() == 1 else "steps are"
+    return f"{counted.total()} finished {steps_are} {what}, {'; '.join(parts)}"

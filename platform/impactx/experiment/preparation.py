@@ -10,7 +10,8 @@ from pathlib import Path
 from impactx.configuration import ConfigurationError, check_weights_file
 from impactx.datasets import Dataset, load_dataset, locate, make_split
 from impactx.evaluation.quality import metrics_of
-from impactx.experiment.cell import Cell, DataFacts
+from impactx.experiment.cell import Cell, DataFacts, Reusable
+from impactx.experiment.history import History
 from impactx.experiment.workplace import Workplace
 from impactx.explain.attribution import Attribution, MissingPackage
 from impactx.fetching import fetch_file, is_remote
@@ -196,11 +197,18 @@ def prepare(settings: ExperimentSettings) -> Prepared:
         _check_evaluation(settings, data)
         facts = facts_of(data)
         for model in absolute_models(settings):
-            cell = Cell(settings, dataset, model, facts, weights_files[model.name])
+            cell = Cell(settings, dataset, model, facts, weights_files[model.name],
+                        reusable_by(settings, place))
             _check_networks(cell, data)
             cells.append(cell)
     _check_distinct(cells)
     return Prepared(cells, place)
+
+
+def reusable_by(settings: ExperimentSettings, place: Workplace) -> Reusable | None:
+    """Return what finds steps of other code, where the settings say that they are reused."""
+    history = History(place.artifacts.storage)
+    return None if settings.reuse == "same_code" else lambda step: history.reusable(step, place)
 
 
 def _check_networks(cell: Cell, data: Dataset) -> None:

@@ -73,7 +73,15 @@ def table2(export: Mapping[str, Any]) -> list[Section]:
              "2502.12222v2, Table 2) gives one number a cell, without a spread. The best of a cell is bold. Time a "
              "model: of the processes that made one, its A and its maps included. A map at test: what a prediction "
              "needs beside the network. Each final model's accuracy comes from one reading of the test set; nothing "
-             "was chosen by it. (Maps are judged on test images afterwards.)", "note"), *_parts(export)])]
+             "was chosen by it. (Maps are judged on test images afterwards.)", "note"), *_parts(export), *_other_code(export)])]
+
+
+def _other_code(export: Mapping[str, Any]) -> list[Block]:
+    """Which rows hold what other code than the job's has computed."""
+    rows = [f"{row['dataset']} × {row['model']}, {row['approach']} repeat {row['repeat']} ({row['other_code']})"
+            for cell in export["cells"] for row in cell["rows"] if row.get("other_code")]
+    return [Text("Reused, though other code than this job's computed it (reuse = any_code): " + "; ".join(rows) + ".",
+                 "warning")] if rows else []
 
 
 def _parts(export: Mapping[str, Any]) -> list[Block]:

@@ -51,6 +51,7 @@ class StepRecord(_Entry):
         search: Whether the group is a search, which selects one of its trials.
         parameters: What MLflow and the report show of it.
         inputs: Folders of the steps that it starts from, by what they are to it.
+        reused_code: Digest of the other code than the job's that did it; None: the job's own.
     """
 
     kind: str
@@ -60,6 +61,7 @@ class StepRecord(_Entry):
     search: bool
     parameters: dict[str, Any]
     inputs: dict[str, str]
+    reused_code: str | None = None
 
 
 class CellFacts(_Entry):

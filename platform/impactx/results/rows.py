@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
@@ -40,6 +40,8 @@ class Row:
             where that is not known.
         model_folder, weights: Folder of the training under the output's root, and the fingerprint
             of the weights that it left.
+        other_code: Which steps behind the row other code than the job's did, such as "maps, model";
+            "" where none (setting reuse).
     """
 
     dataset: str
@@ -63,6 +65,7 @@ class Row:
     seconds_in_all: float | None
     model_folder: str
     weights: str
+    other_code: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the row as plain data."""
@@ -101,9 +104,19 @@ def cell_rows(storage: Storage, record: CellRecord) -> list[Row]:
             paper_accuracy=p.get("paper_accuracy"), checkpoint=storage.uri(model.folder),
             test=step.folder, map_quality=quality.get(model.folder),
             map_seconds=tested.map_seconds,
-            seconds_in_all=_seconds_in_all(storage, model, trained),
-            model_folder=model.folder, weights=trained.weights))
+            seconds_in_all=_seconds_in_all(storage, model, trained, steps),
+            model_folder=model.folder, weights=trained.weights,
+            other_code=_other_code(steps, step, model, quality.get(model.folder))))
     return rows
+
+
+def _other_code(steps: Mapping[str, StepRecord], test: StepRecord, model: StepRecord,
+                quality: str | None) -> str:
+    """Return which steps behind a row other code did; see `Row.other_code`."""
+    behind = {"test": test, "model": model, "map quality": steps.get(quality or "")}
+    behind |= {what: steps.get(folder) for what, folder in model.inputs.items()}
+    return ", ".join(sorted(what for what, step in behind.items()
+                            if step is not None and step.reused_code))
 
 
 def _result(storage: Storage, folder: str, kind: type[R]) -> R | None:
@@ -113,16 +126,25 @@ def _result(storage: Storage, folder: str, kind: type[R]) -> R | None:
         return None
 
 
-def _seconds_in_all(storage: Storage, model: StepRecord, trained: TrainingResult) -> float | None:
-    """Return the seconds of the processes that made a model, its A and its maps included."""
+def _seconds_in_all(storage: Storage, model: StepRecord, trained: TrainingResult,
+                    there: Container[str]) -> float | None:
+    """Return the seconds of the processes that made a model, its A and its maps included.
+
+    Args:
+        storage: The job's output.
+        model: The training.
+        trained: Its result.
+        there: Folders of the steps whose results can be read.
+    """
     seconds: list[float | None] = [trained.seconds]
-    if "classifier" in model.inputs:
-        a = _result(storage, model.inputs["classifier"], TrainingResult)
+    classifier, maps = model.inputs.get("classifier"), model.inputs.get("maps")
+    if classifier is not None:
+        a = _result(storage, classifier, TrainingResult) if classifier in there else None
         seconds.append(a.seconds if a is not None else None)
     # A model that is trained with lambda = 0 learns nothing from its maps.
-    if "maps" in model.inputs and model.parameters.get("lambda") != 0:
-        maps = _result(storage, model.inputs["maps"], MapsResult)
-        seconds.append(maps.process_seconds if maps is not None else None)
+    if maps is not None and model.parameters.get("lambda") != 0:
+        made = _result(storage, maps, MapsResult) if maps in there else None
+        seconds.append(made.process_seconds if made is not None else None)
     known = [value for value in seconds if value is not None]
     return math.fsum(known) if len(known) == len(seconds) else None
 
@@ -197,4 +219,6 @@ def table(rows: Sequence[Row]) -> str:
                       "" if s.paper_accuracy is None else f"{100 * s.paper_accuracy:.2f}",
                       f"{s.seconds / s.repeats:.1f}"))
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join("  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    text = "\n".join("  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    others = [f"  {r.dataset} x {r.model}, {r.approach} repeat {r.repeat}: {r.other_code}" for r in rows if r.other_code]
+    return "\n".join([text, "reused, though done by other code than this job's:", *others]) if others else text

@@ -23,7 +23,6 @@ from impactx.experiment.groups import (
 )
 from impactx.experiment.ownership import TakenOver
 from impactx.experiment.steps.base import Result, Step, StepError
-from impactx.experiment.steps.maps import Maps
 from impactx.experiment.steps.training import STOPPED_TAG, TrainingResult, Trial
 from impactx.results.records import CellFacts
 from impactx.results.rows import Row, cell_rows, results_csv, summarise
@@ -167,7 +166,7 @@ class CellRun:
         result: Result | None = self.job.artifacts.result(step)
         if result is None:
             return None
-        if isinstance(step, Maps) and not step.complete(self.job.place):
+        if not step.complete(self.job.place):
             self.log.warning("%s: it was finished, but its store is not whole any more: it is "
                              "completed", step.name)
             return None
@@ -236,6 +235,8 @@ class CellRun:
         self.journal.plan(group.title, group.steps, search=isinstance(group, Search))
         if again := self.job.history.made_again(group.steps):
             self.log.info("%s: %s", group.title, again)
+        if other := self.job.history.reused(group.steps):
+            self.log.warning("%s: %s (reuse = any_code)", group.title, other)
 
     def _group(self, group: Group) -> Outcomes:
         """Do independent steps at once; maps, which spread over a cluster, one after the other."""

@@ -39,7 +39,7 @@ def job_key(settings: ExperimentSettings) -> str:
     that is started again goes on.
     """
     described = settings.model_dump(mode="json", exclude={
-        "cluster", "tracking", "output", "data_root", "cache", "plugins"})
+        "cluster", "tracking", "output", "data_root", "cache", "plugins", "reuse"})
     described["training"] = settings.training.described()
     return f"{settings.name}-{fingerprint(described)[:12]}"
 

@@ -77,7 +77,8 @@ class CellJournal:
             for step in steps:
                 self._steps.setdefault((step.folder, step.name), StepRecord(
                     kind=step.kind, name=step.name, folder=step.folder, group=group, search=search,
-                    parameters=step.parameters(), inputs=step.inputs()))
+                    parameters=step.parameters(), inputs=step.inputs(),
+                    reused_code=step.reused_code))
             if len(self._steps) > before:
                 self._write()
 

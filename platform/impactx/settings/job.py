@@ -175,6 +175,9 @@ class ExperimentSettings(Settings):
     plugins: list[str] = Field([], description=(
         "Python files of your own that register attributions, approaches, data sources or metrics of maps, relative to "
         "the working directory (docs/extending.md)"))
+    reuse: Literal["same_code", "any_code"] = Field("same_code", description=(
+        "which finished steps are not done again. same_code: those that today's code did; any_code: also those of the "
+        "same settings and inputs that other code did, which the job, its table and its report then say"))
     datasets: Annotated[dict[str, DatasetSettings], AfterValidator(_names_agree)] = Field(min_length=1)
     models: Annotated[dict[str, ModelSettings], AfterValidator(_names_agree)] = Field(min_length=1)
     grid: GridSettings = GridSettings()

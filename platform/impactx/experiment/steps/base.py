@@ -160,6 +160,10 @@ class Step(Record, abc.ABC, Generic[R]):
             indent=1, sort_keys=True))
         return [record]
 
+    def complete(self, place: Workplace) -> bool:
+        """Return whether all is there that a finished step left beside its result."""
+        return True
+
     def inputs(self) -> dict[str, str]:
         """Return the folders of the steps that this one starts from, by what they are to it."""
         return {}
