@@ -9,17 +9,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from impactx.experiment.executor import LocalExecutor
-from impactx.experiment.run import Job
-from impactx.experiment.units import WorkError
 
 import impactx
+from impactx.approaches.abn import AbnNetwork
+from impactx.approaches.checkpoint import load_checkpoint
+from impactx.approaches.ensemble import EnsembleNetwork
+from impactx.approaches.impactx import ImpactxNetwork
+from impactx.approaches.single_stage import SingleStageNetwork
+from impactx.approaches.wae import WaeNetwork
 from impactx.configuration import ConfigurationError, load_settings
-from impactx.experiment.model_source import open_source
+from impactx.costs.dry_run import dry_run
+from impactx.experiment.cell import Configuration
+from impactx.experiment.model_source import CheckpointSource, open_source
 from impactx.experiment.paper import paper_accuracy
-from impactx.experiment.preparation import dry_run, prepare
+from impactx.experiment.preparation import prepare
+from impactx.experiment.steps.base import StepError
 from impactx.explain.maps.store import MapStore
-from impactx.models import Abn, Ensemble, Impactx, SingleStageImpactx, Wae, load_checkpoint
+from impactx.run.job import Job
+from impactx.run.local import LocalExecutor
 from impactx.run.no_tracker import NoTracker
 
 pytest.importorskip("captum")
@@ -35,31 +42,27 @@ TINY = (f"approach=[{','.join(NAMES)}]", "datasets.digits.subset=80", "grid.lear
 
 
 class Recorder(LocalExecutor):
-    """Writes down what is worked on; dies when the unit of a name has trained an epoch."""
+    """Writes down what is worked on; dies when the step of a name has trained an epoch."""
 
     done: list[str]
     stop_at = ""
 
     def train(self, task, on_epoch):
-        def watched(unit, row):
-            on_epoch(unit, row)
-            if unit.name == self.stop_at:
+        def watched(step, row):
+            on_epoch(step, row)
+            if step.name == self.stop_at:
                 raise KeyboardInterrupt
 
-        self.done.append(task.unit.name)
+        self.done.append(task.step.name)
         return super().train(task, watched)
 
     def explain(self, task, on_shards):
-        self.done.append(task.unit.name)
+        self.done.append(task.step.name)
         return super().explain(task, on_shards)
 
-    def evaluate(self, task):
-        self.done.append(task.unit.name)
-        return super().evaluate(task)
-
-    def judge(self, task):
-        self.done.append(task.unit.name)
-        return super().judge(task)
+    def process(self, task):
+        self.done.append(task.step.name)
+        return super().process(task)
 
 
 def experiment(output: Path, shared: Path, *overrides: str, stop_at: str = ""):
@@ -98,7 +101,7 @@ def test_every_approach_comes_to_its_row(first):
     assert done[:6] == ["A lr=0.004 bs=16 vf=0.2", "A repeat 0", "maps repeat 0",
                         "maps by integrated_gradients repeat 0", "class-weighted maps repeat 0",
                         "class-weighted maps of test images repeat 0"]
-    assert done[6:8] == ["abn rate x0.5", "abn rate x1"]  # the only search: the others have one candidate
+    assert done[6:8] == ["abn rate x0.5", "abn"]  # the only search: the others have one candidate
     assert sum(name.startswith("test of") for name in done) == 12 == len({name for name in done if "test of" in name
                                                                          and "maps" not in name})
     assert rows["abn"].learning_rate in (0.002, 0.004) and rows["shuffled"].weight == 0.8
@@ -110,10 +113,10 @@ def test_every_approach_comes_to_its_row(first):
 def test_every_final_model_is_kept_as_what_it_is(first):
     rows, _, _ = first
     kinds = {name: type(loaded(rows[name]).model) for name in rows if name != "baseline"}
-    assert kinds == dict.fromkeys(NAMES[:7], Impactx) | {"ensemble": Ensemble, "abn": Abn, "wae": Wae,
-                                                         "single_stage": SingleStageImpactx}
+    assert kinds == dict.fromkeys(NAMES[:7], ImpactxNetwork) | {
+        "ensemble": EnsembleNetwork, "abn": AbnNetwork, "wae": WaeNetwork, "single_stage": SingleStageNetwork}
     assert {name: loaded(row).weight for name, row in rows.items()} == {name: row.weight for name, row in rows.items()}
-    assert loaded(rows["wae"]).approach_settings.attribution.max_evals == 12
+    assert loaded(rows["wae"]).approach.attribution.max_evals == 12
     single = loaded(rows["single_stage"])
     factor = float(single.model.factor)  # 0 where the best epoch is one that had no maps
     assert single.map_scale == (pytest.approx(1 / factor) if factor else None)
@@ -125,7 +128,7 @@ def test_the_library_predicts_what_the_test_saw(first):
     lambda0's decoder learned nothing: it has no maps.
     """
     rows, job, _ = first
-    data = job.place.dataset(job.cells[0].dataset.model_dump())
+    data = job.place.dataset(job.cells[0].dataset)
     test = data.load_test()
     for name, row in rows.items():
         found = impactx.load_model(Path(row.checkpoint, "checkpoint.pt")).predict(test.images)
@@ -137,15 +140,15 @@ def test_the_library_predicts_what_the_test_saw(first):
 
 def test_controls_are_taught_other_maps_and_nothing_else_differs(first):
     rows, job, _ = first
-    units = {name: json.loads(Path(rows[name].checkpoint, "result.json").read_text())["recipe"] for name in NAMES[:7]}
-    assert units["impactx"]["approach"].pop("maps") == "own"
+    recipes = {name: json.loads(Path(rows[name].checkpoint, "result.json").read_text())["recipe"] for name in NAMES[:7]}
+    assert recipes["impactx"]["approach"].pop("maps") == "own"
     for name, how in [("shuffled", "shuffled"), ("shuffled_in_class", "shuffled_in_class"), ("mean_map", "mean"),
                       ("class_mean_map", "class_mean")]:
-        assert units[name]["approach"].pop("maps") == how and units[name] == units["impactx"]
-    other = units["integrated_gradients"]
+        assert recipes[name]["approach"].pop("maps") == how and recipes[name] == recipes["impactx"]
+    other = recipes["integrated_gradients"]
     assert other["approach"].pop("maps") == "own"
-    assert other.pop("maps") != units["impactx"]["maps"]
-    assert other == {k: v for k, v in units["impactx"].items() if k != "maps"}
+    assert other.pop("maps") != recipes["impactx"]["maps"]
+    assert other == {k: v for k, v in recipes["impactx"].items() if k != "maps"}
     losses = {name: json.loads(Path(rows[name].checkpoint, "result.json").read_text())["history"][0]["train_mse"]
               for name in NAMES[2:7]}
     assert len(set(losses.values())) == 5
@@ -154,17 +157,13 @@ def test_controls_are_taught_other_maps_and_nothing_else_differs(first):
 def test_the_ensembles_validation_accuracy_is_its_own(first):
     rows, job, _ = first
     result = json.loads(Path(rows["ensemble"].checkpoint, "result.json").read_text())
-    net, data = loaded(rows["ensemble"]).model, job.place.dataset(job.cells[0].dataset.model_dump())
-    from impactx.experiment.plan import Configuration
-    from impactx.experiment.work import split_of
-
-    a = job.cells[0].stage1_model(Configuration(0.004, 16, 0.2), 0)
-    rows_of = split_of(a, data).validation
+    net, data = loaded(rows["ensemble"]).model, job.place.dataset(job.cells[0].dataset)
+    rows_of = job.cells[0].classifier(Configuration(0.004, 16, 0.2), 0).split_of(data).validation
     with torch.no_grad():
         scores = net(torch.from_numpy(data.train.images[rows_of]).permute(0, 3, 1, 2) / 255)
     accuracy = (scores.argmax(1).numpy() == data.train.labels[rows_of]).mean()
     assert rows["ensemble"].val_accuracy == result["best"]["val_accuracy"] == pytest.approx(accuracy)
-    assert result["second_val_accuracy"] == result["history"][result["best_epoch"] - 1]["val_accuracy"]
+    assert result["extra"]["second_val_accuracy"] == result["history"][result["best_epoch"] - 1]["val_accuracy"]
     first_a = loaded(rows["baseline"]).model.state_dict()
     assert all(torch.equal(t, net.members[0].state_dict()[n]) for n, t in first_a.items())
     assert not torch.equal(first_a["trunk.conv1.weight"], net.members[1].state_dict()["trunk.conv1.weight"])
@@ -172,7 +171,7 @@ def test_the_ensembles_validation_accuracy_is_its_own(first):
 
 def test_waes_stores_hold_the_maps_of_both_parts(first):
     _, job, _ = first
-    data = job.place.dataset(job.cells[0].dataset.model_dump())
+    data = job.place.dataset(job.cells[0].dataset)
     found = {}
     for folder in Path(job.place.output, "maps").iterdir():
         store = MapStore.open(job.place.artifacts.storage, f"maps/{folder.name}")
@@ -193,8 +192,9 @@ def test_a_second_run_computes_nothing_and_a_dry_run_knows_it(first, shared):
     assert same({r.approach: r for r in again.run()}) == same(rows) and executor.done == []
     text = dry_run(again.settings)
     for said in ("3 trials and 12 final trainings", "4 stores of 599 maps in all",
-                 "single_stage: explains itself, at most 80 maps a training", "stage 2: 2 trials (abn: 2)",
-                 "class-weighted maps of test images repeat 0"):
+                 "single_stage: explains itself, at most 80 maps a training", "stage 2 of abn: 2 trials, at most 4 epochs; 2 finished",
+                 "stage 1: 1 trials, at most 2 epochs; 1 finished", "training A: 1 final trainings of baseline",
+                 "14 shards; 4 finished", "at most 22 epochs; 11 finished", "tests: 12; 12 finished"):
         assert said in text, text
 
 
@@ -204,8 +204,9 @@ def test_the_maps_of_every_kind_can_be_judged_but_waes(first, shared):
                                  "evaluation.approaches=[abn,ensemble,wae,single_stage]")
     judged = {r.approach: r.map_quality for r in again.run()}
     assert executor.done == [f"map quality of {n} repeat 0" for n in (
-        "ensemble", f"abn rate x{rows['abn'].learning_rate / 0.004:g}", "single_stage lambda=0.8")]
-    found = {n: json.loads(Path(job.place.output, judged[n], "result.json").read_text())["results"]["morf"]["values"] for n in judged
+        "ensemble", "abn" if rows["abn"].learning_rate == 0.004 else "abn rate x0.5", "single_stage lambda=0.8")]
+    found = {n: json.loads(Path(job.place.output, judged[n], "result.json").read_text())["quality"]["results"]["morf"][
+        "values"] for n in judged
              if judged[n]}
     assert set(found["abn"]) >= {"attention", "random"} and set(found["single_stage"]) >= {"decoder", "random"}
     assert set(found) == {"abn", "ensemble", "single_stage"}
@@ -214,7 +215,7 @@ def test_the_maps_of_every_kind_can_be_judged_but_waes(first, shared):
 @pytest.mark.parametrize("name", ["abn", "wae", "ensemble", "single_stage"])
 def test_an_interrupted_training_goes_on_to_the_same_row(first, shared, tmp_path, name):
     rows, job, done = first
-    unit = next(n for n in done if n.startswith(name) and "repeat" in n)
+    training = next(n for n in done if n.startswith(name) and "repeat" in n)
     overrides = (f"approach=[{name}]", *(o for o in TINY[1:] if not o.startswith("approaches.")))
     if name == "abn":
         overrides += ("approaches.abn.learning_rate_factors=[0.5,1.0]",)
@@ -228,7 +229,7 @@ def test_an_interrupted_training_goes_on_to_the_same_row(first, shared, tmp_path
         return Job(settings, prepared.cells, prepared.place, executor, NoTracker()).run()
 
     with pytest.raises(KeyboardInterrupt):
-        run(unit)
+        run(training)
     left = sorted(p.name for p in tmp_path.glob("models/*/running*"))
     assert left == (["running-maps-00001.npz"] if name == "single_stage" else []) + ["running.pt"]
     found = {r.approach: r for r in run()}
@@ -239,13 +240,13 @@ def test_a_wae_cannot_be_explained_and_an_abn_can(first):
     rows, job, _ = first
 
     def source(name):
-        return {"kind": "checkpoint", "path": str(Path(rows[name].checkpoint, "checkpoint.pt"))}
+        return CheckpointSource(path=str(Path(rows[name].checkpoint, "checkpoint.pt")))
 
-    with pytest.raises(WorkError, match="needs a map for every image"):
+    with pytest.raises(StepError, match="needs a map for every image"):
         open_source(source("wae"), job.place)
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     for name in ("abn", "ensemble", "single_stage", "impactx"):
-        model, _, _ = open_source(source(name), job.place)
+        model = open_source(source(name), job.place).module
         assert torch.equal(model(images), loaded(rows[name]).model.classify(images))
 
 
@@ -253,7 +254,7 @@ def test_a_wae_cannot_be_explained_and_an_abn_can(first):
     (("approach=[abn]", "models.lenet5.input_size=16"),
      "approaches.abn, for digits x lenet5: an attention branch needs features of at least 8x8 places"),
     (("approach=[integrated_gradients]", "approaches.integrated_gradients.attribution={method: occlusion, window: 40}"),
-     "approaches.integrated_gradients.attribution.window = 40 is larger than the images"),
+     "approaches.integrated_gradients.attribution: window = 40 is larger than the images"),
     (("approach=[wae]", "approaches.wae.attribution={method: occlusion, masker: blurr(3)}"),
      "approaches.wae.attribution.masker"),
     (("approach=[abn]", "approaches.abn.lambdas=[1]"),

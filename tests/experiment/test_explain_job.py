@@ -11,21 +11,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from impactx.experiment.executor import LocalExecutor
-from impactx.experiment.units import WorkError
-from impactx.experiment.work import ShardWorker
 from PIL import Image
 from torch import nn
 
+from impactx.approaches.checkpoint import save_checkpoint
+from impactx.approaches.impactx import Impactx
 from impactx.command import explain_options
 from impactx.configuration import ConfigurationError
 from impactx.datasets import DataError, load_dataset
-from impactx.experiment import explain_job
 from impactx.experiment.model_source import timm_classifier
+from impactx.experiment.steps.base import StepError
+from impactx.experiment.steps.maps import ShardWorker
 from impactx.explain.maps.sheet import SheetError
-from impactx.models import build_classifier, build_impactx, save_checkpoint
+from impactx.models import build_classifier
+from impactx.run import explain as explain_job
+from impactx.run.local import LocalExecutor
 from impactx.run.no_tracker import NoTracker
-from impactx.settings import DatasetSettings, ImpactxSettings, ModelSettings
+from impactx.settings import DatasetSettings, ModelSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 JOB = str(ROOT / "jobs" / "explain.py")
@@ -91,12 +93,13 @@ def test_a_checkpoint_is_explained_resumed_verified_and_drawn(options, tmp_path)
     assert "60 maps in 3 shards" in said and job.address in said and explain_job.verify(job.address) == []
     assert "3, of which 3 are there" in explain_job.plan(chosen.settings(), job)
     # what an experiment would call these maps: its A is explained only once, whoever asks
-    assert job.unit.recipe["model"] == {"architecture": "lenet5", "input_size": None}
+    assert job.step.recipe["explained"] == {
+        "architecture": "lenet5", "input_size": None, "kind": None, "code": None}
 
     shards = [Path(job.address, job.store().shard_name(k)) for k in range(3)]
     before = [shard.stat().st_mtime_ns for shard in shards]
     again = prepared(chosen)
-    assert again.unit.key == job.unit.key and "60 maps" in explain_job.run(again, lambda: pytest.fail("nothing to do"))
+    assert again.step.key == job.step.key and "60 maps" in explain_job.run(again, lambda: pytest.fail("nothing to do"))
     whole = shards[1].read_bytes()
     shards[1].unlink()
     assert "3, of which 2 are there" in explain_job.plan(chosen.settings(), job)
@@ -136,8 +139,8 @@ def test_every_image_of_a_folder_is_explained_and_what_happened_to_it_told(parts
     assert f"{images} train images of 16x12 were resized to 32x32" in caplog.text
     # what an experiment would call them, where it explains the same images
     experiments = load_dataset(DatasetSettings(name="my_images", path=f"{tmp_path}/mine", image_size=32), tmp_path)
-    assert (job.unit.recipe["data"] == experiments.fingerprint) == (settings != {} or len(parts) == 2)
-    assert len(ShardWorker(job.unit, job.place).images) == images  # of every process
+    assert (job.step.recipe["data"] == experiments.fingerprint) == (settings != {} or len(parts) == 2)
+    assert len(ShardWorker(job.step, job.place).images) == images  # of every process
 
 
 def test_the_sheet(options, tmp_path):
@@ -171,9 +174,9 @@ def test_a_sheet_that_cannot_be_drawn_is_told_before_anything_is_made(options, t
 
 def test_impactx_is_explained_by_its_own_logits(options, tmp_path):
     a = build_classifier(LENET, 10, (32, 32), seed=0)
-    net = build_impactx(ImpactxSettings(latent=16), LENET, a, seed=0).eval()
+    net = Impactx(latent=16).build(LENET, a, seed=0).eval()
     (tmp_path / "x.pt").write_bytes(save_checkpoint(
-        net, model_settings=LENET, approach_settings=ImpactxSettings(latent=16), class_names=list("0123456789")))
+        net, model_settings=LENET, approach=Impactx(latent=16), class_names=list("0123456789")))
     job, _ = explained(options("--model", str(tmp_path / "x.pt")))
     scores = job.store().read_shard(0)["score"].to_numpy()
     x = torch.from_numpy(np.array(job.data.train.images[:25])).permute(0, 3, 1, 2) / 255
@@ -191,13 +194,13 @@ def test_a_timm_model_with_a_file_of_weights(options, tmp_path):
     torch.save(model[1].state_dict(), tmp_path / "other.pth")
     parse = ["--timm", "test_efficientnet", "--weights"]
     jobs = [prepared(options(*parse, str(w))) for w in (tmp_path / "w.pth", tmp_path / "other.pth", "random")]
-    assert jobs[0].unit.key == jobs[2].unit.key != jobs[1].unit.key  # random: from seed 0, as the file was
-    assert prepared(options(*parse, "random", "--mean", "0", "0", "0")).unit.key != jobs[2].unit.key
-    ShardWorker(jobs[0].unit, jobs[0].place).make(2)
+    assert jobs[0].step.key == jobs[2].step.key != jobs[1].step.key  # random: from seed 0, as the file was
+    assert prepared(options(*parse, "random", "--mean", "0", "0", "0")).step.key != jobs[2].step.key
+    ShardWorker(jobs[0].step, jobs[0].place).make(2)
     assert jobs[0].store().missing() == [0, 1]
     (tmp_path / "w.pth").write_bytes((tmp_path / "other.pth").read_bytes())
-    with pytest.raises(WorkError, match="give every node the same files"):
-        ShardWorker(jobs[0].unit, jobs[0].place)
+    with pytest.raises(StepError, match="give every node the same files"):
+        ShardWorker(jobs[0].step, jobs[0].place)
 
 
 def test_wrong_weights_of_a_timm_model(options, tmp_path):
@@ -207,8 +210,8 @@ def test_wrong_weights_of_a_timm_model(options, tmp_path):
                             (["test_efficientnet", "--weights", str(tmp_path / "none.pth")], "none.pth"),
                             (["test_efficentnet", "--weights", "random"], "close to it: test_efficientnet"),
                             (["lenet5", "--weights", "random"], "no model of timm"),
-                            (["resnet18", "--weights", "hub"], "know 1000 classes, the images have 10")]:
-        with pytest.raises(WorkError, match=said):
+                            (["resnet18", "--weights", "hub"], "have 1000 classes, the images have 10")]:
+        with pytest.raises(StepError, match=said):
             prepared(options("--timm", *arguments))
     with pytest.raises(ConfigurationError, match="--input-size"):
         options("--timm", "resnet18", "--weights", "random", "--input-size", "2").choice()
@@ -230,8 +233,8 @@ def test_addresses_stay_addresses_and_paths_become_absolute(options, tmp_path, m
             prepared(timm)
         here = "" if "://" in path else f"{tmp_path}/"
         data = SimpleNamespace(num_classes=10, image_size=(32, 32))
-        assert asked.pop() == here + path and timm.choice().source(data)["model"]["weights"] == here + weights
-        assert options("--model", model).choice().source(data)["path"] == here + model
+        assert asked.pop() == here + path and timm.choice().source(data).model.weights == here + weights
+        assert options("--model", model).choice().source(data).path == here + model
 
 
 CODE = """
@@ -252,15 +255,15 @@ def test_an_import_path(options, tmp_path, monkeypatch):
     (tmp_path / "code_of_mine.py").write_text(CODE)
     monkeypatch.chdir(tmp_path)
     job, said = explained(options("--import", "code_of_mine:good"))
-    assert "60 maps" in said and job.unit.recipe["model"]["import"] == "code_of_mine:good"
-    worker = ShardWorker(prepared(options("--import", "code_of_mine:good")).unit, job.place)
+    assert "60 maps" in said and job.step.recipe["explained"]["kind"] == "code_of_mine:good"
+    worker = ShardWorker(prepared(options("--import", "code_of_mine:good")).step, job.place)
     assert isinstance(worker.model, nn.Sequential) and not worker.model.training
     for path, said in [("code_of_mine:few", "4 scores, the images have 10 classes"),
                        ("code_of_mine:small", "cannot take"),
                        ("code_of_mine:maps", r"\(1, 10, 32, 32\)"), ("code_of_mine:nan", "not finite"),
                        ("code_of_mine:text", "returned a str"), ("code_of_mine:none", "has no none"),
                        ("no_code_of_mine:good", "No module named"), ("code_of_mine", "package.module:function")]:
-        with pytest.raises(WorkError, match=said):
+        with pytest.raises(StepError, match=said):
             prepared(options("--import", path))
 
 
@@ -277,7 +280,7 @@ def net(): return One()
 
 def test_nan_for_one_image_names_it_and_loses_no_finished_map(options, tmp_path, monkeypatch):
     job = prepared(options("--model", checkpoint(tmp_path)))
-    image = torch.from_numpy(job.place.dataset(job.unit.inputs["dataset"]).train.images[40]).float() / 255
+    image = torch.from_numpy(job.place.dataset(job.step.dataset).train.images[40]).float() / 255
     (tmp_path / "one_of_mine.py").write_text(ONE_IMAGE.format(total=float(image.double().sum())))
     monkeypatch.chdir(tmp_path)
     job = prepared(options("--import", "one_of_mine:net"))
@@ -315,9 +318,9 @@ def test_other_code_around_the_same_weights_is_another_store(options, tmp_path, 
             f"import json, numpy, impactx\nfrom nets_of_mine import net\ndef build(): return net.Net()\n{more}")
         monkeypatch.chdir(package.parent)
         job = prepared(options("--import", "start_of_mine:build"))
-        assert job.unit.key == prepared(options("--import", "start_of_mine:build")).unit.key
-        weights.add(job.unit.recipe["weights"])
-        return job.unit.key
+        assert job.step.key == prepared(options("--import", "start_of_mine:build")).step.key
+        weights.add(job.step.recipe["weights"])
+        return job.step.key
 
     weights: set[str] = set()
     first = key("a", 0.5)
@@ -327,8 +330,8 @@ def test_other_code_around_the_same_weights_is_another_store(options, tmp_path, 
 
 
 def test_absent_and_foreign_checkpoints(options, tmp_path):
-    with pytest.raises(WorkError, match="none.pt"):
+    with pytest.raises(StepError, match="none.pt"):
         prepared(options("--model", str(tmp_path / "none.pt")))
     (tmp_path / "text.pt").write_text("hello")
-    with pytest.raises(WorkError, match="no checkpoint"):
+    with pytest.raises(StepError, match="no checkpoint"):
         prepared(options("--model", str(tmp_path / "text.pt")))

@@ -9,17 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from impactx.experiment.executor import LocalExecutor
-from impactx.experiment.run import Job
-from impactx.experiment.survey import survey
-from impactx.experiment.units import MAP_SCORES
 
+from impactx.approaches.checkpoint import load_checkpoint
 from impactx.configuration import ConfigurationError, load_settings
+from impactx.costs.count import count
+from impactx.costs.judging import passes_of
 from impactx.evaluation.judgement import MapQuality
 from impactx.evaluation.metrics import morf
+from impactx.experiment.artifacts import MAP_SCORES
 from impactx.experiment.preparation import prepare
+from impactx.experiment.steps.quality import MapQuality as MapQualityStep
 from impactx.explain.maps.store import MapStore
-from impactx.models import load_checkpoint
+from impactx.run.job import Job
+from impactx.run.local import LocalExecutor
 from impactx.run.no_tracker import NoRun, NoTracker
 
 pytest.importorskip("captum")
@@ -68,11 +70,14 @@ class Done:
         self.place, self.cell = prepared.place, prepared.cells[0]
         self.job = Job(settings, prepared.cells, self.place, LocalExecutor(self.place, self.notes), self.notes)
         self.rows = {row.approach: row for row in self.job.run()}
-        self.data = self.place.dataset(self.cell.dataset.model_dump(mode="json"))
+        self.data = self.place.dataset(self.cell.dataset)
         self.test = self.data.load_test()
         self.attribution = settings.attribution
 
     def result(self, approach):
+        return self.kept(approach)["quality"]
+
+    def kept(self, approach):
         return json.loads(Path(self.place.output, self.rows[approach].map_quality, "result.json").read_text())
 
     def arrays(self, approach):
@@ -129,17 +134,17 @@ def test_each_model_is_judged_by_the_maps_that_it_has(done):
 
 
 def test_the_plan_counts_what_is_judged(done):
-    steps = survey(done.cell, done.place.artifacts)
-    assert not any(step.left for step in (steps.stage1, steps.stores, steps.judgements, *steps.models.values()))
-    judged = {j.unit.params["approach"] for j in steps.judged.values()}
-    assert judged == done.rows.keys() - {"wae"}
-    for judgement in steps.judged.values():
-        result = done.place.artifacts.result(judgement.unit)
-        assert judgement.images == result["images"]
-        assert judgement.metrics((32, 32)).most == IMAGES * (1 + 64 * len(orders(result)))
+    counted = count(done.cell, done.place.artifacts)
+    assert len(counted.groups) > 4 and not any(group.left for group in counted.groups)
+    judged = counted.steps(MapQualityStep)
+    assert {step.approach_name for step in judged} == done.rows.keys() - {"wae"}
+    for step in judged:
+        quality, passes = done.place.artifacts.result(step).quality, passes_of(step, done.cell)
+        assert passes.images == quality.images
+        assert passes.metrics.most == IMAGES * (1 + 64 * len(quality.results["morf"].values))
         own = {"decoder", "attention"}
-        assert sorted(passes.most for passes in judgement.maps((32, 32))) == sorted(
-            IMAGES * each for name, each in result["evaluations_per_map"].items() if name not in own)
+        assert sorted(each.most for each in passes.maps) == sorted(
+            IMAGES * each for name, each in quality.evaluations_per_map.items() if name not in own)
 
 
 @pytest.mark.parametrize("approach, order", [
@@ -198,9 +203,8 @@ def test_summaries_are_means_of_the_images_and_pairs_are_differences(done):
 def test_fidelity_is_that_of_the_kept_decoder(done):
     result, arrays = done.result("impactx"), done.arrays("impactx")
     assert result["results"]["fidelity"]["target"] == "shap_of_a" and "fidelity" not in done.result("baseline")["results"]
-    unit = json.loads(Path(done.place.output, done.rows["impactx"].map_quality, "result.json").read_text())
     assert len(list(Path(done.place.output, "maps").glob("*/result.json"))) == 3  # and WAE's
-    store = MapStore.open(done.place.artifacts.storage, f"maps/{unit['recipe']['maps']}")
+    store = MapStore.open(done.place.artifacts.storage, f"maps/{done.kept('impactx')['recipe']['learned']['key']}")
     maps = np.array(done.place.map_array(store, done.data), np.float64)
     from impactx.datasets import make_split
 

@@ -14,9 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from impactx.experiment.executor import LocalExecutor
-from impactx.experiment.export import ExportError, export_job, find_job, map_scores
-from impactx.experiment.run import Job
 
 from impactx.command import main
 from impactx.configuration import load_settings
@@ -26,6 +23,10 @@ from impactx.report import build_report, write_report
 from impactx.report.blocks import Code, Figure, Items, Table, Text, html
 from impactx.report.map_words import sentence
 from impactx.report.maps import map_sections
+from impactx.results.export import ExportError, export_job, find_job, map_scores
+from impactx.results.records import Start
+from impactx.run.job import Job
+from impactx.run.local import LocalExecutor
 from impactx.run.no_tracker import NoRun, NoTracker
 from impactx.storage import Storage, StorageError
 
@@ -34,8 +35,8 @@ TINY = ("datasets.digits.subset=100", "grid.learning_rate=[0.002,0.004]", "grid.
         "grid.validation_fraction=[0.2]", "training.epochs=2", "attribution.max_evals=50", "maps.shard_size=50",
         "approaches.impactx.lambdas=[0.4,0.8]", "approaches.lambda0.learning_rate_factors=[1.0]", "repeats=2",
         "evaluation={map_images: 12, resamples: 200}")
-ABOUT = {"command": "python jobs/full_grid.py --preset demo", "code": "0.1.0+gabc", "machine": "2 × test",
-         "versions": {"torch": "2.15.0"}}
+START = Start(command="python jobs/full_grid.py --preset demo", code="0.1.0+gabc", machine="2 × test",
+              versions={"torch": "2.15.0"})
 BROKEN, STOPPED = "A lr=0.004 bs=32 vf=0.2", "lambda0 lambda=0 repeat 1"
 
 
@@ -43,9 +44,9 @@ class Unlucky(LocalExecutor):
     """One trial fails; the last training is interrupted."""
 
     def train(self, task, on_epoch):
-        if task.unit.name == BROKEN:
+        if task.step.name == BROKEN:
             raise ValueError("out of <memory>")
-        if task.unit.name == STOPPED:
+        if task.step.name == STOPPED:
             raise KeyboardInterrupt
         return super().train(task, on_epoch)
 
@@ -64,7 +65,7 @@ def job(output: Path, shared: Path, executor: type[LocalExecutor]) -> Job:
     settings = load_settings("demo", [*TINY, f"output={output}", f"cache={shared}", f"data_root={shared}"],
                              ROOT / "configs")
     prepared, tracker = prepare(settings), NoTracker()
-    return Job(settings, prepared.cells, prepared.place, executor(prepared.place, tracker), tracker, about=ABOUT)
+    return Job(settings, prepared.cells, prepared.place, executor(prepared.place, tracker), tracker, start=START)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +157,7 @@ def test_the_finished_job_made_it_and_logged_it(finished):
 
 def test_everything_that_is_needed_to_repeat_it(finished):
     text = text_of(report(finished[0])["report.html"])
-    for part in (ABOUT["command"], ABOUT["code"], ABOUT["machine"], "2.15.0", "max_evals", "learning_rate"):
+    for part in (START.command, START.code, START.machine, "2.15.0", "max_evals", "learning_rate"):
         assert part in text
 
 
@@ -198,13 +199,13 @@ def test_a_cell_that_has_not_begun_is_named(finished, tmp_path):
     shutil.copytree(Path(finished[0].root, "jobs"), tmp_path / "jobs")
     path = tmp_path / "jobs" / finished[1].key / "job.json"
     about = json.loads(path.read_text())
-    about["settings"]["models"]["other"] = about["settings"]["models"]["lenet5"]
+    about["settings"]["models"]["other"] = about["settings"]["models"]["lenet5"] | {"name": "other"}
     path.write_text(json.dumps(about))
     files = build_report(export_job(Storage(tmp_path), finished[1].key), lambda folder: None)
     text = text_of(files["report.html"])
     assert "table2.csv" not in files and "No final model has read the test set yet" in text
     assert "digits × other: everything: it has not begun" in text
-    # The units' results are gone as well: that is said, not hidden.
+    # The steps' results are gone as well: that is said, not hidden.
     assert "digits × lenet5: stage 1: 4 of 4 trials are not finished" in text
 
 

@@ -13,20 +13,20 @@ from impactx.approaches.base import Bench, Candidate
 from impactx.approaches.single_stage import SingleStage, single_stage_loss
 from impactx.datasets import load_dataset, make_split
 from impactx.datasets.batches import Batch
-from impactx.explain.partition import partition_shap
+from impactx.explain.partition.engine import partition_shap
 from impactx.settings import (
     AugmentationSettings,
     DatasetSettings,
     ModelSettings,
     TrainingSettings,
-    parse_attribution,
+    extensions,
 )
 from impactx.training import LoopArguments
 from impactx.training.loop import ResumeError
 
 LENET = ModelSettings(name="lenet5", architecture="lenet5")
 # With a fixed context the engine takes the module as it is: nothing is frozen and compiled in each round.
-ATTRIBUTION = parse_attribution({"method": "partition", "max_evals": 10, "batch_size": 4, "fixed_context": 1})
+ATTRIBUTION = extensions.attribution.parse({"method": "partition", "max_evals": 10, "batch_size": 4, "fixed_context": 1})
 
 
 @pytest.fixture(scope="module")

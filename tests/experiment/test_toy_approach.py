@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from impactx.experiment.executor import LocalExecutor
-from impactx.experiment.run import Job
-from impactx.experiment.stage2 import roles
-from impactx.experiment.tracker import NoTracker
 
 import impactx
+from impactx import plugins
 from impactx.configuration import ConfigurationError, load_settings
-from impactx.experiment.preparation import dry_run, prepare
+from impactx.costs.dry_run import dry_run
+from impactx.experiment.preparation import prepare
+from impactx.results.evidence import roles
+from impactx.run.job import Job
+from impactx.run.local import LocalExecutor
+from impactx.run.no_tracker import NoTracker
 from impactx.settings.extensions import approach
 
 ROOT = Path(__file__).resolve().parents[2]
+FILE = str(ROOT / "tests" / "extensions" / "toy_approach.py")
 TINY = ("approach=[]", "datasets.digits.subset=80", "grid.learning_rate=[0.004]", "grid.batch_size=[16]",
         "grid.validation_fraction=[0.2]", "training.epochs=2", "repeats=1", "evaluation.map_images=0",
         "approaches.smoothed={kind: label_smoothing, smoothing: 0.2}")
@@ -26,15 +28,13 @@ TINY = ("approach=[]", "datasets.digits.subset=80", "grid.learning_rate=[0.004]"
 
 @pytest.fixture(scope="module")
 def toy():
-    spec = importlib.util.spec_from_file_location("toy_approach", ROOT / "tests" / "extensions" / "toy_approach.py")
-    module = sys.modules["toy_approach"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
+    plugins.load([FILE])
+    yield sys.modules["toy_approach"]
     del approach._classes["label_smoothing"], sys.modules["toy_approach"]
 
 
 def settings_of(*overrides):
-    return load_settings("demo", [*TINY, *overrides], ROOT / "configs")
+    return load_settings("demo", [*TINY, f"plugins=[{FILE}]", *overrides], ROOT / "configs")
 
 
 def test_it_is_known_by_its_name_and_its_settings_are_checked(toy):
@@ -65,9 +65,9 @@ def test_it_is_searched_trained_tested_and_loaded(toy, tmp_path):
     assert row.learning_rate in (0.002, 0.004) and row.weight is None
     names = {path.parent.name for path in Path(settings.output).glob("trials/*/result.json")}
     assert len(names) == 3  # A's grid has one point, the approach two candidates
-    role = roles(settings.model_dump(mode="json"))["smoothed"]
+    role = roles(settings)["smoothed"]
     assert (role.kind, role.candidates) == ("other", 2)
     model = impactx.load_model(Path(row.checkpoint, "checkpoint.pt"))
     assert isinstance(model.approach, toy.LabelSmoothing) and model.approach.smoothing == 0.2
-    test = prepared.place.dataset(settings.datasets["digits"].model_dump()).load_test()
+    test = prepared.place.dataset(settings.datasets["digits"]).load_test()
     assert np.mean(model.predict(test.images).labels == test.labels) == pytest.approx(row.test_accuracy)

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from impactx.experiment.executor import LocalExecutor
-from impactx.experiment.export import export_job, map_scores
-from impactx.experiment.run import Job
-from impactx.experiment.tracker import NoTracker
 
+from impactx import plugins
 from impactx.configuration import load_settings
 from impactx.evaluation.judgement import MapQuality
 from impactx.experiment.preparation import prepare
 from impactx.report.build import build_report
+from impactx.results.export import export_job, map_scores
+from impactx.run.job import Job
+from impactx.run.local import LocalExecutor
+from impactx.run.no_tracker import NoTracker
 from impactx.settings import EvaluationSettings
 from impactx.settings.extensions import map_metric
 
 ROOT = Path(__file__).resolve().parents[2]
+FILE = str(ROOT / "tests" / "extensions" / "toy_metric.py")
 TINY = ("approach=[impactx]", "datasets.digits.subset=60", "grid.learning_rate=[0.004]", "grid.batch_size=[16]",
         "grid.validation_fraction=[0.2]", "training.epochs=2", "attribution.max_evals=20",
         "approaches.impactx.lambdas=[0.8]", "repeats=2", "evaluation.map_images=10", "evaluation.resamples=100")
@@ -33,19 +35,19 @@ def toy():
     """The module, registered while these tests run: no other test finds it."""
     map_metric.names()
     held = dict(map_metric._classes)
-    spec = importlib.util.spec_from_file_location("toy_metric", ROOT / "tests" / "extensions" / "toy_metric.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
+    plugins.load([FILE])
+    yield sys.modules["toy_metric"]
     map_metric._classes = held
+    del sys.modules["toy_metric"]
 
 
 def run(folder: Path, metrics: str) -> tuple[Job, dict, dict[str, bytes]]:
-    settings = load_settings("demo", [*TINY, f"evaluation.metrics={metrics}", f"output={folder}",
+    settings = load_settings("demo", [*TINY, f"plugins=[{FILE}]", f"evaluation.metrics={metrics}", f"output={folder}",
                                       f"cache={folder}/cache", f"data_root={folder}"], ROOT / "configs")
     prepared = prepare(settings)
     job = Job(settings, prepared.cells, prepared.place, LocalExecutor(prepared.place, NoTracker()), NoTracker())
     job.run()
+    job.check()
     export = export_job(prepared.place.artifacts.storage, job.key)
     return job, export, build_report(export, lambda folder: map_scores(prepared.place.artifacts.storage, folder))
 
