@@ -1,4 +1,4 @@
-"""The models against their description (DESIGN section 4, paper 3 and 4.3), tensor by tensor."""
+"""The models against their description (docs/METHOD.md; paper 3 and 4.3), tensor by tensor."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from impactx.results.rows import Row
 from impactx.settings import ExperimentSettings
 from impactx.storage import Storage, StorageError
 
-# DESIGN section 8: fewer do not carry a sentence that claims a difference.
+# Fewer do not carry a sentence that claims a difference (docs/METHOD.md).
 REPEATS_FOR_A_CLAIM = 5
 
 
