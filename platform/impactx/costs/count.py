@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from impactx.approaches.baseline import BASELINE
+from impactx.experiment import flow
 from impactx.experiment.artifacts import Artifacts
 from impactx.experiment.cell import Cell, Configuration
-from impactx.experiment.flow import flow
 from impactx.experiment.groups import Group, LeftOut, Outcomes, Search
 from impactx.experiment.steps.base import Result, Step, StepError
 from impactx.experiment.steps.maps import Maps
@@ -102,7 +102,7 @@ def count(cell: Cell, artifacts: Artifacts | None = None) -> Count:
     groups: list[CountedGroup] = []
     undecided: set[str] = set()  # subjects of searches that are not over
     points: list[Configuration] = []
-    requests, end = flow(cell), None
+    requests, end = flow.flow(cell), None
     try:
         request = next(requests)
         while True:

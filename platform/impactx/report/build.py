@@ -13,6 +13,7 @@ from impactx.report.page import page
 from impactx.report.repeat import repeat_sections
 from impactx.report.results import controls, of_cell, sentences, table2
 from impactx.report.search import search_sections
+from impactx.report.steps import other_sections
 from impactx.report.training import cost_sections, curve_sections
 from impactx.results.export import export_job, map_scores
 from impactx.run.tracker import Run
@@ -41,7 +42,7 @@ def build_report(export: Mapping[str, Any], arrays: Callable[[str], Arrays | Non
     with matplotlib.rc_context({"text.parse_math": False}):  # a class may be called "$5 note"
         sections = [*table2(export), *controls(export), *map_sections(export, arrays, unreadable),
                     *search_sections(export), *curve_sections(export), *class_sections(export),
-                    *cost_sections(export), *repeat_sections(export)]
+                    *other_sections(export), *cost_sections(export), *repeat_sections(export)]
     head = Section("", [*sentences(export), *_gaps(export, unreadable)])
     under = [f"{', '.join(settings['datasets'])} × {', '.join(settings['models'])} · {settings['repeats']} "
              f"repeat{'s' if settings['repeats'] > 1 else ''} · job {export['job']}",

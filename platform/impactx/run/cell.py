@@ -9,9 +9,9 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from impactx.experiment import flow
 from impactx.experiment.artifacts import CHECKPOINT
 from impactx.experiment.cell import Cell, Configuration
-from impactx.experiment.flow import flow
 from impactx.experiment.groups import (
     Group,
     LeftOut,
@@ -112,7 +112,7 @@ class CellRun:
                 run.finish("FAILED", str(self._failure()))
 
     def _carry_out(self, run: Run) -> None:
-        steps = flow(self.cell)
+        steps = flow.flow(self.cell)
         try:
             request = next(steps)
             while True:
