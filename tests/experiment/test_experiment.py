@@ -23,7 +23,7 @@ from impactx.approaches.base import Bench, Candidate
 from impactx.approaches.baseline import Baseline
 from impactx.approaches.checkpoint import load_checkpoint
 from impactx.approaches.impactx import Impactx
-from impactx.command import main
+from impactx.cli.main import main
 from impactx.configuration import ConfigurationError, load_settings
 from impactx.costs.dry_run import dry_run
 from impactx.datasets import DataError, make_split

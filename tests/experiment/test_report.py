@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from impactx.command import main
+from impactx.cli.main import main
 from impactx.configuration import load_settings
 from impactx.evaluation.judgement import MapQuality
 from impactx.experiment.preparation import prepare
