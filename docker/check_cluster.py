@@ -1,11 +1,11 @@
-"""Build the image, start the whole cluster, run the demo, lose a worker half-way, read the results back, clean up.
+"""Check the whole cluster: build, start, run the demo, kill a worker, read the results, clean up.
 
   make cluster-check
 
-Uses the engine that is there (DOCKER_HOST). Where there is none and this is root, it starts a dockerd of its own for
-the time of the check. Images that cannot be pulled are replaced by stand-ins (docker/stand_in.py). Needs 25 GB of disk
-space, 16 GB of memory and the packages of the `test` extra (Compose), and takes 10 minutes, and 5 more for
-images that have to be made.
+It uses the engine that answers (DOCKER_HOST). If none does and this is root, it starts a dockerd of
+its own for the time of the check. Images that cannot be pulled are replaced by stand-ins
+(docker/stand_in.py). It needs 25 GB of disk space, 16 GB of memory and the packages of the `test`
+extra (Compose). It takes 10 minutes, and 5 more for images that have to be made.
 """
 
 from __future__ import annotations
@@ -33,40 +33,42 @@ import stand_in
 ROOT = Path(__file__).resolve().parents[1]
 STARTED = time.monotonic()
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-KILL_AT = re.compile(r"\b\d+ of \d+ maps")  # the first shards are there, most are not
+KILL_AT = re.compile(r"\b\d+ of \d+ maps")  # the first shards are made, most are not
 
 
 def say(text: str) -> None:
-    """One line of the protocol, with the minutes since the start."""
+    """Print one line of the protocol, with the minutes since the start."""
     minutes, seconds = divmod(int(time.monotonic() - STARTED), 60)
     print(f"[{minutes:02d}:{seconds:02d}] {text}", flush=True)
 
 
 def run(*command: str, env: dict[str, str] | None = None) -> str:
-    """A command that must succeed; what it printed. Its output is shown only where it fails."""
-    done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT, env=env)
+    """Run a command that must succeed and return its output, which is printed only if it fails."""
+    done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          cwd=ROOT, env=env)
     if done.returncode:
-        sys.exit(f"{done.stdout[-6000:]}\nfailed with status {done.returncode}: {' '.join(command)}")
+        sys.exit(f"{done.stdout[-6000:]}\n"
+                 f"failed with status {done.returncode}: {' '.join(command)}")
     return done.stdout
 
 
-def must(condition: Any, what: str) -> None:
-    """A promise that is kept, or the end of the check."""
+def must(condition: Any, promise: str) -> None:
+    """Note that a promise is kept; end the check if it is not."""
     if not condition:
-        raise SystemExit(f"NOT SO: {what}")
-    say(f"  ok: {what}")
+        raise SystemExit(f"NOT SO: {promise}")
+    say(f"  ok: {promise}")
 
 
 def program(*names: str) -> str:
-    """The first of these programs that is there."""
+    """Return the path of the first of these programs that is installed."""
     for name in names:
-        if found := shutil.which(name):
-            return found
+        if path := shutil.which(name):
+            return path
     sys.exit(f"needs one of these programs: {', '.join(names)}")
 
 
 def free_port() -> str:
-    """A free port of this machine."""
+    """Return a free port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
@@ -74,18 +76,20 @@ def free_port() -> str:
 
 @contextlib.contextmanager
 def engine(docker: str) -> Iterator[None]:
-    """The engine that answers, or one of our own."""
+    """Use the engine that answers, or one that is started for the time of the check."""
     if subprocess.run([docker, "info"], capture_output=True).returncode == 0:
         yield
         return
     if os.geteuid() != 0 or not shutil.which("dockerd"):
-        sys.exit("no container engine answers; start one (or, as root: apt-get install docker.io iptables debootstrap)")
+        sys.exit("no container engine answers; start one (or, as root: apt-get install docker.io "
+                 "iptables debootstrap)")
     folder = Path(tempfile.mkdtemp(prefix="impactx-engine-", dir="/var/tmp"))
     os.environ["DOCKER_HOST"] = f"unix://{folder}/docker.sock"
     with open(folder / "log", "wb") as log:
         daemon = subprocess.Popen(
-            ["dockerd", "--data-root", folder / "data", "--exec-root", folder / "exec", "--pidfile", folder / "pid",
-             "--host", os.environ["DOCKER_HOST"]], stdout=log, stderr=log)
+            ["dockerd", "--data-root", folder / "data", "--exec-root", folder / "exec",
+             "--pidfile", folder / "pid", "--host", os.environ["DOCKER_HOST"]],
+            stdout=log, stderr=log)
     try:
         for _ in range(60):
             if subprocess.run([docker, "info"], capture_output=True).returncode == 0:
@@ -102,11 +106,13 @@ def engine(docker: str) -> Iterator[None]:
 
 
 def provide_images(docker: str) -> None:
-    """The public images, pulled, or stood in for."""
+    """Pull the public images, or make stand-ins for them."""
     for name, make in stand_in.IMAGES.items():
-        if subprocess.run([docker, "image", "inspect", name], capture_output=True).returncode == 0:
+        inspected = subprocess.run([docker, "image", "inspect", name], capture_output=True)
+        if inspected.returncode == 0:
             say(f"{name}: there")
-        elif subprocess.run([docker, "pull", "--quiet", name], capture_output=True, timeout=900).returncode == 0:
+        elif subprocess.run([docker, "pull", "--quiet", name], capture_output=True,
+                            timeout=900).returncode == 0:
             say(f"{name}: pulled")
         else:
             make(run, docker)
@@ -114,8 +120,9 @@ def provide_images(docker: str) -> None:
 
 
 def status(url: str, token: str | None = None) -> int:
-    """The HTTP status of a GET."""
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
+    """Return the HTTP status of a GET."""
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    request = urllib.request.Request(url, headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=30) as answer:
             return answer.status
@@ -124,7 +131,7 @@ def status(url: str, token: str | None = None) -> int:
 
 
 def ask(url: str, body: dict[str, Any] | None = None) -> Any:
-    """JSON from MLflow's REST API."""
+    """Return JSON of MLflow's REST API."""
     request = urllib.request.Request(url, json.dumps(body).encode() if body else None,
                                      {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=60) as answer:
@@ -132,62 +139,77 @@ def ask(url: str, body: dict[str, Any] | None = None) -> Any:
 
 
 class Cluster:
-    """The compose project under test."""
+    """The compose project under test.
+
+    Args:
+        docker: The engine's client.
+        compose: The command of Compose.
+        folder: The folder of the secrets.
+    """
 
     def __init__(self, docker: str, compose: str, folder: Path) -> None:
         self.docker, self.folder = docker, folder
         self.ray, self.mlflow = free_port(), free_port()
         self.env = os.environ | {
-            "DOCKER": docker, "COMPOSE": compose, "COMPOSE_PROJECT_NAME": "impactx-check", "SECRETS": str(folder),
-            "RAY_PORT": self.ray, "MLFLOW_PORT": self.mlflow, "WORKERS": "2", "WORKER_CPUS": "1",
-            "IMAGE": "impactx:check"}
+            "DOCKER": docker, "COMPOSE": compose, "COMPOSE_PROJECT_NAME": "impactx-check",
+            "SECRETS": str(folder), "RAY_PORT": self.ray, "MLFLOW_PORT": self.mlflow,
+            "WORKERS": "2", "WORKER_CPUS": "1", "IMAGE": "impactx:check"}
         self.compose_file = [*compose.split(), "--file", str(ROOT / "docker" / "compose.yaml")]
 
     def make(self, target: str) -> str:
-        """A make target, as a user calls it."""
+        """Run a make target, as a user does, and return its output."""
         return run("make", "--no-print-directory", target, env=self.env)
 
     def compose(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """A compose command."""
+        """Run a command of Compose, which may fail."""
         return subprocess.run([*self.compose_file, *arguments], text=True, env=self.env, cwd=ROOT,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     def containers(self) -> dict[str, dict[str, Any]]:
-        """What the engine knows of each container, by its name."""
+        """Return what the engine tells of each container, by the container's name."""
         names = self.compose("ps", "--all", "--quiet").stdout.split()
-        return {c["Name"].removeprefix("/impactx-check-"): c for c in json.loads(run(self.docker, "inspect", *names))}
+        return {container["Name"].removeprefix("/impactx-check-"): container
+                for container in json.loads(run(self.docker, "inspect", *names))}
 
     def words(self) -> set[str]:
-        """Every secret."""
-        return {word for file in self.folder.iterdir() for word in re.findall(r"[0-9a-f]{40,}", file.read_text())}
+        """Return every secret."""
+        return {word for file in self.folder.iterdir()
+                for word in re.findall(r"[0-9a-f]{40,}", file.read_text())}
 
 
 def check_security(cluster: Cluster) -> None:
-    """Nobody without the token, nothing beyond loopback, no root where we wrote the image."""
+    """Check the token, the ports, the users, and that secrets are shown nowhere."""
     token = (cluster.folder / "ray_token").read_text()
     jobs = f"http://127.0.0.1:{cluster.ray}/api/jobs/"
     must((status(jobs), status(jobs, "f" * 64), status(jobs, token)) == (401, 403, 200),
-         "the dashboard's API answers 401 without a token, 403 to a wrong one, 200 to the right one")
-    done = cluster.compose("exec", "-T", "-e", "RAY_AUTH_MODE=disabled", "head", "ray", "job", "submit", "--", "true")
-    must(done.returncode != 0 and "succeeded" not in done.stdout, "a submit without the token is refused")
+         "the dashboard's API answers 401 without a token, 403 to a wrong one, 200 to the right "
+         "one")
+    done = cluster.compose("exec", "-T", "-e", "RAY_AUTH_MODE=disabled", "head", "ray", "job",
+                           "submit", "--", "true")
+    must(done.returncode != 0 and "succeeded" not in done.stdout,
+         "a submit without the token is refused")
     containers = cluster.containers()
-    published = {p["HostIp"] for c in containers.values() for ports in c["NetworkSettings"]["Ports"].values()
-                 for p in ports or []}
+    published = {port["HostIp"] for container in containers.values()
+                 for ports in container["NetworkSettings"]["Ports"].values()
+                 for port in ports or []}
     must(published == {"127.0.0.1"}, "nothing is published beyond 127.0.0.1")
-    users = {name: container["Config"]["User"] for name, container in containers.items()}
-    must({user for name, user in users.items() if name.startswith(("head", "worker", "mlflow"))} == {"1000:1000"},
-         "head, workers and MLflow do not run as root")
-    listed = "".join(run(cluster.docker, "top", c["Id"], "-eo", "pid,args") for c in containers.values())
+    users = {container["Config"]["User"] for name, container in containers.items()
+             if name.startswith(("head", "worker", "mlflow"))}
+    must(users == {"1000:1000"}, "head, workers and MLflow do not run as root")
+    listed = "".join(run(cluster.docker, "top", container["Id"], "-eo", "pid,args")
+                     for container in containers.values())
     must(not [w for w in cluster.words() if w in listed], "no secret in the process list")
     inspected = json.dumps(containers)
-    must(not [w for w in cluster.words() if w in inspected], "no secret in what the engine tells of its containers")
+    must(not [w for w in cluster.words() if w in inspected],
+         "no secret in what the engine tells of its containers")
 
 
 def run_demo(cluster: Cluster) -> str:
-    """The bare submit; the second worker is killed when some maps are there. What the job printed."""
+    """Submit the demo, kill the second worker once some maps are made, and return the output."""
     victim = "impactx-check-worker-2"
-    job = subprocess.Popen(["make", "--no-print-directory", "cluster-demo"], text=True, env=cluster.env, cwd=ROOT,
-                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    job = subprocess.Popen(["make", "--no-print-directory", "cluster-demo"], text=True,
+                           env=cluster.env, cwd=ROOT, stdout=subprocess.PIPE,
+                           stderr=subprocess.STDOUT)
     printed, killed = [], False
     assert job.stdout is not None
     for line in job.stdout:
@@ -196,8 +218,10 @@ def run_demo(cluster: Cluster) -> str:
         if line.strip():
             say(f"  | {line.rstrip()}")
         if ": A repeat 0: starts" in line:
-            used = run(cluster.docker, "stats", "--no-stream", "--format", "{{.Name}} {{.MemUsage}}")
-            say("  memory: " + ", ".join(used.replace("impactx-check-", "").split("\n")).rstrip(", "))
+            used = run(cluster.docker, "stats", "--no-stream", "--format",
+                       "{{.Name}} {{.MemUsage}}")
+            lines = used.replace("impactx-check-", "").split("\n")
+            say("  memory: " + ", ".join(lines).rstrip(", "))
         if not killed and KILL_AT.search(line):
             run(cluster.docker, "kill", "--signal", "KILL", victim)
             killed = True
@@ -208,29 +232,35 @@ def run_demo(cluster: Cluster) -> str:
 
 
 def read_back(cluster: Cluster) -> None:
-    """The finished runs and the table, by MLflow's API: PostgreSQL has the runs, S3 the table."""
+    """Read the runs (from PostgreSQL) and the table (from S3) through MLflow's API."""
     base = f"http://127.0.0.1:{cluster.mlflow}/api/2.0"
     experiment = ask(f"{base}/mlflow/experiments/get-by-name?experiment_name=impactx")["experiment"]
-    must(experiment["artifact_location"].startswith("mlflow-artifacts:"), "artifacts go through the server")
+    must(experiment["artifact_location"].startswith("mlflow-artifacts:"),
+         "artifacts go through the server")
     wanted = {"experiment_ids": [experiment["experiment_id"]], "max_results": 1000}
     runs = ask(f"{base}/mlflow/runs/search", wanted)["runs"]
     states = Counter(r["info"]["status"] for r in runs)
-    keys = [tag["value"] for r in runs for tag in r["data"]["tags"] if tag["key"] == "impactx.key"]
+    keys = [tag["value"] for r in runs for tag in r["data"]["tags"]
+            if tag["key"] == "impactx.key"]
     must(states == {"FINISHED": len(runs)} and len(set(keys)) == len(runs) > 10,
          f"{len(runs)} runs, all FINISHED, each once")
     for one in sorted(runs, key=lambda r: r["info"]["start_time"]):
         metrics = {m["key"]: m["value"] for m in one["data"].get("metrics", [])}
-        found = [f"{name} {metrics[name]:.4f}" for name in ("test_accuracy", "best_val_accuracy") if name in metrics]
-        say(f"  run {one['info']['run_name']:<40} {one['info']['status']:<9} {''.join(found[:1])}")
-    (whole,) = [r for r in runs if {"key": "impactx.role", "value": "job"} in r["data"]["tags"]]
-    path = whole["info"]["artifact_uri"].removeprefix("mlflow-artifacts:").lstrip("/")
-    with urllib.request.urlopen(f"{base}/mlflow-artifacts/artifacts/{path}/results.csv", timeout=60) as answer:
+        accuracies = [f"{name} {metrics[name]:.4f}"
+                      for name in ("test_accuracy", "best_val_accuracy") if name in metrics]
+        say(f"  run {one['info']['run_name']:<40} {one['info']['status']:<9} "
+            f"{''.join(accuracies[:1])}")
+    (job,) = [r for r in runs if {"key": "impactx.role", "value": "job"} in r["data"]["tags"]]
+    path = job["info"]["artifact_uri"].removeprefix("mlflow-artifacts:").lstrip("/")
+    address = f"{base}/mlflow-artifacts/artifacts/{path}/results.csv"
+    with urllib.request.urlopen(address, timeout=60) as answer:
         table = answer.read().decode()
-    must(table.count("\n") >= 4, "results.csv, read through MLflow from S3, has a row for each final model")
+    must(table.count("\n") >= 4,
+         "results.csv, read through MLflow from S3, has a row for each final model")
 
 
 def main() -> None:
-    """All of it, in order."""
+    """Run the whole check."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     docker = os.environ.get("DOCKER") or program("/usr/bin/docker", "docker")
     os.environ["PATH"] += os.pathsep + str(ROOT / ".venv" / "bin")
@@ -247,7 +277,8 @@ def main() -> None:
             cluster.make("cluster-up")
             say("make cluster-up:")
             for name, container in cluster.containers().items():
-                must(container["State"]["Health"]["Status"] == "healthy", f"{name} is healthy")
+                must(container["State"]["Health"]["Status"] == "healthy",
+                     f"{name} is healthy")
             check_security(cluster)
             say("make cluster-demo:")
             printed = run_demo(cluster)
@@ -256,9 +287,11 @@ def main() -> None:
             must(not [w for w in cluster.words() if w in logs], "no secret in any log")
             say("make cluster-down:")
             cluster.make("cluster-down")
-            must(not cluster.compose("ps", "--all", "--quiet").stdout.split(), "no container is left")
+            must(not cluster.compose("ps", "--all", "--quiet").stdout.split(),
+                 "no container is left")
         except BaseException:
-            print(cluster.compose("ps", "--all").stdout, cluster.compose("logs", "--no-color", "--tail", "40").stdout)
+            print(cluster.compose("ps", "--all").stdout,
+                  cluster.compose("logs", "--no-color", "--tail", "40").stdout)
             raise
         finally:
             cluster.make("cluster-purge")

@@ -1,4 +1,6 @@
-"""Make a bucket where it is missing, waiting for the S3 server: python docker/make_bucket.py NAME
+"""Create a bucket if it is missing, and wait for the S3 server.
+
+python docker/make_bucket.py NAME
 
 Endpoint and keys come from the usual AWS_* variables.
 """
@@ -13,7 +15,16 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 
 def make_bucket(name: str, seconds: float = 120) -> None:
-    """Raises what the server answered last when it does not within the time."""
+    """Create a bucket if it is missing.
+
+    Args:
+        name: The bucket's name.
+        seconds: For how long a server that does not answer is asked again.
+
+    Raises:
+        BotoCoreError: The server did not answer within that time.
+        ClientError: It refused within that time.
+    """
     end = time.monotonic() + seconds
     while True:
         try:

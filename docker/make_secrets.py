@@ -1,8 +1,10 @@
-"""Make the passwords and tokens of a cluster, each drawn anew, as files: python docker/make_secrets.py FOLDER
+"""Draw the passwords and tokens of a cluster and write them to files.
 
-What is there already stays: the database keeps the password that it was made with. The folder is closed to everybody
-else on this machine (mode 0700). The files in it can be read by whom they are mounted for: a container's user has
-another number than yours.
+python docker/make_secrets.py FOLDER
+
+Files that exist are kept, because the database keeps the password that it was created with. Nobody
+else on this machine can open the folder (mode 0700). The files in it are readable for all, because
+the user of the container that they are mounted into has another number than yours.
 """
 
 from __future__ import annotations
@@ -16,17 +18,24 @@ BUCKETS = ("mlflow", "impactx")
 
 
 def make_secrets(folder: Path) -> list[str]:
-    """Write the files that are missing; returns their names."""
+    """Write the files that are missing.
+
+    Args:
+        folder: The folder, which is created.
+
+    Returns:
+        The names of the files that were written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
-    made: list[str] = []
+    written: list[str] = []
 
     def write(name: str, text: str) -> str:
         path = folder / name
         if not path.exists():
             path.write_text(text)
             path.chmod(0o444)
-            made.append(name)
+            written.append(name)
         return path.read_text()
 
     write("ray_token", secrets.token_hex(32))
@@ -34,13 +43,15 @@ def make_secrets(folder: Path) -> list[str]:
     write("pgpass", f"*:*:*:mlflow:{password}\n")
     identities = []
     for bucket in BUCKETS:  # each user owns the bucket of its name and sees no other
-        keys = write(f"s3_{bucket}", f"[default]\naws_access_key_id = {bucket}-{secrets.token_hex(6)}\n"
-                                     f"aws_secret_access_key = {secrets.token_hex(24)}\n")
+        keys = write(f"s3_{bucket}", (
+            f"[default]\naws_access_key_id = {bucket}-{secrets.token_hex(6)}\n"
+            f"aws_secret_access_key = {secrets.token_hex(24)}\n"))
         _, access, secret = (line.rpartition(" ")[2] for line in keys.splitlines())
-        identities.append({"name": bucket, "credentials": [{"accessKey": access, "secretKey": secret}],
-                           "actions": [f"{action}:{bucket}" for action in ("Admin", "Read", "Write", "List")]})
+        identities.append({
+            "name": bucket, "credentials": [{"accessKey": access, "secretKey": secret}],
+            "actions": [f"{action}:{bucket}" for action in ("Admin", "Read", "Write", "List")]})
     write("s3.json", json.dumps({"identities": identities}, indent=1) + "\n")
-    return made
+    return written
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Write the lists of packages that the image's layers install, from pyproject.toml and constraints.txt here.
+"""Write the lists of packages that the layers of the image install.
 
-torch.txt holds torch and what only torch needs, torch-cpu.txt the same without CUDA, requirements.txt the rest. A layer
-is built again only when its own list changes, so new code, or a new version of another package, does not fetch
-torch's gigabytes again.
+They are made from pyproject.toml and constraints.txt in the working directory. torch.txt holds
+torch and the packages that only torch needs, torch-cpu.txt the same without CUDA, requirements.txt
+all others. A layer is built again only if its own list changes, so that new code, or a new version
+of another package, does not download torch's gigabytes again.
 """
 
 from __future__ import annotations
@@ -17,15 +18,27 @@ CUDA = ("cuda-", "nvidia-", "triton")
 
 
 def lists(project: str, constraints: str) -> dict[str, list[str]]:
-    """The lines of each list by its file's name, from the texts of pyproject.toml and constraints.txt."""
-    described = tomllib.loads(project)["project"]
-    wanted = described["dependencies"] + [r for extra in EXTRAS for r in described["optional-dependencies"][extra]]
+    """Return the lines of each list.
+
+    Args:
+        project: The text of pyproject.toml.
+        constraints: The text of constraints.txt.
+
+    Returns:
+        The lines by the name of the list's file.
+    """
+    metadata = tomllib.loads(project)["project"]
+    extras = [line for extra in EXTRAS for line in metadata["optional-dependencies"][extra]]
+    requirements = metadata["dependencies"] + extras
     pins = [line.strip() for line in constraints.splitlines() if re.match(r"[\w.-]+==", line)]
-    own = [pin for pin in pins if pin.partition("==")[0] in TORCH]
-    return {"torch.txt": own + [pin for pin in pins if pin.startswith(CUDA)], "torch-cpu.txt": own,
-            "requirements.txt": [r for r in wanted if re.split(r"[\W]", r)[0] not in TORCH]}
+    torch = [pin for pin in pins if pin.partition("==")[0] in TORCH]
+    return {"torch.txt": torch + [pin for pin in pins if pin.startswith(CUDA)],
+            "torch-cpu.txt": torch,
+            "requirements.txt": [line for line in requirements
+                                 if re.split(r"[\W]", line)[0] not in TORCH]}
 
 
 if __name__ == "__main__":
-    for name, lines in lists(Path("pyproject.toml").read_text(), Path("constraints.txt").read_text()).items():
+    texts = Path("pyproject.toml").read_text(), Path("constraints.txt").read_text()
+    for name, lines in lists(*texts).items():
         Path(name).write_text("\n".join(lines) + "\n")

@@ -1,13 +1,13 @@
-"""Run an experiment: stage 1's search, the maps, stage 2, and the test of every final model.
+"""Run an experiment: search A, make the maps, train stage 2, and test all final models.
 
-  python jobs/full_grid.py --preset demo                      minutes, nothing downloaded
+  python jobs/full_grid.py --preset demo                      some minutes; downloads nothing
   python jobs/full_grid.py --preset cifar10-lenet5            one cell of Table 2, on a CPU
   python jobs/full_grid.py dataset=cifar10 model=lenet5       the paper's grid for one cell
   python jobs/full_grid.py                                    the paper's whole grid
-  python jobs/full_grid.py --plan                             what it costs on this cluster, by measurement
-  ray job submit --working-dir . -- python jobs/full_grid.py  the same on a cluster
+  python jobs/full_grid.py --plan                             measure what it costs on this cluster
+  ray job submit --working-dir . -- python jobs/full_grid.py  run it on a remote cluster
 
-The same command started again goes on where it stopped: what is finished is not computed again.
+The same command started again goes on where it stopped: finished steps are not computed again.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "platform"))  # from a checkout, uninstalled
+# For a checkout that is not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "platform"))
 
-from impactx.command import experiment_parser, main, start_facts  # noqa: E402
+from impactx.cli.main import main, start_facts  # noqa: E402
+from impactx.cli.options import experiment_options  # noqa: E402
 
 
 def run(arguments: list[str] | None = None) -> None:
-    """Parse, check, connect, call."""
-    options = experiment_parser(__doc__ or "", __file__, arguments).parse_args(arguments)
+    """Parse the options, check them, connect to the cluster, and run the experiment."""
+    options = experiment_options(__doc__ or "", __file__, arguments)
     settings = options.load()
     if options.dry_run:
         from impactx.costs.dry_run import dry_run
@@ -48,16 +50,18 @@ def run(arguments: list[str] | None = None) -> None:
     from impactx.tracking import make_tracker
     from impactx.version import code_version
 
+    storage = prepared.place.artifacts.storage
     tracker = make_tracker(settings)
     tracker.prepare()
     with connected(settings.cluster, plugin_files=settings.plugins):
-        job = Job(settings, prepared.cells, prepared.place, RayExecutor(settings.cluster, prepared.place, tracker),
-                  tracker, tags={"impactx.code": code_version()}, start=start_facts())
-        rows = job.run(report=lambda key, run: write_report(prepared.place.artifacts.storage, key, run=run))
+        executor = RayExecutor(settings.cluster, prepared.place, tracker)
+        job = Job(settings, prepared.cells, prepared.place, executor, tracker,
+                  tags={"impactx.code": code_version()}, start=start_facts())
+        rows = job.run(report=lambda key, run: write_report(storage, key, run=run))
     print("\n" + table(rows) + "\n\n" + sentences(job.evidence) + "\n")
     print("\n".join([*(f"maps:    {folder}" for folder in job.map_folders), *tracker.describe(),
                      *([f"report:  {job.report}"] if job.report else []),
-                     f"results: {prepared.place.artifacts.storage.uri(f'jobs/{job.key}/results.csv')}"]))
+                     f"results: {storage.uri(f'jobs/{job.key}/results.csv')}"]))
     job.check()
 
 

@@ -1,7 +1,7 @@
 """IMPACTX (arXiv 2502.12222): classifiers that learn to predict their own explanations.
 
-The names below are the package's front door (docs/example.py uses them); they are imported when they are first
-used, so that `import impactx` stays quick.
+The names below are the package's interface for programs; docs/example.py uses them. Each is
+imported when it is first used, so that `import impactx` stays quick.
 """
 
 from __future__ import annotations
@@ -32,17 +32,18 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
-    "impactx.api": ("Prediction", "Schedule", "TrainedModel", "explain_dataset", "load_model", "train_classifier",
-                    "train_impactx"),
+    "impactx.api": ("Prediction", "Schedule", "TrainedModel", "explain_dataset", "load_model",
+                    "train_classifier", "train_impactx"),
     "impactx.approaches.impactx": ("Impactx",),
     "impactx.datasets": ("load_dataset",),
-    "impactx.settings": ("AugmentationSettings", "DatasetSettings", "ModelSettings", "TrainingSettings"),
+    "impactx.settings": ("AugmentationSettings", "DatasetSettings", "ModelSettings",
+                         "TrainingSettings"),
     "impactx.explain.methods.partition": ("Partition",),
 }
 
 __all__ = ["AugmentationSettings", "DatasetSettings", "Impactx", "ModelSettings", "Partition",
-           "Prediction", "Schedule", "TrainedModel", "TrainingSettings", "explain_dataset", "load_dataset",
-           "load_model", "train_classifier", "train_impactx"]
+           "Prediction", "Schedule", "TrainedModel", "TrainingSettings", "explain_dataset",
+           "load_dataset", "load_model", "train_classifier", "train_impactx"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,11 +1,12 @@
-"""Use of a trained model on image files: which model, which pixels, what it says, and its map over the image."""
+"""Predictions for image files: finding the model, reading the images, drawing the model's maps."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,20 +20,24 @@ from impactx.storage import Storage
 
 log = logging.getLogger("impactx")
 CHECKPOINT, RESULTS = "checkpoint.pt", "results.json"
-TOP = 3  # classes that are printed
+TOP = 3  # number of classes that are printed for an image
 
 
 class PredictionError(RuntimeError):
-    """No such model, or one that cannot be used; the message says what to give instead."""
+    """There is no such model, or it cannot be used; the message says what to give instead."""
 
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """Which model: an address, and which of a job's final models where it is a job's.
+    """The model that is used: an address, and if it is a job's, which of its final models.
 
-    address: a checkpoint file, its folder, a job's folder (or the output folder of one job), all local or s3://,
-    or an address in MLflow (models:/..., runs:/...); cell: dataset/model, needed where the job has several;
-    tracking: address of the MLflow server.
+    Attributes:
+        address: A checkpoint file, its folder, a job's folder or the output folder of one job, each
+            local or s3://; or an address in MLflow (models:/..., runs:/...).
+        cell: "dataset/model" in a job; None if the job has only one cell.
+        approach: The approach in a job; None for impactx, or the first one if there is none.
+        repeat: The repeat in a job.
+        tracking: The address of MLflow; None for the one of the environment.
     """
 
     address: str
@@ -42,7 +47,13 @@ class ModelChoice:
     tracking: str | None = None
 
     def load(self) -> TrainedModel:
-        """The model, on the CPU. Raises PredictionError, TrackingError or StorageError."""
+        """Return the model, on the CPU.
+
+        Raises:
+            PredictionError: There is no such model.
+            TrackingError: MLflow does not have it, or does not answer.
+            StorageError: The storage does not answer.
+        """
         try:
             if self.address.startswith(("models:/", "runs:/")):
                 from impactx.tracking.checkpoints import fetch_checkpoint
@@ -57,45 +68,59 @@ class ModelChoice:
         root, name = _split(self.address)
         if Storage(root).exists(name):
             return _read(Storage(root), name)
-        here = Storage(self.address)
-        if here.exists(CHECKPOINT):
-            return _read(here, CHECKPOINT)
-        if here.exists(RESULTS):
-            return self._of_job(here)
-        jobs = [job for job in here.folders("jobs") if here.exists(f"jobs/{job}/{RESULTS}")]
+        folder = Storage(self.address)
+        if folder.exists(CHECKPOINT):
+            return _read(folder, CHECKPOINT)
+        if folder.exists(RESULTS):
+            return self._of_job(folder)
+        jobs = [job for job in folder.folders("jobs") if folder.exists(f"jobs/{job}/{RESULTS}")]
         if len(jobs) == 1:
-            return self._of_job(Storage(here.uri(f"jobs/{jobs[0]}")))
+            return self._of_job(Storage(folder.uri(f"jobs/{jobs[0]}")))
         if jobs:
             raise PredictionError(f"--model {self.address} holds {len(jobs)} jobs: give one of\n"
-                                  + "\n".join(f"  {here.uri(f'jobs/{job}')}" for job in jobs))
-        raise PredictionError(f"--model {self.address}: no checkpoint file, no folder with a {CHECKPOINT} and no "
-                              f"finished job's folder (jobs/<job> with a {RESULTS}) is there")
+                                  + "\n".join(f"  {folder.uri(f'jobs/{job}')}" for job in jobs))
+        raise PredictionError(
+            f"--model {self.address}: no checkpoint file, no folder with a {CHECKPOINT} and no "
+            f"finished job's folder (jobs/<job> with a {RESULTS}) is there")
 
     def _of_job(self, job: Storage) -> TrainedModel:
-        """A final model of a job, found beside it: the output folder may have been moved since."""
+        """Return a final model of a job.
+
+        It is looked for beside the job and not at its recorded address, since the output folder may
+        have been moved.
+        """
         rows = job.read_json(RESULTS)
-        cells = sorted({f"{row['dataset']}/{row['model']}" for row in rows})
+        cells = sorted({_cell(row) for row in rows})
         if self.cell is None and len(cells) > 1:
-            raise PredictionError(f"the job {job.root} has {len(cells)} cells: give --cell, one of {', '.join(cells)}")
-        mine = [row for row in rows if self.cell in (None, f"{row['dataset']}/{row['model']}")]
-        known = list(dict.fromkeys(row["approach"] for row in mine))
-        approach = self.approach or ("impactx" if "impactx" in known else known[0] if known else "")
-        found = [row for row in mine if row["approach"] == approach and row["repeat"] == self.repeat]
-        if not found:
+            raise PredictionError(f"the job {job.root} has {len(cells)} cells: give --cell, one of "
+                                  f"{', '.join(cells)}")
+        rows = [row for row in rows if self.cell in (None, _cell(row))]
+        approaches = list(dict.fromkeys(row["approach"] for row in rows))
+        default = "impactx" if "impactx" in approaches else next(iter(approaches), "")
+        approach = self.approach or default
+        chosen = next((row for row in rows
+                       if row["approach"] == approach and row["repeat"] == self.repeat), None)
+        if chosen is None:
             raise PredictionError(
-                f"the job {job.root} has no final model with --cell {self.cell or ', '.join(cells)}, --approach "
-                f"{approach}, --repeat {self.repeat}; it has the cells {', '.join(cells)}, the approaches "
-                f"{', '.join(known) or 'none of this cell'}, the repeats {sorted({row['repeat'] for row in mine})}")
+                f"the job {job.root} has no final model with --cell "
+                f"{self.cell or ', '.join(cells)}, --approach {approach}, --repeat {self.repeat}; "
+                f"it has the cells {', '.join(cells)}, the approaches "
+                f"{', '.join(approaches) or 'none of this cell'}, the repeats "
+                f"{sorted({row['repeat'] for row in rows})}")
         output = Storage(_split(_split(job.root)[0])[0])
-        model = _read(output, f"models/{_split(found[0]['checkpoint'])[1]}/{CHECKPOINT}")
-        # Checkpoints of before they kept lambda: the job knows which one was chosen.
-        return model if model.weight is not None else replace(model, weight=found[0].get("weight"))
+        model = _read(output, f"models/{_split(chosen['checkpoint'])[1]}/{CHECKPOINT}")
+        # Older checkpoints do not hold lambda; the job's table does.
+        return model if model.weight is not None else replace(model, weight=chosen.get("weight"))
+
+
+def _cell(row: Mapping[str, Any]) -> str:
+    return f"{row['dataset']}/{row['model']}"
 
 
 def _split(address: str) -> tuple[str, str]:
-    """An address as (folder, name)."""
-    folder, _, name = (address if "://" in address else str(Path(address).expanduser().absolute())).rstrip(
-        "/").rpartition("/")
+    """Return the folder of an address and its last part."""
+    whole = address if "://" in address else str(Path(address).expanduser().absolute())
+    folder, _, name = whole.rstrip("/").rpartition("/")
     return folder or "/", name
 
 
@@ -105,9 +130,19 @@ def _read(storage: Storage, path: str) -> TrainedModel:
 
 
 def read_images(files: Sequence[Path], size: tuple[int, int]) -> np.ndarray:
-    """Image files as uint8 (N, H, W, 3) of this size (height, width), converted as data sets' images are.
+    """Read image files and convert them as the images of data sets are converted.
 
-    What was changed of a file is logged. Raises DataError that names every file that cannot be read.
+    The changes of each file are logged.
+
+    Args:
+        files: N files.
+        size: (height, width) in pixels, to which images are resized.
+
+    Returns:
+        uint8 (N, H, W, 3).
+
+    Raises:
+        DataError: Files cannot be read; the message names each of them.
     """
     pixels, errors = [], []
     for file in files:
@@ -120,53 +155,77 @@ def read_images(files: Sequence[Path], size: tuple[int, int]) -> np.ndarray:
         changes += [f"converted from {kind} to RGB"] if kind else []
         if image.shape[:2] != size:
             height, width = image.shape[:2]
-            kept = "" if height * size[1] == width * size[0] else ", its proportions are changed"
-            changes.append(f"resized from {width}x{height} to {size[1]}x{size[0]} pixels{kept}")
-            image = np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
+            same_shape = height * size[1] == width * size[0]
+            changes.append(f"resized from {width}x{height} to {size[1]}x{size[0]} pixels"
+                           + ("" if same_shape else ", its proportions are changed"))
+            image = np.asarray(
+                Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
         if changes:
             log.info("%s: %s", file, "; ".join(changes))
         pixels.append(image)
     if errors:
-        raise DataError("these images cannot be used:\n" + "\n".join(f"  - {error}" for error in errors))
+        listed = "\n".join(f"  - {error}" for error in errors)
+        raise DataError(f"these images cannot be used:\n{listed}")
     return np.stack(pixels)
 
 
-def predict_files(files: Sequence[Path], choice: ModelChoice, folder: Path, *, device: str = "cpu") -> str:
-    """Classify image files and draw each map over its image into `folder`; returns what is to be printed.
+def predict_files(files: Sequence[Path], choice: ModelChoice, folder: Path, *,
+                  device: str = "cpu") -> str:
+    """Classify image files and draw the model's maps over them.
 
-    The colours mean the same in every picture of one call. A map that is none, of a decoder that learned nothing, is
-    not drawn, and it is said. Raises DataError, PredictionError, SheetError,
-    TrackingError, StorageError.
+    All pictures of a call have one colour scale. The maps of a decoder that learned nothing are not
+    drawn.
+
+    Args:
+        files: Image files.
+        choice: The model.
+        folder: The folder of the pictures, which is created.
+        device: Where the model runs, as torch names it.
+
+    Returns:
+        A line for each file with its most probable classes and its picture, and the reason if there
+        are no pictures.
+
+    Raises:
+        DataError: A file is no image.
+        PredictionError: There is no such model.
+        SheetError: The pictures cannot be drawn.
+        TrackingError: MLflow does not have the model, or does not answer.
+        StorageError: The storage does not answer.
     """
     model = choice.load()
     images = read_images(files, model.image_size)
-    found = model.predict(images, device=device)
-    pictures = [] if found.maps is None else _draw(files, images, model, found, folder)
+    prediction = model.predict(images, device=device)
+    pictures = [] if prediction.maps is None else _draw(files, images, model, prediction, folder)
     lines = []
     for i, file in enumerate(files):
-        order = np.argsort(-found.probabilities[i], kind="stable")[:TOP]
-        ranked = ", ".join(f"{model.class_names[k]} {found.probabilities[i, k]:.3f}" for k in order)
+        probabilities = prediction.probabilities[i]
+        classes = np.argsort(-probabilities, kind="stable")[:TOP]
+        ranked = ", ".join(f"{model.class_names[k]} {probabilities[k]:.3f}" for k in classes)
         lines.append(f"{file}: {ranked}" + (f"  -> {pictures[i]}" if pictures else ""))
-    if found.maps is None and model.weight == 0:
-        lines.append("no picture: this model was trained with lambda = 0, so its decoder learned no maps and what it "
-                     "makes is noise; a model of the approach impactx with another lambda gives maps")
-    elif found.maps is None:
-        lines.append("no picture: this model gives classes only; a model of the approach impactx gives maps as well")
+    if prediction.maps is None and model.weight == 0:
+        lines.append("no picture: this model was trained with lambda = 0, so its decoder learned "
+                     "no maps and what it makes is noise; a model of the approach impactx with "
+                     "another lambda gives maps")
+    elif prediction.maps is None:
+        lines.append("no picture: this model gives classes only; a model of the approach impactx "
+                     "gives maps as well")
     return "\n".join(lines)
 
 
-def _draw(files: Sequence[Path], images: np.ndarray, model: TrainedModel, found: Prediction, folder: Path
-          ) -> list[Path]:
-    assert found.maps is not None and model.map_kind is not None
+def _draw(files: Sequence[Path], images: np.ndarray, model: TrainedModel, prediction: Prediction,
+          folder: Path) -> list[Path]:
+    assert prediction.maps is not None and model.map_kind is not None
     folder.mkdir(parents=True, exist_ok=True)
-    limit, written = colour_limit(found.maps), []
+    limit = colour_limit(prediction.maps)
+    paths: list[Path] = []
     for i, file in enumerate(files):
         path = folder / f"{file.stem}-map.png"
-        if path in written:
+        if path in paths:
             path = folder / f"{file.stem}-map-{i}.png"
-        label = int(found.labels[i])
-        draw_sheet(path, images[i:i + 1], found.maps[i:i + 1],
-                   [f"{model.class_names[label]} {found.probabilities[i, label]:.2f}"], limit=limit,
+        label = int(prediction.labels[i])
+        caption = f"{model.class_names[label]} {prediction.probabilities[i, label]:.2f}"
+        draw_sheet(path, images[i:i + 1], prediction.maps[i:i + 1], [caption], limit=limit,
                    title=file.name, kind=model.map_kind)
-        written.append(path)
-    return written
+        paths.append(path)
+    return paths

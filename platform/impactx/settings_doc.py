@@ -1,4 +1,4 @@
-"""docs/SETTINGS.md, made from the settings' own types and descriptions.
+"""The text of docs/SETTINGS.md, from the types and descriptions of the settings.
 
 python -m impactx.settings_doc > docs/SETTINGS.md
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -23,120 +23,148 @@ HEAD = """\
 Made by `python -m impactx.settings_doc > docs/SETTINGS.md`; do not edit.
 
 Any of them can be given on the command line as `setting=value`, for instance `training.epochs=20`,
-`grid.batch_size=[32,64]`, `approaches.impactx.lambdas=[0.8]`. `<name>` is a name of yours: `datasets.<name>.path`
-is written `datasets.cifar10.path`. A list of numbers may also be a range `{start: 0.2, stop: 1.4, step: 0.2}`.
-The presets and groups in configs/ set some of these; what they leave out has the default given here.
+`grid.batch_size=[32,64]`, `approaches.impactx.lambdas=[0.8]`. `<name>` is a name of yours:
+`datasets.<name>.path` is written `datasets.cifar10.path`. A list of numbers may also be a range
+`{start: 0.2, stop: 1.4, step: 0.2}`. The presets and groups in configs/ set some of these; the
+others have the defaults given here.
 """
+BAR = "\\|"  # a bar inside a cell of a table
+LISTED = 8  # longest default list that is written in full
+
+
+class Table(NamedTuple):
+    """One table of the page: the fields of one class of settings.
+
+    Attributes:
+        title: The dotted name under which the class is set, and its tag if there are several.
+        model: The class.
+        fields: Its fields by their dotted names, in their order.
+    """
+
+    title: str
+    model: type[BaseModel]
+    fields: list[tuple[str, FieldInfo]]
 
 
 def settings_markdown() -> str:
-    """Every setting: dotted name, what is allowed, default, meaning."""
+    """Return the page: every setting with its dotted name, its values, its default and meaning."""
     lines = [HEAD]
-    for title, model, fields in _tables("", ExperimentSettings):
-        about = " ".join((model.__doc__ or "").split())
-        lines += [f"## {title}" if title else "## The experiment", "", about, "",
+    for table in _tables("", ExperimentSettings):
+        lines += [f"## {table.title or 'The experiment'}", "",
+                  " ".join((table.model.__doc__ or "").split()), "",
                   "| setting | allowed | default | meaning |", "|---|---|---|---|"]
-        lines += [f"| `{name}` | {_cell(_allowed(info.annotation, info.metadata))} | {_cell(_default(info))} "
-                  f"| {_cell(info.description or '')} |" for name, info in fields]
+        for name, info in table.fields:
+            cells = (f"`{name}`", _allowed(info.annotation, info.metadata), _default(info),
+                     info.description or "")
+            lines.append(f"| {' | '.join(cell.replace('|', BAR) for cell in cells)} |")
         lines.append("")
     return "\n".join(lines)
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+def _tables(prefix: str, model: type[BaseModel]) -> Iterator[Table]:
+    """Yield the table of a class of settings, and then those of the classes inside it.
 
-
-def _tables(prefix: str, model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel], list]]:
-    """The plain settings of a class, then those of the classes inside it."""
-    plain, inner = [], []
+    Args:
+        prefix: The dotted name of the class with a dot at its end, "" for the outermost.
+        model: The class.
+    """
+    plain: list[tuple[str, FieldInfo]] = []
+    nested: list[tuple[str, str, type[BaseModel]]] = []
     for name, info in settable(model).items():
-        found, path = _nested(info.annotation)
-        if not found or path == "[]" or registry_of(info.annotation) is not None:
+        classes, suffix = _nested(info.annotation)
+        if not classes or suffix == "[]" or registry_of(info.annotation) is not None:
             plain.append((prefix + name, info))
-        inner += [(f"{prefix}{name}{path}", tag, one) for tag, one in found.items()]
-    yield prefix.rstrip("."), model, plain
-    for name, tag, one in inner:
-        for title, inside, fields in _tables(f"{name}.", one):
-            yield f"{title}: {tag}" if tag and inside is one else title, inside, fields
+        nested += [(f"{prefix}{name}{suffix}", tag, one) for tag, one in classes.items()]
+    yield Table(prefix.rstrip("."), model, plain)
+    for name, tag, one in nested:
+        for table in _tables(f"{name}.", one):
+            if tag and table.model is one:
+                table = table._replace(title=f"{table.title}: {tag}")
+            yield table
 
 
 def _nested(annotation: Any) -> tuple[dict[str, type[BaseModel]], str]:
-    """The classes of settings inside a field by their tags ("" where there is only one), and what leads to them."""
+    """Return the classes of settings that a field holds.
+
+    Args:
+        annotation: The field's annotation.
+
+    Returns:
+        The classes by their tags ("" for one that has none), and what follows the field's name in
+        the name of their settings: ".<name>", "[]" or "".
+    """
     if typing.get_origin(annotation) is dict:
         return _nested(typing.get_args(annotation)[1])[0], ".<name>"
-    if typing.get_origin(annotation) is list and (kind := registry_of(typing.get_args(annotation)[0])):
-        return dict(kind.classes()), "[]"
-    if kinds := _kinds(annotation):
-        return {} if _optional(annotation) else kinds, ""
+    if typing.get_origin(annotation) is list:
+        registry = registry_of(typing.get_args(annotation)[0])
+        if registry is not None:
+            return dict(registry.classes()), "[]"
+    if kinds := tagged(annotation):
+        # The settings of an optional one are listed where it must be given, and not again.
+        return {} if type(None) in typing.get_args(annotation) else dict(kinds), ""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return {"": annotation}, ""
     return {}, ""
 
 
-def _kinds(annotation: Any) -> dict[str, type[BaseModel]]:
-    """The classes by their tags of settings that may be of several; else empty."""
-    registry = registry_of(annotation)
-    return dict(tagged(annotation)) if registry is None else {name: registry.get(name) for name in registry.names()}
+_PLAIN: dict[Any, str] = {
+    int: "whole number", float: "number", str: "text", bool: "true, false",
+    type(None): "null"}
+_BOUNDS = {"ge": "≥ {}", "gt": "> {}", "le": "≤ {}", "lt": "< {}", "max_length": "at most {} long"}
 
 
-def _optional(annotation: Any) -> bool:
-    """True for something or null: its settings stand where it must be given, and are not listed again."""
-    return type(None) in typing.get_args(annotation)
+def _allowed(annotation: Any, metadata: Sequence[Any] = ()) -> str:
+    """Describe the values that a field takes.
 
-
-_PLAIN = {int: "whole number", float: "number", str: "text", bool: "true, false", type(None): "null"}
-_BOUNDS = {"ge": "≥ {}", "gt": "> {}", "le": "≤ {}", "lt": "< {}", "min_length": None, "max_length": "at most {} long"}
-
-
-def _allowed(annotation: Any, metadata: typing.Sequence[Any] = ()) -> str:
+    Args:
+        annotation: The field's annotation.
+        metadata: Its constraints, as pydantic or `typing.Annotated` holds them.
+    """
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if kind := registry_of(annotation):
-        return f"settings of {', '.join(kind.names())}"
+    if kinds := tagged(annotation):
+        return f"settings of {', '.join(kinds)}"
     if origin is typing.Annotated:
         return _allowed(arguments[0], [*arguments[1:], *metadata])
-    if kinds := _kinds(annotation):
-        return f"settings of {', '.join(kinds)}"
     if origin in (typing.Union, types.UnionType):
-        text = " or ".join(_allowed(a) for a in arguments if a is not type(None))
-        bounds = _bounds(metadata)
-        return text + bounds + (" or null" if type(None) in arguments else "")
+        text = " or ".join(_allowed(one) for one in arguments if one is not type(None))
+        return text + _bounds(metadata) + (" or null" if type(None) in arguments else "")
     if origin is typing.Literal:
-        return ", ".join("null" if a is None else str(a) for a in arguments)
-    if origin is list:
-        return f"list of: {_allowed(arguments[0])}"
-    if origin is tuple and arguments[-1] is ...:
+        return ", ".join("null" if one is None else str(one) for one in arguments)
+    if origin is list or (origin is tuple and arguments[-1] is ...):
         return f"list of: {_allowed(arguments[0])}"
     if origin is tuple:
         return f"list of {len(arguments)}: {_allowed(arguments[0])}"
     return _PLAIN.get(annotation, str(annotation)) + _bounds(metadata)
 
 
-def _bounds(metadata: typing.Sequence[Any]) -> str:
-    found = []
+def _bounds(metadata: Sequence[Any]) -> str:
+    bounds = []
     for item in metadata:
-        parts = item.metadata if isinstance(item, FieldInfo) else [item]
-        for part in parts:
-            found += [shown.format(value) for key, shown in _BOUNDS.items()
-                      if shown and (value := getattr(part, key, None)) is not None]
+        for part in item.metadata if isinstance(item, FieldInfo) else [item]:
+            for constraint, text in _BOUNDS.items():
+                if (limit := getattr(part, constraint, None)) is not None:
+                    bounds.append(text.format(limit))
             if pattern := getattr(part, "pattern", None):
-                found.append(f"matching `{pattern}`")
-    return " " + ", ".join(found) if found else ""
+                bounds.append(f"matching `{pattern}`")
+    return " " + ", ".join(bounds) if bounds else ""
 
 
 def _default(info: FieldInfo) -> str:
     value = info.get_default(call_default_factory=True)
     if value is PydanticUndefined:
         return "must be given"
-    if value is None or isinstance(value, bool):
-        return f"`{str(value).lower() if value is not None else 'null'}`"
-    if isinstance(value, list) and (kind := registry_of(*typing.get_args(info.annotation)[:1])):
-        return f"`{[getattr(one, kind.tag) for one in value]}`"
-    if isinstance(value, tuple):
-        value = list(value)
+    if value is None:
+        return "`null`"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if isinstance(value, (list, tuple)):
+        kind = registry_of(next(iter(typing.get_args(info.annotation)), None))
+        values = [one if kind is None else getattr(one, kind.tag) for one in value]
+        if len(values) > LISTED:
+            return f"`{values[0]}`, `{values[1]}`, … `{values[-1]}` ({len(values)} values)"
+        return f"`{values}`"
     if (registry := registry_of(info.annotation)) is not None:
         value = getattr(value, registry.tag)
-    if isinstance(value, list) and len(value) > 8:
-        return f"`{value[0]}`, `{value[1]}`, … `{value[-1]}` ({len(value)} values)"
     return f"`{value}`"
 
 

@@ -23,7 +23,7 @@ from impactx.approaches.base import Bench, Candidate
 from impactx.approaches.baseline import Baseline
 from impactx.approaches.checkpoint import load_checkpoint
 from impactx.approaches.impactx import Impactx
-from impactx.command import main
+from impactx.cli.main import main
 from impactx.configuration import ConfigurationError, load_settings
 from impactx.costs.dry_run import dry_run
 from impactx.datasets import DataError, make_split
@@ -481,20 +481,21 @@ def test_a_finished_job_that_is_started_again_and_interrupted_keeps_its_report(f
 
     def left():
         export = export_job(storage, first.job.key)
-        return {k: export[k] for k in ("cells", "evidence")}
+        return export.cells, export.evidence
 
     class Interrupting(NoTracker):
         def replay(self, *args, **kwargs):
             raise KeyboardInterrupt
 
     before = left()
-    assert len(before["cells"][0]["rows"]) == 3 and not before["cells"][0]["missing"]
+    (cell,), _ = before
+    assert len(cell.rows) == 3 and not cell.missing
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             Done(output, shared, tracker=Interrupting()).run()
         assert left() == before
     Done(output, shared).run()
-    assert left()["cells"][0]["units"] == before["cells"][0]["units"]
+    assert left()[0][0].steps == cell.steps
 
 
 # ---- what fails alone
@@ -537,9 +538,9 @@ def faulty(output, shared, *overrides, raising=None, diverging=(), tracker=None)
 
 def left_out(done: Done) -> str:
     """What the report says of it."""
-    cell, = export_job(done.place.artifacts.storage, done.job.key)["cells"]
-    assert cell["error"] is None
-    return "\n".join(cell["missing"])
+    cell, = export_job(done.place.artifacts.storage, done.job.key).cells
+    assert cell.error is None
+    return "\n".join(cell.missing)
 
 
 def have_results(done: Done) -> set[tuple[str, int]]:
@@ -559,8 +560,8 @@ def test_approaches_that_fail_do_not_take_the_others_results(shared, tmp_path, c
     with caplog.at_level(logging.INFO, "impactx"):
         done.run()
     assert have_results(done) == {("baseline", 0), ("impactx", 0), ("impactx", 1), ("lambda0", 0)}
-    said = [c["sentence"] for c in done.job.evidence["cells"]]
-    assert said[0].startswith("Whether the explanations help cannot be told from 1 repeat")
+    said = [cell.sentence for cell in done.job.evidence.cells]
+    assert said[0].startswith("One repeat cannot show whether the explanations help")
     kept = json.loads((tmp_path / "jobs" / done.job.key / "results.json").read_text())
     assert kept == [row.as_dict() for row in done.rows]
     with pytest.raises(PartsFailed) as caught:

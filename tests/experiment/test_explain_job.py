@@ -16,7 +16,7 @@ from torch import nn
 
 from impactx.approaches.checkpoint import save_checkpoint
 from impactx.approaches.impactx import Impactx
-from impactx.command import explain_options
+from impactx.cli.options import explain_options
 from impactx.configuration import ConfigurationError
 from impactx.datasets import DataError, load_dataset
 from impactx.experiment.model_source import timm_classifier

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ from impactx.experiment.steps.quality import MapQuality
 from impactx.experiment.steps.test import Test
 from impactx.explain.methods.occlusion import Occlusion
 from impactx.report import build_report
-from impactx.results.export import export_job, map_scores
+from impactx.results.export import StepExport, export_job, map_scores
 from impactx.run.cell import PartsFailed
 from impactx.run.job import Job
 from impactx.run.local import LocalExecutor
@@ -85,11 +85,11 @@ class Everywhere:
         return self
 
     @property
-    def steps(self) -> list[dict[str, Any]]:
+    def steps(self) -> Sequence[StepExport]:
         """Of the export, which is read from the journal."""
-        (cell,) = export_job(self.place.artifacts.storage, self.job.key)["cells"]
-        assert cell["missing"] == [] and cell["error"] is None
-        return cell["units"]
+        (cell,) = export_job(self.place.artifacts.storage, self.job.key).cells
+        assert cell.missing == [] and cell.error is None
+        return cell.steps
 
     def report(self) -> dict[str, bytes]:
         storage = self.place.artifacts.storage
@@ -140,7 +140,7 @@ def carried_out(tmp_path, shared, monkeypatch) -> Callable[..., Everywhere]:
 def test_the_flow_as_it_stands(carried_out):
     """What the three tests below differ from."""
     done = carried_out()
-    assert [step["role"] for step in done.steps] == kinds(done.counted) == KINDS
+    assert [step.kind for step in done.steps] == kinds(done.counted) == KINDS
     assert sorted(done.tracker.roles.values()) == sorted([*KINDS, "job", "cell"])
     assert "map quality: 2, maps of every model on 10 test images" in done.before
     assert "forward passes to judge maps" in done.before and "judging:" in done.prices() and "Other steps" not in done.page()
@@ -155,7 +155,7 @@ def test_a_step_that_is_taken_out_is_gone_everywhere(carried_out):
 
     done = carried_out(without_map_quality)
     assert done.settings.evaluation.map_images == 10  # it is still asked for, and the flow does not do it
-    assert [step["role"] for step in done.steps] == kinds(done.counted) == KINDS[:-2]
+    assert [step.kind for step in done.steps] == kinds(done.counted) == KINDS[:-2]
     assert not list(Path(done.place.output).glob("map_quality/*"))
     assert sorted(done.tracker.roles.values()) == sorted([*KINDS[:-2], "job", "cell"])
     assert "map quality" not in done.before and "to judge maps" not in done.before
@@ -178,11 +178,11 @@ def test_one_more_instance_of_a_known_step_is_put_in_by_the_flow_alone(carried_o
     name, making = "maps by occlusion repeat 0", Making(Occlusion(window=8, stride=8))
     done = carried_out(with_other_maps)
     expected = [*KINDS[:2], "maps", *KINDS[2:]]
-    assert [step["role"] for step in done.steps] == kinds(done.counted) == expected
+    assert [step.kind for step in done.steps] == kinds(done.counted) == expected
     store = done.steps[2]
-    assert (store["name"], store["group"], store["state"]) == (name, "maps by occlusion", "finished")
-    assert store["result"]["images"] == 60 and store["params"]["attribution"]["window"] == 8
-    assert done.job.map_folders[0].endswith(store["folder"]) and len(done.job.map_folders) == 2
+    assert (store.name, store.group, store.state) == (name, "maps by occlusion", "finished")
+    assert store.result.images == 60 and store.parameters["attribution"]["window"] == 8
+    assert done.job.map_folders[0].endswith(store.folder) and len(done.job.map_folders) == 2
     assert done.tracker.roles[name] == "maps" and done.tracker.metrics[name]["maps_images"] == 60
     assert done.tracker.parents[name] == done.tracker.parents["A repeat 0"]
     # 16 places of the window and the image itself; 60 maps of 12 evaluations by the other attribution.
@@ -250,12 +250,12 @@ def with_agreement(cell: Cell) -> Flow:
 def test_a_step_of_a_new_kind_needs_its_record_and_its_function_alone(carried_out):
     name = "agreement of impactx with A repeat 0"
     done = carried_out(with_agreement)
-    assert [step["role"] for step in done.steps] == kinds(done.counted) == [*KINDS, "agreement"]
+    assert [step.kind for step in done.steps] == kinds(done.counted) == [*KINDS, "agreement"]
     step = done.steps[-1]
-    assert (step["name"], step["group"], step["state"]) == (name, "agreement with A", "finished")
+    assert (step.name, step.group, step.state) == (name, "agreement with A", "finished")
     a, other = (np.load(Path(done.place.output, row.test, PREDICTIONS))["probabilities"].argmax(1) for row in done.rows)
     agreement = float((a == other).mean())
-    assert step["result"] == {"agreement": agreement, "images": len(a), "seconds": step["result"]["seconds"]}
+    assert step.result.values == {"agreement": agreement, "images": len(a)} and step.result.seconds > 0
     assert done.tracker.roles[name] == "agreement" and done.tracker.parents[name] == done.tracker.parents["A repeat 0"]
     assert done.tracker.metrics[name]["agreement"] == agreement
     assert "    agreement with A: 1" in done.before.splitlines()
@@ -283,5 +283,5 @@ def test_a_step_of_a_new_kind_that_fails_is_named_and_takes_nothing_along(carrie
             carried_out(with_agreement)
     done = carried_out(with_agreement)  # the same command tries it again, and it alone
     assert [row.approach for row in done.rows] == ["baseline", "impactx"]
-    assert [step["state"] for step in done.steps] == ["finished"] * 9
+    assert [step.state for step in done.steps] == ["finished"] * 9
     assert done.before.count("; 1 finished") + done.before.count("; 2 finished") == len(done.counted.groups) - 1

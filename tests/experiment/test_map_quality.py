@@ -20,6 +20,7 @@ from impactx.experiment.artifacts import MAP_SCORES
 from impactx.experiment.preparation import prepare
 from impactx.experiment.steps.quality import MapQuality as MapQualityStep
 from impactx.explain.maps.store import MapStore
+from impactx.results.evidence_records import Evidence
 from impactx.run.job import Job
 from impactx.run.local import LocalExecutor
 from impactx.run.no_tracker import NoRun, NoTracker
@@ -233,15 +234,16 @@ def test_the_tracker_has_the_numbers_and_the_evidence_the_results(done):
     assert done.notes.metrics[name] == MapQuality.from_json(result).metrics()
     assert done.notes.metrics[name]["morf_aopc_decoder"] == morf_of(result)["values"]["decoder"]["aopc"]["mean"]
     assert {"map_quality.json", "map_scores.npz"} <= set(done.notes.artifacts[name])
-    entry = next(a for a in done.job.evidence["cells"][0]["approaches"] if a["approach"] == "impactx")
-    assert entry["map_quality"] == [result]
-    assert entry["maps"]["explainer"] == "shap_predicted"
-    assert entry["maps"]["orders"]["decoder"]["aopc"]["mean"] == pytest.approx(done.notes.metrics[name][
+    entry = next(a for a in done.job.evidence.cells[0].approaches if a.approach == "impactx")
+    assert entry.map_quality == [MapQuality.from_json(result)] and entry.map_quality[0].to_json() == result
+    assert entry.maps.explainer == "shap_predicted"
+    assert entry.maps.orders["decoder"].aopc.mean == pytest.approx(done.notes.metrics[name][
         "morf_aopc_decoder"])
-    assert entry["maps"]["fidelity"]["mean_map"]["mse"]["mean"] == pytest.approx(
+    assert entry.maps.fidelity["mean_map"]["mse"].mean == pytest.approx(
         result["results"]["fidelity"]["values"]["mean_map"]["mse"]["mean"])
     kept = Path(done.place.output, "jobs", done.job.key, "evidence.json")
-    assert json.loads(kept.read_text()) == done.job.evidence
+    assert json.loads(kept.read_text()) == done.job.evidence.as_json()
+    assert Evidence.from_json(json.loads(kept.read_text())) == done.job.evidence
 
 
 def test_the_same_again_reuses_and_other_choices_do_not(done, shared):

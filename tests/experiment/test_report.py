@@ -10,20 +10,24 @@ import json
 import logging
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from impactx.command import main
+from impactx.cli.main import main
 from impactx.configuration import load_settings
 from impactx.evaluation.judgement import MapQuality
+from impactx.evaluation.statistics import Estimate
 from impactx.experiment.preparation import prepare
 from impactx.report import build_report, write_report
-from impactx.report.blocks import Code, Figure, Items, Table, Text, html
+from impactx.report.blocks import Code, Figure, Items, Table, Text
 from impactx.report.map_words import sentence
 from impactx.report.maps import map_sections
-from impactx.results.export import ExportError, export_job, find_job, map_scores
+from impactx.report.page import html
+from impactx.results.evidence_records import Evidence, MapEvidence, MapValue, OrderAreas
+from impactx.results.export import ExportError, JobExport, export_job, find_job, map_scores
 from impactx.results.records import Start
 from impactx.run.job import Job
 from impactx.run.local import LocalExecutor
@@ -112,7 +116,7 @@ def test_a_job_that_was_stopped_says_what_is_missing_and_shows_the_rest(stopped)
     assert "stage-1-digits-lenet5.png" in files and "training-digits-lenet5.png" in files
     assert f"{BROKEN}: ValueError: out of &lt;memory&gt;" in text
     assert "Stage 1: 3 of 4 trials finished; selected" in text
-    states = {unit["name"]: unit["state"] for unit in export["cells"][0]["units"]}
+    states = {step.name: step.state for step in export.cells[0].steps}
     assert states[BROKEN] == "failed" and states[STOPPED] == "missing" and states["A repeat 1"] == "finished"
 
 
@@ -129,16 +133,16 @@ def test_a_finished_job_hides_nothing_and_its_numbers_are_its_own(finished):
     gain = next(r for r in table(files, "gains") if (r["approach"], r["over"]) == ("IMPACTX", "same network, λ = 0"))
     expected = 100 * np.mean([a[k] - b[k] for k in a])
     assert gain["gain (points)"] == f"{expected:+.2f}"
-    assert done.evidence["cells"][0]["sentence"] in text_of(files["report.html"])
+    assert done.evidence.cells[0].sentence in text_of(files["report.html"])
     # What a model costs with all that it needs; lambda = 0 needs no maps, though it is handed them.
-    result = {u["name"]: u["result"] for u in export_job(storage, done.key)["cells"][0]["units"] if u["result"]}
+    result = {step.name: step.result for step in export_job(storage, done.key).cells[0].steps if step.result}
     of = {(r.approach, r.repeat): r for r in rows}
-    maps, a = result["maps repeat 1"]["process_seconds"], result["A repeat 1"]["seconds"]
+    maps, a = result["maps repeat 1"].process_seconds, result["A repeat 1"].seconds
     assert of["baseline", 1].seconds_in_all == a and maps > 0
     assert of["impactx", 1].seconds_in_all == pytest.approx(a + maps + of["impactx", 1].train_seconds)
     assert of["lambda0", 1].seconds_in_all == pytest.approx(a + of["lambda0", 1].train_seconds)
     cost = next(r for r in table(files, "costs") if r["step"] == "maps")
-    worked = sum(result[f"maps repeat {k}"]["process_seconds"] for k in (0, 1))
+    worked = sum(result[f"maps repeat {k}"].process_seconds for k in (0, 1))
     assert cost["amount"] == "200 images" and cost["time of each"] == f"{200 / worked:.1f} maps/s"
     assert "digits: models learn from a part of the data set, 100 training images" in text_of(files["report.html"])
     for approach in ("baseline", "impactx", "lambda0"):  # the judgement of maps that the job itself made
@@ -228,22 +232,22 @@ def test_as_a_program(finished, stopped, tmp_path, capsys):
     assert end.value.code == 2 and "holds no job" in capsys.readouterr().err
 
 
-def about_maps(gap: float, own: str = "decoder", over_mean: float | None = None, over_class: float = 0.05) -> dict:
-    """The entry "maps" of experiment.evidence, small."""
-    def interval(mean: float | None) -> dict | None:
-        return None if mean is None else {"mean": mean, "low": mean - 0.1, "high": mean + 0.1,
-                                          "over": "repeats and images"}
+def about_maps(gap: float, own: str = "decoder", over_mean: float | None = None, over_class: float = 0.05
+               ) -> MapEvidence:
+    """What maps are worth, small."""
+    def interval(mean: float | None) -> Estimate | None:
+        return None if mean is None else Estimate(mean, 0.1, mean - 0.1, mean + 0.1, None, 2, 4, "repeats and images")
 
-    def order(area: float, random: float | None, explainer: float | None, mean: float | None = None) -> dict:
-        return {"aopc": interval(area), "over_random": interval(random), "over_explainer": interval(explainer),
-                "over_mean_map": interval(mean), "all_regions": interval(0.3), "logit": interval(2),
-                "logit_all_regions": interval(3)}
+    def order(area: float, random: float | None, explainer: float | None, mean: float | None = None) -> OrderAreas:
+        return OrderAreas(aopc=interval(area), over_random=interval(random), over_explainer=interval(explainer),
+                          over_mean_map=interval(mean), all_regions=interval(0.3), logit=interval(2),
+                          logit_all_regions=interval(3))
 
     orders = {own: order(0.5, gap, -0.3, over_mean), "shap_predicted": order(0.6, 0.3, None),
               "random": order(0.2, None, -0.3)}
-    measures = {m: interval(0.5) | {"decoder_over": interval(over_class)} for m in ("mse", "correlation", "overlap")}
-    return {"orders": orders, "explainer": "shap_predicted",
-            "fidelity": {own: measures, "class_mean_of_predicted": measures}, "metrics": {}}
+    measures = {m: MapValue(**interval(0.5).as_dict(), decoder_over=interval(over_class)) for m in ("mse", "correlation", "overlap")}
+    return MapEvidence(orders=orders, explainer="shap_predicted",
+                       fidelity={own: measures, "class_mean_of_predicted": measures}, metrics={})
 
 
 def of_one_model(own: str = "decoder") -> dict:
@@ -289,11 +293,12 @@ def test_agreement_is_told_beside_the_mean_map_of_the_class(over_class, says):
 def test_the_part_on_maps_and_its_examples(finished):
     """With what the unit leaves, image by image: one row an example, misclassified ones say so."""
     export = export_job(finished[0], finished[1].key)
-    for entry in export["evidence"]["cells"][0]["approaches"]:
-        ours = entry["approach"] == "impactx"
-        entry |= {"map_quality": [of_one_model() if ours else None, None], "maps": about_maps(0.2) if ours else None}
-    for row in export["cells"][0]["rows"]:
-        row["map_quality"] = f"map_quality/{row['approach']}-{row['repeat']}"
+    quality = MapQuality.from_json(of_one_model())
+    entries = [entry.model_copy(update={"map_quality": [quality, None], "maps": about_maps(0.2)}
+                                if entry.approach == "impactx" else {"map_quality": [None, None], "maps": None})
+               for entry in export.evidence.cells[0].approaches]
+    rows = [replace(row, map_quality=f"map_quality/{row.approach}-{row.repeat}") for row in export.cells[0].rows]
+    export = replace(export, cells=[replace(export.cells[0], rows=rows)], evidence=of_the_cell(export, approaches=entries))
     rng = np.random.default_rng(0)
     arrays = {"predicted": np.array([1, 2, 3, 4]), "labels": np.array([1, 2, 3, 5]), "shown": np.array([2, 3]),
               "images": rng.integers(0, 256, (2, 32, 32, 3), np.uint8), "rows": np.arange(4)}
@@ -335,22 +340,22 @@ def test_damaged_results_and_journals_are_named_and_the_rest_is_shown(finished, 
     shutil.copytree(finished[0].root, tmp_path / "out")
     storage = Storage(tmp_path / "out")
     key = find_job(storage)
-    units = {unit["name"]: unit["folder"] for unit in export_job(storage, key)["cells"][0]["units"]}
-    trial = next(name for name, folder in units.items() if folder.startswith("trials/"))
+    folders = {step.name: step.folder for step in export_job(storage, key).cells[0].steps}
+    trial = next(name for name, folder in folders.items() if folder.startswith("trials/"))
     judged = next(row.map_quality for row in finished[2] if (row.approach, row.repeat) == ("impactx", 0))
-    damaged = [units[trial], units["A repeat 1"], judged]
+    damaged = [folders[trial], folders["A repeat 1"], judged]
     for folder in damaged:
         storage.write(f"{folder}/result.json", b'{"half')
     export, files = export_job(storage, key), report(storage)
-    assert {u["folder"] for u in export["cells"][0]["units"] if u["state"] == "damaged"} == set(damaged)
+    assert {step.folder for step in export.cells[0].steps if step.state == "damaged"} == set(damaged)
     text = text_of(files["report.html"])
     for folder in damaged:
         assert f"{tmp_path}/out/{folder}/result.json is damaged" in text
     assert [r["approach"] for r in table(files, "table2")] == ["A (baseline)", "IMPACTX", "control λ = 0"]
     assert f"{trial}: {tmp_path}" in text.partition("Stage 1: ")[2]
     storage.write(f"jobs/{key}/cells/digits.lenet5.json", b"{")
-    (cell,) = export_job(storage, key)["cells"]
-    assert cell["units"] == [] and "digits.lenet5.json is damaged" in cell["missing"][0]
+    (cell,) = export_job(storage, key).cells
+    assert not cell.steps and "digits.lenet5.json is damaged" in cell.missing[0]
     assert "digits.lenet5.json is damaged" in text_of(report(storage)["report.html"])
 
 
@@ -359,11 +364,16 @@ def test_what_cannot_be_read_is_not_taken_for_damaged(finished, tmp_path):
     shutil.copytree(finished[0].root, tmp_path / "out")
     storage = Storage(tmp_path / "out")
     key = find_job(storage)
-    result = tmp_path / "out" / export_job(storage, key)["cells"][0]["units"][0]["folder"] / "result.json"
+    result = tmp_path / "out" / export_job(storage, key).cells[0].steps[0].folder / "result.json"
     result.unlink()
     result.mkdir()
     with pytest.raises(StorageError, match="could not read .*result.json"):
         export_job(storage, key)
+
+
+def of_the_cell(export: JobExport, **changed) -> Evidence:
+    """The evidence of a job of one cell, in which something is another."""
+    return export.evidence.model_copy(update={"cells": [export.evidence.cells[0].model_copy(update=changed)]})
 
 
 def html_of_the_box(page: bytes) -> str:
@@ -394,14 +404,15 @@ def test_damaged_scores_are_named(tmp_path):
 
 def test_names_that_look_like_formulas_are_drawn_as_they_are(finished):
     export = export_job(finished[0], finished[1].key)
-    export["cells"][0]["class_names"] = ["$5", "a_b$", *export["cells"][0]["class_names"][2:]]
+    cell = export.cells[0]
+    export = replace(export, cells=[replace(cell, class_names=["$5", "a_b$", *cell.class_names[2:]])])
     assert "report.html" in build_report(export, lambda folder: map_scores(finished[0], folder))
 
 
 def test_of_several_cells_a_line_says_of_which_it_is(finished):
     export = export_job(finished[0], finished[1].key)
-    export["cells"].append(export["cells"][0] | {"dataset": "other"})
-    export["evidence"]["cells"][0]["missing"] = ["impactx repeat 0: gone"]
+    export = replace(export, cells=[*export.cells, replace(export.cells[0], dataset="other")],
+                     evidence=of_the_cell(export, missing=["impactx repeat 0: gone"]))
     text = html_of_the_box(build_report(export, lambda folder: None)["report.html"])
     assert "digits × lenet5: impactx repeat 0: gone" in text
 
@@ -410,4 +421,4 @@ def test_a_column_without_a_value_is_in_the_file_alone(finished):
     files = report(finished[0])
     page = text_of(files["report.html"])
     # The paper knows nothing of digits.
-    assert "paper %" in files["table2.csv"].decode() and "paper %" not in page and "time a model" in page
+    assert "paper %" in files["table2.csv"].decode() and "paper %" not in page and "time per model" in page

@@ -16,7 +16,7 @@ from impactx.configuration import load_settings
 from impactx.evaluation.judgement import MapQuality
 from impactx.experiment.preparation import prepare
 from impactx.report.build import build_report
-from impactx.results.export import export_job, map_scores
+from impactx.results.export import JobExport, export_job, map_scores
 from impactx.run.job import Job
 from impactx.run.local import LocalExecutor
 from impactx.run.no_tracker import NoTracker
@@ -41,7 +41,7 @@ def toy():
     del sys.modules["toy_metric"]
 
 
-def run(folder: Path, metrics: str) -> tuple[Job, dict, dict[str, bytes]]:
+def run(folder: Path, metrics: str) -> tuple[Job, JobExport, dict[str, bytes]]:
     settings = load_settings("demo", [*TINY, f"plugins=[{FILE}]", f"evaluation.metrics={metrics}", f"output={folder}",
                                       f"cache={folder}/cache", f"data_root={folder}"], ROOT / "configs")
     prepared = prepare(settings)
@@ -71,8 +71,8 @@ def test_the_index_is_that_of_its_formula(toy):
 @pytest.mark.parametrize("metrics", ["[morf, fidelity, sparseness]", "[{metric: sparseness}]"])
 def test_its_values_are_in_the_result_the_table_of_runs_and_the_report(toy, tmp_path, metrics):
     _, export, files = run(tmp_path, metrics)
-    entry = next(a for a in export["evidence"]["cells"][0]["approaches"] if a["approach"] == "impactx")
-    quality = [MapQuality.from_json(result) for result in entry["map_quality"]]
+    entry = next(a for a in export.evidence.cells[0].approaches if a.approach == "impactx")
+    quality = entry.map_quality
     orders = {"decoder", "shap_predicted", "shap_true", "shap_of_a", "mean_map"}
     alone = "morf" not in metrics
     for one in quality:
@@ -84,15 +84,15 @@ def test_its_values_are_in_the_result_the_table_of_runs_and_the_report(toy, tmp_
         assert ("morf_aopc_decoder" in one.metrics()) != alone
         assert MapQuality.from_json(one.to_json()) == one
     # Over both repeats, in a table of its own on the page.
-    joint = entry["maps"]["metrics"]["sparseness"]["decoder"]["gini"]
-    assert joint["mean"] == pytest.approx(np.mean([q.results["sparseness"].values["decoder"]["gini"].mean
+    joint = entry.maps.metrics["sparseness"]["decoder"]["gini"]
+    assert joint.mean == pytest.approx(np.mean([q.results["sparseness"].values["decoder"]["gini"].mean
                                                    for q in quality]))
-    assert joint["over"] == "repeats and images"
+    assert joint.over == "repeats and images"
     rows = list(csv.DictReader(io.StringIO(files["map-quality-digits-lenet5-impactx.csv"].decode())))
     assert len(rows) == 5 and {row["metric"] for row in rows} == {"sparseness"}
     own = next(row for row in rows if row["order"] == "IMPACTX's own map")
-    assert (own["value"], float(own["mean"])) == ("gini", pytest.approx(joint["mean"], abs=1e-3))
-    assert own["interval"] == f"[{joint['low']:.3f}, {joint['high']:.3f}]"
+    assert (own["value"], float(own["mean"])) == ("gini", pytest.approx(joint.mean, abs=1e-3))
+    assert own["interval"] == f"[{joint.low:.3f}, {joint.high:.3f}]"
     assert own["mean"] in re.sub(r"<[^>]*>", " ", files["report.html"].decode())
     assert ("morf-digits-lenet5-impactx.csv" in files) != alone
 

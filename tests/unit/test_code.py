@@ -349,7 +349,7 @@ def real(folder: Path) -> dict[str, str]:
     ("class Decoder(", "\nclass Decoder", "\n# a comment\nclass Decoder", set()),
     ("def impactx_loss(", "stage 2 needs a map for every image", "no maps", set()),
     ("def write_report(", "def write_report(", "NEW = 1\ndef write_report(", set()),
-    ("def axis(", "def axis(", "NEW = 1\ndef axis(", set()),
+    ("def expand_range(", "def expand_range(", "NEW = 1\ndef expand_range(", set()),
     ("class RayExecutor", "class RayExecutor", "NEW = 1\nclass RayExecutor", set()),
     ("def package_versions(", "def machine(", "NEW = 1\ndef machine(", set()),
     ("__version__", '__version__ = "', '__version__ = "9.', set()),

@@ -10,6 +10,7 @@ import pytest
 
 from impactx.evaluation.statistics import TwoLevelBootstrap, holm
 from impactx.results.evidence import evidence, roles, sentences
+from impactx.results.evidence_records import Evidence, Gain
 from impactx.results.rows import Row
 from impactx.settings import ExperimentSettings
 from impactx.storage import Storage
@@ -56,7 +57,7 @@ class Lab:
         return self
 
     def cell(self, index=0, **how):
-        return find(self.storage, self.rows, resamples=1000, **how)["cells"][index]
+        return find(self.storage, self.rows, resamples=1000, **how).cells[index]
 
     def hits(self, approach, dataset="cifar10"):
         found = {}
@@ -75,17 +76,20 @@ def lab(tmp_path):
 def test_a_gain_is_the_bootstraps_and_everything_is_plain_data(lab):
     lab.add("baseline", 0.6).add("impactx", 0.7, weight=0.8).add("lambda0", 0.65, weight=0.0)
     found = find(lab.storage, lab.rows, resamples=1000, seed=3)
-    assert json.loads(json.dumps(found)) == found
-    (cell,) = found["cells"]
-    assert cell["test_images"] == IMAGES and not cell["missing"]
-    base, ours, control = cell["approaches"]
-    assert (base["gains"], list(ours["gains"]), list(control["gains"])) == ({}, ["baseline", "lambda0"], ["baseline"])
+    plain = found.as_json()
+    assert json.loads(json.dumps(plain)) == plain and Evidence.from_json(plain) == found
+    (cell,) = found.cells
+    assert cell.test_images == IMAGES and not cell.missing
+    base, ours, control = cell.approaches
+    assert (base.gains, list(ours.gains), list(control.gains)) == ({}, ["baseline", "lambda0"], ["baseline"])
     by_hand = TwoLevelBootstrap({"a": lab.hits("baseline"), "x": lab.hits("impactx"), "0": lab.hits("lambda0")},
                                 resamples=1000, seed=3)
-    assert ours["gains"]["lambda0"] == by_hand.gain("x", "0").as_dict() | {"p_holm": by_hand.gain("x", "0").p}
-    assert ours["accuracy"]["mean"] == pytest.approx(np.mean([r.test_accuracy for r in lab.rows[5:10]]))
-    assert ours["ece"]["mean"] == pytest.approx(abs(ours["accuracy"]["mean"] - 0.7), abs=0.01)
-    assert ours["nll"]["spread"] > 0 and len(ours["per_class"]) == CLASSES and ours["repeats"] == [0, 1, 2, 3, 4]
+    gain = by_hand.gain("x", "0").as_dict() | {"p_holm": by_hand.gain("x", "0").p}
+    assert ours.gains["lambda0"] == Gain(**gain)
+    assert plain["cells"][0]["approaches"][1]["gains"]["lambda0"] == gain
+    assert ours.accuracy.mean == pytest.approx(np.mean([r.test_accuracy for r in lab.rows[5:10]]))
+    assert ours.ece.mean == pytest.approx(abs(ours.accuracy.mean - 0.7), abs=0.01)
+    assert ours.nll.spread > 0 and len(ours.per_class) == CLASSES and ours.repeats == [0, 1, 2, 3, 4]
 
 
 def test_predictions_damaged_anywhere_are_named_and_the_others_used(lab):
@@ -97,11 +101,11 @@ def test_predictions_damaged_anywhere_are_named_and_the_others_used(lab):
         damaged[start:start + 64] = bytes(len(damaged[start:start + 64]))
         lab.storage.write(path, bytes(damaged))
         cell = lab.cell()
-        if cell["missing"]:
+        if cell.missing:
             named += 1
-            (line,) = cell["missing"]
+            (line,) = cell.missing
             assert line.startswith(f"baseline repeat 0: {lab.storage.uri(path)} is damaged")
-            assert cell["approaches"][0]["repeats"] == [1]
+            assert cell.approaches[0].repeats == [1]
     assert named > 10
 
 
@@ -109,10 +113,10 @@ def test_the_sentence_says_whether_the_explanations_help(lab):
     lab.add("baseline", 0.6).add("impactx", 0.7, weight=0.8).add("lambda0", 0.65, weight=0.0)
     lab.add("shuffled", 0.65, weight=0.8)
     cell = lab.cell()
-    assert cell["verdicts"]["impactx"]["verdict"] == "help" and set(cell["verdicts"]) == {"impactx"}
-    assert cell["sentence"].startswith("The explanations help: impactx gains +") and "over A; +" in cell["sentence"]
-    assert "lambda = 0; +" in cell["sentence"] and cell["sentence"].endswith("shuffled among the images.")
-    assert sentences({"cells": [cell]}) == f"cifar10 x lenet5: {cell['sentence']}"
+    assert cell.verdicts["impactx"].verdict == "help" and set(cell.verdicts) == {"impactx"}
+    assert cell.sentence.startswith("The explanations help: impactx gains +") and "over A; +" in cell.sentence
+    assert "lambda = 0; +" in cell.sentence and cell.sentence.endswith("shuffled among the images.")
+    assert sentences(find(lab.storage, lab.rows, resamples=1000)) == f"cifar10 x lenet5: {cell.sentence}"
 
 
 @pytest.mark.parametrize("ours, control, verdict, words", [
@@ -122,31 +126,31 @@ def test_the_sentence_says_whether_the_explanations_help(lab):
     (0.6, 0.7, "hurt", "The explanations hurt")])
 def test_explanations_that_do_not_help(lab, ours, control, verdict, words):
     lab.add("baseline", 0.6).add("impactx", ours, weight=0.8).add("lambda0", control, weight=0.0, seed=9)
-    found = lab.cell()["verdicts"]["impactx"]
-    assert found["verdict"] == verdict and words in found["sentence"]
+    found = lab.cell().verdicts["impactx"]
+    assert found.verdict == verdict and words in found.sentence
 
 
 def test_one_repeat_and_no_control_are_said(lab):
     lab.add("baseline", 0.6, repeats=1).add("impactx", 0.7, weight=0.8, repeats=1)
     cell = lab.cell()
-    assert cell["verdicts"]["impactx"]["verdict"] == "cannot tell" and "no control was run" in cell["sentence"]
-    assert "one repeat: the intervals leave out" in cell["sentence"]
+    assert cell.verdicts["impactx"].verdict == "cannot tell" and "no control was run" in cell.sentence
+    assert "with one repeat, the intervals leave out" in cell.sentence
 
 
-@pytest.mark.parametrize("repeats, said", [(1, "from 1 repeat: 5"), (4, "from 4 repeats: 5")])
+@pytest.mark.parametrize("repeats, said", [(1, "One repeat"), (4, "4 repeats")])
 def test_few_repeats_claim_nothing_whatever_they_gain(lab, repeats, said):
     lab.add("baseline", 0.6).add("impactx", 0.7, weight=0.8).add("lambda0", 0.6, weight=0.0)
     lab.add("shuffled", 0.6, weight=0.8, repeats=repeats)  # the others have their five
-    found = lab.cell()["verdicts"]["impactx"]
-    assert found["verdict"] == "cannot tell" and f"cannot be told {said} are asked for" in found["sentence"]
+    found = lab.cell().verdicts["impactx"]
+    assert found.verdict == "cannot tell" and f"{said} cannot show whether the explanations help: run at least 5 (repeats=5)." in found.sentence
 
 
 @pytest.mark.parametrize("control, weight, absent", [
     ("lambda0", 0.0, "maps shuffled among the images"), ("shuffled", 0.8, "the same network with lambda = 0")])
 def test_without_both_controls_nothing_helps(lab, control, weight, absent):
     lab.add("baseline", 0.6).add("impactx", 0.7, weight=0.8).add(control, 0.6, weight=weight)
-    found = lab.cell()["verdicts"]["impactx"]
-    assert found["verdict"] == "cannot tell" and f"was not compared with {absent}" in found["sentence"]
+    found = lab.cell().verdicts["impactx"]
+    assert found.verdict == "cannot tell" and f"was not compared with {absent}" in found.sentence
 
 
 def test_what_an_approach_is_depends_on_its_settings_and_not_on_its_name(lab):
@@ -164,51 +168,49 @@ def test_what_an_approach_is_depends_on_its_settings_and_not_on_its_name(lab):
     lab.add("baseline", 0.6).add("ours", 0.7, weight=0.8).add("no_maps", 0.6, weight=0.0)
     lab.add("shuffled_08", 0.6, weight=0.8).add("mean", 0.7, weight=0.8).add("gradients", 0.7, weight=0.8)
     cell = lab.cell(settings=settings)
-    assert list(cell["verdicts"]) == ["ours"] and cell["verdicts"]["ours"]["verdict"] == "help"
-    assert list(cell["approaches"][1]["gains"]) == ["baseline", "no_maps", "shuffled_08"]
+    assert list(cell.verdicts) == ["ours"] and cell.verdicts["ours"].verdict == "help"
+    assert list(cell.approaches[1].gains) == ["baseline", "no_maps", "shuffled_08"]
 
 
 def test_a_longer_search_is_said(lab):
     searched = {"impactx": {"kind": "impactx", "lambdas": [0.4, 0.8]}}
     settings = SETTINGS | {"approaches": SETTINGS["approaches"] | searched}
     lab.add("baseline", 0.6).add("impactx", 0.7, weight=0.8).add("lambda0", 0.6, weight=0.0)
-    said = "impactx was chosen from 2 candidates, lambda0 from 1: the gain over it has the longer search in it"
-    assert said in lab.cell(settings=settings)["sentence"] and said not in lab.cell()["sentence"]
+    said = "impactx was chosen from 2 candidates, lambda0 from 1, so the longer search is a part of the gain over it"
+    assert said in lab.cell(settings=settings).sentence and said not in lab.cell().sentence
 
 
 def test_only_a_and_controls_have_no_verdict(lab):
     cell = lab.add("baseline", 0.6).add("lambda0", 0.6, weight=0.0).add("shuffled", 0.6, weight=0.8).cell()
-    assert cell["verdicts"] == {} and "No finished model has learned" in cell["sentence"]
+    assert cell.verdicts == {} and "No finished model has learned" in cell.sentence
 
 
 def test_holm_runs_over_the_cells_of_one_comparison(lab):
     for dataset, ours in (("one", 0.62), ("two", 0.605), ("three", 0.7)):
         lab.add("baseline", 0.6, dataset=dataset).add("impactx", ours, weight=0.8, dataset=dataset, seed=1)
     lab.add("lambda0", 0.6, dataset="three", weight=0.0)
-    cells = find(lab.storage, lab.rows, resamples=1000)["cells"]
-    gains = [cell["approaches"][1]["gains"]["baseline"] for cell in cells]
-    assert [g["p_holm"] for g in gains] == holm([g["p"] for g in gains]) and gains[1]["p_holm"] >= gains[1]["p"]
-    alone = cells[2]["approaches"][1]["gains"]["lambda0"]
-    assert alone["p_holm"] == alone["p"]
+    cells = find(lab.storage, lab.rows, resamples=1000).cells
+    gains = [cell.approaches[1].gains["baseline"] for cell in cells]
+    assert [g.p_holm for g in gains] == holm([g.p for g in gains]) and gains[1].p_holm >= gains[1].p
+    alone = cells[2].approaches[1].gains["lambda0"]
+    assert alone.p_holm == alone.p
 
 
 def test_what_cannot_be_read_is_named_and_the_rest_is_shown(lab):
-    lab.add("baseline", 0.6).add("impactx", 0.7, weight=0.8, repeats=3).add("other", 0.6, images=50, repeats=1)
+    lab.add("baseline", 0.6).add("impactx", 0.7, weight=0.8, repeats=2).add("other", 0.6, images=50, repeats=1)
     rows = list(lab.rows)
     lab.storage.delete(f"{rows[0].test}/predictions.npz")
     lab.storage.write(f"{rows[1].test}/predictions.npz", b"PK torn")
-    rows[2] = Row(**(rows[2].as_dict() | {"test": None}))
-    cell = find(lab.storage, rows, resamples=100)["cells"][0]
-    told = "\n".join(cell["missing"])
+    cell = find(lab.storage, rows, resamples=100).cells[0]
+    told = "\n".join(cell.missing)
     assert f"{rows[0].test}/predictions.npz is missing" in told and "predictions.npz is damaged" in told
-    assert "baseline repeat 2: its result is of an earlier version" in told
-    assert "other repeat 0: its predictions are of other test images" in told and len(cell["missing"]) == 4
-    assert [a["approach"] for a in cell["approaches"]] == ["baseline", "impactx"]
-    # Of the three repeats of impactx none has its A any more.
-    assert cell["approaches"][1]["gains"] == {} and cell["approaches"][0]["repeats"] == [3, 4]
-    assert "What impactx gains cannot be told" in cell["sentence"]
-    nothing = find(lab.storage, rows[:2], resamples=100)["cells"][0]
-    assert nothing["approaches"] == [] and len(nothing["missing"]) == 2
+    assert "other repeat 0: its predictions are of other test images" in told and len(cell.missing) == 3
+    assert [a.approach for a in cell.approaches] == ["baseline", "impactx"]
+    # Of the two repeats of impactx none has its A any more.
+    assert cell.approaches[1].gains == {} and cell.approaches[0].repeats == [2, 3, 4]
+    assert "It cannot be told what impactx gains" in cell.sentence
+    nothing = find(lab.storage, rows[:2], resamples=100).cells[0]
+    assert nothing.approaches == [] and len(nothing.missing) == 2
 
 
 def test_a_single_stage_is_set_against_two_stages_and_controls_of_its_own(lab):
@@ -218,20 +220,20 @@ def test_a_single_stage_is_set_against_two_stages_and_controls_of_its_own(lab):
     lab.add("baseline", 0.6).add("impactx", 0.7, weight=0.8).add("lambda0", 0.65, weight=0.0)
     lab.add("at_once", 0.62, weight=0.8).add("at_once0", 0.61, weight=0.0)
     cell = lab.cell(settings=settings)
-    gains = {entry["approach"]: entry["gains"] for entry in cell["approaches"]}
+    gains = {entry.approach: entry.gains for entry in cell.approaches}
     assert list(gains["at_once"]) == ["baseline", "impactx", "at_once0"]
     assert list(gains["impactx"]) == ["baseline", "lambda0"] and list(gains["at_once0"]) == ["baseline"]
     by_hand = TwoLevelBootstrap({n: lab.hits(n) for n in ("at_once", "impactx")}, resamples=1000)
-    assert gains["at_once"]["impactx"]["mean"] == pytest.approx(by_hand.gain("at_once", "impactx").mean)
+    assert gains["at_once"]["impactx"].mean == pytest.approx(by_hand.gain("at_once", "impactx").mean)
     # What it loses against two stages says nothing about its explanations.
-    verdict = cell["verdicts"]["at_once"]
-    assert verdict["verdict"] != "hurt" and "over the same in two stages" in verdict["sentence"]
+    verdict = cell.verdicts["at_once"]
+    assert verdict.verdict != "hurt" and "over the same in two stages" in verdict.sentence
 
 
 def test_a_mean_cost_needs_that_of_every_repeat(lab):
     lab.add("baseline", 0.6, repeats=2)
     row = lab.rows[0].as_dict()
     lab.rows = [Row(**(row | {"repeat": k, "seconds_in_all": 10.0 * k})) for k in (1, 3)]
-    assert lab.cell()["approaches"][0]["seconds_in_all"] == 20
+    assert lab.cell().approaches[0].seconds_in_all == 20
     lab.rows[0] = Row(**(row | {"repeat": 1}))
-    assert lab.cell()["approaches"][0]["seconds_in_all"] is None
+    assert lab.cell().approaches[0].seconds_in_all is None

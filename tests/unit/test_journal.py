@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
@@ -103,10 +104,11 @@ def test_of_other_data_under_the_same_settings_nothing_is_kept(storage):
 
 
 @pytest.mark.parametrize("content", [b"", b'{"steps"', b"[]", b'{"facts": {"dataset": "d"}}',
-                                     b'{"units": [], "rows": []}'])
+                                     b'{"units": [], "rows": []}',
+                                     json.dumps({"facts": FACTS.model_dump(mode="json"), "steps": [{}]}).encode()])
 def test_a_damaged_journal_is_written_anew(storage, caplog, content):
     storage.write(PATH, content)
     with caplog.at_level(logging.WARNING, "impactx"):
         begin(storage)
-    assert storage.uri(PATH) in caplog.text
+    assert f"{storage.uri(PATH)} cannot be read and is written anew" in caplog.text
     assert len(storage.read_json(PATH)["steps"]) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from impactx.approaches.base import Candidate
 from impactx.configuration import ConfigurationError, load_settings
 from impactx.experiment.artifacts import Artifacts
 from impactx.experiment.cell import Cell, Classifier, Configuration, DataFacts
+from impactx.experiment.flow import approach_search, flow
 from impactx.experiment.groups import Outcomes, SelectionError, select
 from impactx.experiment.steps.base import fingerprint
 from impactx.experiment.steps.training import TrainingResult, Trial
@@ -40,13 +42,19 @@ def classifier(c: Cell, point: Configuration, repeat: int = 0, weights: str = "w
 
 
 def stage1(c: Cell) -> list[Trial]:
-    return [c.classifier_trial(point) for point in c.configurations()]
+    """The trials that the flow asks for first."""
+    return asked(flow(c))
+
+
+def asked(requests: Generator) -> list[Trial]:
+    """The steps of the first group that a flow asks for; none where it asks for nothing."""
+    group = next(requests, None)
+    return [] if group is None else list(group.steps)
 
 
 def search_of(c: Cell, name: str, a: Classifier) -> list[Trial]:
-    """The trials of an approach's search; none where there is one candidate."""
-    candidates = c.approaches[name].candidates()
-    return [c.approach_trial(name, one, a) for one in candidates] if len(candidates) > 1 else []
+    """The trials that the flow asks for to search an approach; none where it searches nothing."""
+    return asked(approach_search(c, name, a))
 
 
 def first_model(c: Cell, name: str, a: Classifier):
@@ -114,11 +122,15 @@ def test_other_data_and_other_weights_change_what_they_should():
     assert x.key != y.key
 
 
-def test_a_shared_recipe_is_one_step():
+def test_one_candidate_needs_no_search_and_a_shared_recipe_is_one_step():
     c = cell("approach=[impactx]", "approaches.impactx.lambdas=[0.8]", "approaches.twin={lambdas: [0.8]}")
     a = classifier(c, c.configurations()[0])
     impactx, twin = (first_model(c, name, a) for name in ("impactx", "twin"))
     assert impactx.key == twin.key
+    assert search_of(c, "impactx", a) == search_of(c, "twin", a) == []
+    with pytest.raises(StopIteration) as end:
+        next(approach_search(c, "impactx", a))
+    assert end.value.value == Candidate(0.8), "it is selected unasked"
     assert (impactx.parameters()["approach"], twin.parameters()["approach"]) == ("impactx", "twin")
 
 
@@ -158,7 +170,7 @@ def test_every_approach_is_a_step_of_its_own_and_only_some_need_maps():
     keys = [step.key for steps in stores.values() for step in steps]
     assert len(set(keys)) == 4 and keys.count(stores["impactx"][0].key) == 5
     for name in ("mean_map", "integrated_gradients"):  # one lambda, fixed beforehand, for other controls
-        assert found[name][0].candidate.weight == 0.8 and len(c.approaches[name].candidates()) == 1
+        assert found[name][0].candidate.weight == 0.8 and not search_of(c, name, a_of(c, 0))
     assert json.dumps([step.inputs() for steps in found.values() for step in steps])
 
 
@@ -223,7 +235,8 @@ def test_the_test_of_wae_depends_on_the_maps_of_the_test_images():
     c = cifar("approach=[wae]")
     model, store = first_model(c, "wae", a_of(c)), c.maps_of("wae", a_of(c))[1]
     test = c.test(model, trained("v"))
-    assert test.maps.key == store.key and test.inputs()["test_maps"] == store.folder
+    assert test.recipe["maps"] == {"key": store.key} and test.maps.key == store.key
+    assert test.inputs()["test_maps"] == store.folder
     assert store.part == "test" and store.target == "class_weighted" and store.recipe["target"] == "class_weighted"
 
 

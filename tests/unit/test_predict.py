@@ -21,7 +21,7 @@ from impactx.approaches.abn import Abn
 from impactx.approaches.checkpoint import load_checkpoint
 from impactx.approaches.impactx import Impactx
 from impactx.approaches.wae import Wae
-from impactx.command import main
+from impactx.cli.main import main
 from impactx.datasets import DataError
 from impactx.explain.maps.sheet import draw_sheet
 from impactx.explain.methods.partition import Partition

@@ -22,7 +22,7 @@ from impactx.datasets.batches import Batch
 from impactx.models import Classifier, MapKind
 from impactx.models.beside import BesideClassifier, LatentExplanationPredictor, build_c, build_lep
 from impactx.settings import ModelSettings
-from impactx.settings.base import Positive, axis
+from impactx.settings.base import Axis, Positive
 from impactx.settings.extensions import AnyAttribution, approach
 from impactx.training.losses import cross_entropy
 
@@ -100,7 +100,7 @@ class Wae(TunedApproach):
     """Weighted average explanations (Apicella et al. 2023): test images need maps as well."""
 
     kind: Literal["wae"] = "wae"
-    learning_rate_factors: axis(Positive) = Field([1.0], description=(  # type: ignore[valid-type]
+    learning_rate_factors: Axis[Positive] = Field([1.0], description=(
         "candidates, times learning_rate: as many as IMPACTX has lambdas make its search and this "
         "one equal"))
     m: Literal["logits", "penultimate"] = Field("logits", description="as IMPACTX's")

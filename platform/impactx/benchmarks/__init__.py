@@ -1,1 +1,1 @@
-"""Measurements of speed, as ratios within one run; called by jobs/benchmark.py."""
+"""Measurements of speed, as ratios within one run; jobs/benchmark.py calls them."""

@@ -20,8 +20,8 @@ PACKAGE = "impactx"
 # whole. What a checkpoint holds is known by the fingerprint of its weights, and the steps that open
 # one name the module of its approach themselves.
 ROOMS_WITHOUT_NUMBERS = frozenset({
-    "", "approaches.checkpoint", "benchmarks", "cli", "cluster", "code", "command", "configuration",
-    "costs", "experiment.artifacts", "experiment.ownership", "experiment.steps.base", "fetching",
+    "", "approaches.checkpoint", "benchmarks", "cli", "cluster", "code", "configuration", "costs",
+    "experiment.artifacts", "experiment.ownership", "experiment.steps.base", "fetching",
     "logging", "plugins", "report", "results", "run", "serving", "settings", "settings_doc",
     "storage", "timing", "tracking", "version"})
 

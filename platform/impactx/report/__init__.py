@@ -1,6 +1,6 @@
-"""The report of a job: one HTML page that needs nothing beside it, and its pictures and tables as files.
+"""The report of a job: one HTML page that needs nothing else, and its pictures and tables as files.
 
-It is made from the plain data of `impactx.results.export` and holds no statistics of its own.
+It is made from the records of `impactx.results.export` and computes no statistics of its own.
 """
 
 from __future__ import annotations

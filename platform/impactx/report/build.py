@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
-from impactx.report.blocks import Block, Figure, Items, Section, Table, Text
+from impactx.report.blocks import Block, Figure, Items, Table, Text
 from impactx.report.classes import class_sections
 from impactx.report.maps import Arrays, map_sections
 from impactx.report.page import page
@@ -15,7 +14,8 @@ from impactx.report.results import controls, of_cell, sentences, table2
 from impactx.report.search import search_sections
 from impactx.report.steps import other_sections
 from impactx.report.training import cost_sections, curve_sections
-from impactx.results.export import export_job, map_scores
+from impactx.results.evidence_records import CellEvidence
+from impactx.results.export import CellExport, JobExport, export_job, map_scores
 from impactx.run.tracker import Run
 from impactx.storage import Storage
 
@@ -26,29 +26,32 @@ class ReportError(RuntimeError):
     """The report cannot be made; the message says what to do."""
 
 
-def build_report(export: Mapping[str, Any], arrays: Callable[[str], Arrays | None]) -> dict[str, bytes]:
-    """report.html, which holds all that follows, and each picture (PNG) and table (CSV) as a file, by their names.
+def build_report(export: JobExport, arrays: Callable[[str], Arrays | None]) -> dict[str, bytes]:
+    """Return the files of a report, by their names.
 
-    export: of experiment.export; arrays: the map_scores of the folder of a unit that judged maps. Raises ReportError
-    where matplotlib is not installed.
+    Args:
+        export: The job.
+        arrays: Returns the arrays that a judgement of maps left, by the step's folder; None where
+            they are gone. See `results.export.map_scores`.
+
+    Returns:
+        report.html, which holds all of the report, and each of its pictures (PNG) and tables (CSV).
+
+    Raises:
+        ReportError: matplotlib is not installed.
     """
     try:
         import matplotlib
     except ImportError as error:
-        raise ReportError("a report needs matplotlib, which is not installed: pip install 'impactx[explain]'"
-                          ) from error
-    settings = export["settings"]
+        raise ReportError("a report needs matplotlib, which is not installed: "
+                          "pip install 'impactx[explain]'") from error
     unreadable: list[str] = []
     with matplotlib.rc_context({"text.parse_math": False}):  # a class may be called "$5 note"
         sections = [*table2(export), *controls(export), *map_sections(export, arrays, unreadable),
                     *search_sections(export), *curve_sections(export), *class_sections(export),
                     *other_sections(export), *cost_sections(export), *repeat_sections(export)]
-    head = Section("", [*sentences(export), *_gaps(export, unreadable)])
-    under = [f"{', '.join(settings['datasets'])} × {', '.join(settings['models'])} · {settings['repeats']} "
-             f"repeat{'s' if settings['repeats'] > 1 else ''} · job {export['job']}",
-             f"Made {export['made'].replace('T', ' ').replace('+00:00', ' UTC')} by impactx"
-             f"{_code(export)} from {export['output']}"]
-    files = {PAGE: page(f"IMPACTX: {settings['name']}", under, [head], sections)}
+    files = {PAGE: page(f"IMPACTX: {export.settings.name}", _under(export),
+                        [*sentences(export), *_gaps(export, unreadable)], sections)}
     for section in sections:
         for block in section.blocks:
             if isinstance(block, Figure):
@@ -58,25 +61,50 @@ def build_report(export: Mapping[str, Any], arrays: Callable[[str], Arrays | Non
     return files
 
 
-def _code(export: Mapping[str, Any]) -> str:
-    code = export["starts"][-1].get("code") if export["starts"] else None
-    return f" {code}" if code else ""
+def _under(export: JobExport) -> list[str]:
+    """Return the lines below the title."""
+    settings, starts = export.settings, export.record.starts
+    plural = "s" if settings.repeats > 1 else ""
+    code = f" {starts[-1].code}" if starts and starts[-1].code else ""
+    made = export.made.replace("T", " ").replace("+00:00", " UTC")
+    return [f"{', '.join(settings.datasets)} × {', '.join(settings.models)} · "
+            f"{settings.repeats} repeat{plural} · job {export.job}",
+            f"Made {made} by impactx{code} from {export.output}"]
 
 
-def _gaps(export: Mapping[str, Any], unreadable: list[str]) -> list[Block]:
-    """What is not there (yet), in a box that cannot be missed. unreadable: lines on files that are damaged."""
-    lines = [line for cell in (*export["cells"], *export["evidence"]["cells"])
-             for line in of_cell(export, cell, cell["missing"])] + unreadable
+def _gaps(export: JobExport, unreadable: Sequence[str]) -> list[Block]:
+    """Return what is missing, in a box that stands out; nothing where the job is complete.
+
+    Args:
+        export: The job.
+        unreadable: Sentences on files that are damaged.
+    """
+    cells: list[CellExport | CellEvidence] = [*export.cells, *export.evidence.cells]
+    lines = [line for cell in cells for line in of_cell(export, cell, cell.missing)]
+    if not lines and not unreadable:
+        return []
     # The evidence was made from the same files, and says the same of a damaged one.
-    return [Text("This job is not complete. What follows is what there is; missing:", "warning"),
-            Items(list(dict.fromkeys(lines)), "warning")] if lines else []
+    return [Text("This job is not complete. The page shows all results that exist; missing:",
+                 "warning"),
+            Items(list(dict.fromkeys([*lines, *unreadable])), "warning")]
 
 
-def write_report(storage: Storage, job: str, *, to: Storage | None = None, run: Run | None = None) -> str:
-    """Make a job's report from what it left and write it; returns the address of the page.
+def write_report(storage: Storage, job: str, *, to: Storage | None = None, run: Run | None = None
+                 ) -> str:
+    """Make the report of a job from what the job left, and write it.
 
-    to: where to write, by default jobs/<job>/report in the job's own output. run: the job's run, to which all of it is
-    logged as well. Raises ReportError, StorageError.
+    Args:
+        storage: The job's output.
+        job: The job's key.
+        to: Where to write; by default jobs/<job>/report in the job's output.
+        run: The job's run, to which all files are logged as well.
+
+    Returns:
+        The address of the page.
+
+    Raises:
+        ReportError: matplotlib is not installed.
+        StorageError: The job's own file is damaged, or a storage does not answer.
     """
     files = build_report(export_job(storage, job), partial(map_scores, storage))
     target, folder = (storage, f"jobs/{job}/{FOLDER}/") if to is None else (to, "")

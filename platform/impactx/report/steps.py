@@ -1,32 +1,24 @@
-"""Steps of kinds that no other part of the report knows, such as those of an extended flow."""
+"""Steps of kinds that no other part of the report shows, such as those of an extended flow."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from impactx.experiment.steps.maps import Maps
-from impactx.experiment.steps.quality import MapQuality
-from impactx.experiment.steps.test import Test
-from impactx.experiment.steps.training import Model, Trial
+from impactx.experiment.steps.base import Result
 from impactx.report.blocks import Section, Table, Text
 from impactx.report.numbers import NONE, number
-from impactx.report.results import named
+from impactx.report.results import title
+from impactx.results.export import RESULT_TYPES, JobExport, OtherResult
 from impactx.timing import duration
 
-SHOWN_ELSEWHERE = {step.kind for step in (Trial, Model, Maps, Test, MapQuality)}
 
-
-def other_sections(export: Mapping[str, Any]) -> list[Section]:
+def other_sections(export: JobExport) -> list[Section]:
     """Return a table of the steps that stand nowhere else, with the plain values of their results.
 
     Args:
-        export: Of `results.export`.
+        export: The job.
     """
-    rows = [[named(cell), unit["role"], unit["name"], unit["state"], _values(unit["result"]),
-             _time(unit["result"])]
-            for cell in export["cells"] for unit in cell["units"]
-            if unit["role"] not in SHOWN_ELSEWHERE]
+    rows = [[title(cell), step.kind, step.name, step.state, _values(step.result),
+             NONE if step.result is None else duration(step.result.seconds)]
+            for cell in export.cells for step in cell.steps if step.kind not in RESULT_TYPES]
     if not rows:
         return []
     head = ["cell", "kind", "step", "state", "result", "time"]
@@ -34,12 +26,10 @@ def other_sections(export: Mapping[str, Any]) -> list[Section]:
         "Steps of the experiment that no other part of this page shows.", "note")])]
 
 
-def _values(result: Mapping[str, Any] | None) -> str:
+def _values(result: Result | None) -> str:
     """Return the numbers, texts and truth values of a result in one line."""
-    plain = [f"{name} {number(value)}" for name, value in (result or {}).items()
-             if name != "seconds" and isinstance(value, (bool, int, float, str))]
+    if not isinstance(result, OtherResult):
+        return NONE
+    plain = [f"{name} {number(value)}" for name, value in result.values.items()
+             if isinstance(value, (bool, int, float, str))]
     return ", ".join(plain) or NONE
-
-
-def _time(result: Mapping[str, Any] | None) -> str:
-    return NONE if result is None else duration(result["seconds"])

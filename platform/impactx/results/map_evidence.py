@@ -1,108 +1,123 @@
-"""What the maps of an approach's models are worth, over repeats and test images together, and a
-plain sentence.
-"""
+"""What the maps of an approach's models are worth, over repeats and test images together."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from impactx.evaluation.metrics.fidelity import DECODER
 from impactx.evaluation.metrics.morf import RANDOM
-from impactx.evaluation.statistics import TwoLevelBootstrap
+from impactx.evaluation.statistics import Estimate, TwoLevelBootstrap
+from impactx.results.evidence_records import MapEvidence, MapValue, OrderAreas, Values
 
 Arrays = Mapping[int, Mapping[str, np.ndarray]]
-MEAN_MAP = "mean_map"  # one map for every image: what a map must beat that says something of an image
-_FURTHER = {"all_regions": "probability.all", "logit": "logit.early", "logit_all_regions": "logit.all"}
+"""By repeat, the arrays of its map_scores.npz: N entries each, of the same images everywhere."""
+
+Bootstrap = Callable[[Mapping[str, Mapping[int, np.ndarray]]], TwoLevelBootstrap]
+# The same map for every image: a map that says something of its own image beats it.
+MEAN_MAP = "mean_map"
 
 
-def maps_over_repeats(found: Arrays, how: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entry "maps" of `evidence`: orders, explainer, fidelity, metrics.
+def maps_over_repeats(arrays: Arrays, *, resamples: int, seed: int, confidence: float
+                      ) -> MapEvidence:
+    """Return what the maps of an approach are worth.
 
     Args:
-        found: By repeat, the arrays of its map_scores.npz; the images are the same in all.
-        how: Arguments of the bootstrap.
+        arrays: Of at least one repeat.
+        resamples: Of the bootstrap.
+        seed: Of the bootstrap.
+        confidence: Of the intervals, in (0, 1).
     """
-    fidelity = _values(found, "fidelity", how)
-    metrics = {metric: _values(found, metric, how) for metric in _metrics(found) if metric != "fidelity"}
-    orders, explainer = _orders(found, how)
-    return {"orders": orders, "explainer": explainer, "fidelity": fidelity, "metrics": metrics}
+    def bootstrap(values: Mapping[str, Mapping[int, np.ndarray]]) -> TwoLevelBootstrap:
+        return TwoLevelBootstrap(values, resamples=resamples, seed=seed, confidence=confidence)
+
+    fidelity = _values(arrays, "fidelity", bootstrap)
+    metrics = {metric: _values(arrays, metric, bootstrap) for metric in _metrics(arrays)
+               if metric != "fidelity"}
+    orders, explainer = _orders(arrays, bootstrap)
+    return MapEvidence(orders=orders, explainer=explainer, fidelity=fidelity, metrics=metrics)
 
 
-def _orders(found: Arrays, how: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """Return MoRF's areas by order, and the order of the explainer; nothing where MoRF was not
-    measured.
-    """
-    names = sorted(set.intersection(*({key.split(".", 1)[1] for key in arrays if key.startswith("curve.")}
-                                      for arrays in found.values())))
+def _orders(arrays: Arrays, bootstrap: Bootstrap) -> tuple[dict[str, OrderAreas], str | None]:
+    """Return MoRF's areas by order and the explainer's order; nothing where there is no MoRF."""
+    names = sorted(set.intersection(*(
+        {key.split(".", 1)[1] for key in one if key.startswith("curve.")}
+        for one in arrays.values())))
     if not names:
         return {}, None
     explainers = [name for name in names if name.endswith("_predicted")]
-    explainer = next((name for name in explainers if name.startswith("shap")), next(iter(explainers), None))
+    explainer = next((name for name in explainers if name.startswith("shap")),
+                     next(iter(explainers), None))
 
     def areas_of(part: str) -> TwoLevelBootstrap:
-        return TwoLevelBootstrap({name: {repeat: arrays[f"aopc.{name}.{part}"] for repeat, arrays in found.items()}
-                                  for name in names}, **how)
+        return bootstrap({name: {repeat: one[f"aopc.{name}.{part}"]
+                                 for repeat, one in arrays.items()} for name in names})
 
-    areas, further = areas_of("probability.early"), {key: areas_of(part) for key, part in _FURTHER.items()}
+    early = areas_of("probability.early")
+    all_regions = areas_of("probability.all")
+    logit, logit_all_regions = areas_of("logit.early"), areas_of("logit.all")
 
-    def over(name: str, other: str | None) -> dict[str, Any] | None:
-        gain = areas.gain(name, other) if other in names and other != name else None
-        return gain.as_dict() if gain else None
+    def over(name: str, other: str | None) -> Estimate | None:
+        return early.gain(name, other) if other and other in names and other != name else None
 
-    orders = {name: {"aopc": areas.mean(name).as_dict(), "over_random": over(name, RANDOM),
-                     "over_explainer": over(name, explainer), "over_mean_map": over(name, MEAN_MAP)}
-              | {key: each.mean(name).as_dict() for key, each in further.items()} for name in names}
-    return orders, explainer
+    return {name: OrderAreas(
+        aopc=early.mean(name), over_random=over(name, RANDOM),
+        over_explainer=over(name, explainer), over_mean_map=over(name, MEAN_MAP),
+        all_regions=all_regions.mean(name), logit=logit.mean(name),
+        logit_all_regions=logit_all_regions.mean(name)) for name in names}, explainer
 
 
-def _metrics(found: Arrays) -> list[str]:
+def _metrics(arrays: Arrays) -> list[str]:
     """Return the metrics whose values are kept as arrays <metric>.<order>.<value>."""
-    parts = [key.split(".") for key in next(iter(found.values()))]
+    parts = [key.split(".") for key in next(iter(arrays.values()))]
     return list(dict.fromkeys(part[0] for part in parts if len(part) == 3))
 
 
-def _values(found: Arrays, metric: str, how: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return a metric's values by order and name, each with the decoder's paired difference,
-    "decoder_over".
-    """
-    orders: dict[str, dict[str, Any]] = {}
-    shared = [key for key in next(iter(found.values())) if all(key in arrays for arrays in found.values())]
-    parts = {key: key.split(".") for key in shared}
-    parts = {key: part for key, part in parts.items() if len(part) == 3 and part[0] == metric}
+def _values(arrays: Arrays, metric: str, bootstrap: Bootstrap) -> Values:
+    """Return a metric's values by order and name, each beside the decoder's."""
+    orders: Values = {}
+    shared = [key for key in next(iter(arrays.values()))
+              if all(key in one for one in arrays.values())]
+    parts = {key: part for key in shared
+             if len(part := key.split(".")) == 3 and part[0] == metric}
     for name in dict.fromkeys(part[2] for part in parts.values()):
         keys = [key for key, part in parts.items() if part[2] == name]
         # A constant map has no correlation: such an image is left out for every order and repeat.
-        usable = np.isfinite([arrays[key] for arrays in found.values() for key in keys]).all(0)
-        if usable.any():
-            each = TwoLevelBootstrap({key: {repeat: arrays[key][usable] for repeat, arrays in found.items()}
-                                      for key in keys}, **how)
-            for key in keys:
-                order, own = parts[key][1], f"{metric}.{DECODER}.{name}"
-                gain = each.gain(own, key) if own in keys and key != own else None
-                orders.setdefault(order, {})[name] = each.mean(key).as_dict() | {
-                    "decoder_over": gain.as_dict() if gain else None}
+        usable = np.isfinite([one[key] for one in arrays.values() for key in keys]).all(0)
+        if not usable.any():
+            continue
+        means = bootstrap({key: {repeat: one[key][usable] for repeat, one in arrays.items()}
+                           for key in keys})
+        decoder = f"{metric}.{DECODER}.{name}"
+        for key in keys:
+            ahead = means.gain(decoder, key) if decoder in keys and key != decoder else None
+            orders.setdefault(parts[key][1], {})[name] = MapValue(
+                **means.mean(key).as_dict(), decoder_over=ahead)
     return orders
 
 
-def map_sentence(approach: str, maps: Mapping[str, Any]) -> str:
-    """What the decoder's maps say about the model's own predictions. maps: with an order "decoder".
+def map_sentence(approach: str, maps: MapEvidence) -> str:
+    """Return what the decoder's maps say about the model's own predictions.
+
+    Args:
+        approach: The name of the approach.
+        maps: With an order "decoder".
     """
-    own, parts = maps["orders"][DECODER], []
-    explainer = f"{(maps['explainer'] or '').removesuffix('_predicted')} of the model itself"
-    for key, other in (("over_random", "a random order"), ("over_mean_map", "one mean map for every image"),
-                       ("over_explainer", explainer)):
-        if (gain := own[key]) is not None:
-            parts.append(f"{abs(gain['mean']):.3f} {'more' if gain['mean'] >= 0 else 'less'} than {other} "
-                         f"[{gain['low']:+.3f}, {gain['high']:+.3f}]")
-    text = (f"Noise on the 16 % of an image that the decoder of {approach} marks first lowers the predicted class's "
-            f"probability by {own['aopc']['mean']:.3f} on average over the steps")
+    own = maps.orders[DECODER]
+    explainer = (maps.explainer or "").removesuffix("_predicted")
+    compared = [(own.over_random, "with a random order"),
+                (own.over_mean_map, "with one mean map for every image"),
+                (own.over_explainer, f"with the maps of the model itself by {explainer}")]
+    parts = [f"{abs(gain.mean):.3f} {'more' if gain.mean >= 0 else 'less'} than {other} "
+             f"[{gain.low:+.3f}, {gain.high:+.3f}]" for gain, other in compared if gain is not None]
+    text = (f"Noise on the 16 % of an image that the decoder of {approach} marks first lowers the "
+            f"probability of the predicted class by {own.aopc.mean:.3f} on average over the steps")
     text += f": {', '.join(parts)}" if parts else ""
-    decoded, mean = (maps["fidelity"].get(name, {}).get("correlation") for name in (DECODER,
-                                                                                   "class_mean_of_predicted"))
-    if decoded and mean and (gain := mean["decoder_over"]):
-        text += (f"; its maps correlate {decoded['mean']:.2f} with those that it learns, the predicted class's mean "
-                 f"map {mean['mean']:.2f} (difference {gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}])")
+    decoded, mean = (maps.fidelity.get(name, {}).get("correlation")
+                     for name in (DECODER, "class_mean_of_predicted"))
+    if decoded and mean and (ahead := mean.decoder_over):
+        text += (f". The decoder's maps correlate {decoded.mean:.2f} with the maps that it learns; "
+                 f"the mean map of the predicted class correlates {mean.mean:.2f} with them "
+                 f"(difference {ahead.mean:+.3f} [{ahead.low:+.3f}, {ahead.high:+.3f}])")
     return text + "."

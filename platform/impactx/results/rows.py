@@ -143,16 +143,25 @@ def _seconds_in_all(storage: Storage, model: StepRecord, trained: TrainingResult
         seconds.append(a.seconds if a is not None else None)
     # A model that is trained with lambda = 0 learns nothing from its maps.
     if maps is not None and model.parameters.get("lambda") != 0:
-        made = _result(storage, maps, MapsResult) if maps in there else None
-        seconds.append(made.process_seconds if made is not None else None)
-    known = [value for value in seconds if value is not None]
-    return math.fsum(known) if len(known) == len(seconds) else None
+        store = _result(storage, maps, MapsResult) if maps in there else None
+        seconds.append(store.process_seconds if store is not None else None)
+    numbers = [value for value in seconds if value is not None]
+    return math.fsum(numbers) if len(numbers) == len(seconds) else None
 
 
 @dataclass(frozen=True)
 class Summary:
-    """An approach in a cell, over its repeats. Spreads are sample standard deviations, None for one
-    repeat.
+    """An approach in a cell, over its repeats.
+
+    Attributes:
+        weight: Lambda; None where the approach has none.
+        repeats: The number of repeats.
+        val_mean, test_mean: Mean accuracies, fractions in [0, 1].
+        test_spread, gain_spread: Sample standard deviations; None for one repeat.
+        gain_mean: Of the test accuracy over the baseline's of the same repeat; None for the
+            baseline, and where no repeat has both.
+        seconds: Of all trainings.
+        paper_accuracy: The paper's, where it may stand beside ours.
     """
 
     dataset: str
@@ -170,7 +179,7 @@ class Summary:
 
 
 def results_csv(rows: Sequence[Row]) -> str:
-    """The rows as CSV with a header."""
+    """Return the rows as CSV with a header."""
     stream = io.StringIO()
     writer = csv.DictWriter(stream, [f.name for f in fields(Row)], lineterminator="\n")
     writer.writeheader()
@@ -183,42 +192,54 @@ def _spread(values: Sequence[float]) -> float | None:
 
 
 def summarise(rows: Sequence[Row]) -> list[Summary]:
-    """Return one summary for each cell and approach, in the rows' order.
-
-    Gains are test accuracies minus the baseline's of the same cell and repeat (paired), None for
-    the baseline.
-    """
+    """Return one summary for each cell and approach, in the rows' order."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.dataset, row.model, row.approach), []).append(row)
-    found = []
+    summaries = []
     for (dataset, model, approach), group in groups.items():
-        base = {r.repeat: r.test_accuracy for r in groups.get((dataset, model, BASELINE), [])}
+        base = {row.repeat: row.test_accuracy
+                for row in groups.get((dataset, model, BASELINE), [])}
         gains = [] if approach == BASELINE else [
             row.test_accuracy - base[row.repeat] for row in group if row.repeat in base]
-        tests = [r.test_accuracy for r in group]
-        found.append(Summary(dataset, model, approach, group[0].weight, len(group),
-                             statistics.fmean(r.val_accuracy for r in group), statistics.fmean(tests), _spread(tests),
-                             statistics.fmean(gains) if gains else None, _spread(gains) if gains else None,
-                             math.fsum(r.train_seconds for r in group), group[0].paper_accuracy))
-    return found
+        tests = [row.test_accuracy for row in group]
+        summaries.append(Summary(
+            dataset, model, approach, group[0].weight, len(group),
+            val_mean=statistics.fmean(row.val_accuracy for row in group),
+            test_mean=statistics.fmean(tests), test_spread=_spread(tests),
+            gain_mean=statistics.fmean(gains) if gains else None, gain_spread=_spread(gains),
+            seconds=math.fsum(row.train_seconds for row in group),
+            paper_accuracy=group[0].paper_accuracy))
+    return summaries
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The summary as aligned text, accuracies in percent, times in seconds a repeat."""
-    head = ("data set", "model", "approach", "lambda", "repeats", "val %", "test %", "gain over A", "paper %",
-            "train s")
-    lines = [head]
-    for s in summarise(rows):
-        plus_minus = f" ± {100 * s.test_spread:.2f}" if s.test_spread is not None else ""
-        gain = "" if s.gain_mean is None else f"{100 * s.gain_mean:+.2f}" + (
-            f" ± {100 * s.gain_spread:.2f}" if s.gain_spread is not None else "")
-        lines.append((s.dataset, s.model, "A (baseline)" if s.approach == BASELINE else s.approach,
-                      "" if s.weight is None else f"{s.weight:g}", str(s.repeats), f"{100 * s.val_mean:.2f}",
-                      f"{100 * s.test_mean:.2f}{plus_minus}", gain,
-                      "" if s.paper_accuracy is None else f"{100 * s.paper_accuracy:.2f}",
-                      f"{s.seconds / s.repeats:.1f}"))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    text = "\n".join("  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip() for line in lines)
-    others = [f"  {r.dataset} x {r.model}, {r.approach} repeat {r.repeat}: {r.other_code}" for r in rows if r.other_code]
-    return "\n".join([text, "reused, though done by other code than this job's:", *others]) if others else text
+    """Return the summaries as aligned text.
+
+    Accuracies are in percent, times in seconds for one repeat.
+    """
+    head = ("data set", "model", "approach", "lambda", "repeats", "val %", "test %", "gain over A",
+            "paper %", "train s")
+    lines = [head, *(_line(summary) for summary in summarise(rows))]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines]
+    others = [f"  {row.dataset} x {row.model}, {row.approach} repeat {row.repeat}: {row.other_code}"
+              for row in rows if row.other_code]
+    if others:
+        text += ["reused, though done by other code than this job's:", *others]
+    return "\n".join(text)
+
+
+def _line(s: Summary) -> tuple[str, ...]:
+    test = f"{100 * s.test_mean:.2f}"
+    if s.test_spread is not None:
+        test += f" ± {100 * s.test_spread:.2f}"
+    gain = "" if s.gain_mean is None else f"{100 * s.gain_mean:+.2f}"
+    if s.gain_spread is not None:
+        gain += f" ± {100 * s.gain_spread:.2f}"
+    return (s.dataset, s.model, "A (baseline)" if s.approach == BASELINE else s.approach,
+            "" if s.weight is None else f"{s.weight:g}", str(s.repeats), f"{100 * s.val_mean:.2f}",
+            test, gain, "" if s.paper_accuracy is None else f"{100 * s.paper_accuracy:.2f}",
+            f"{s.seconds / s.repeats:.1f}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from impactx.experiment.cell import Cell
 from impactx.experiment.history import History
@@ -85,7 +84,7 @@ class Job:
         self.failed: dict[str, Exception] = {}
         self.progress = JobProgress(len(cells))
         self.report: str | None = None
-        self.evidence: dict[str, Any] = {"cells": []}
+        self.evidence = evidence(self.artifacts.storage, [], settings)
 
     def run(self, report: Callable[[str, Run], str] | None = None) -> list[Row]:
         """Do everything; results are files under jobs/<key> as well.
@@ -121,8 +120,9 @@ class Job:
                 storage.write(f"{folder}/results.csv", results_csv(rows).encode())
                 run.log_text(results_csv(rows), "results.csv")
                 self.evidence = evidence(storage, rows, self.settings)
-                storage.write_json(f"{folder}/evidence.json", self.evidence)
-                run.log_text(json.dumps(self.evidence, indent=1), "evidence.json")
+                shown = self.evidence.as_json()
+                storage.write_json(f"{folder}/evidence.json", shown)
+                run.log_text(json.dumps(shown, indent=1), "evidence.json")
                 run.log_metrics({f"{s.approach}.{s.dataset}.{s.model}.test_accuracy": s.test_mean
                                  for s in summarise(rows)})
                 run.set_tags({PROGRESS: f"failed: {', '.join(self.failed)}" if self.failed

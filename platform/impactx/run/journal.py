@@ -66,7 +66,8 @@ class CellJournal:
         except FileNotFoundError:
             return nothing
         except DamagedError as error:
-            log.warning("%s", error)
+            log.warning("%s cannot be read and is written anew (%s)",
+                        self._storage.uri(self._path), error)
             return nothing
         return earlier if earlier.facts == self._facts else nothing
 

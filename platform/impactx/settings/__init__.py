@@ -1,9 +1,9 @@
 """Every setting of an experiment: its type, its default and where the default comes from.
 
 The classes hold values and check them; they read no file and import neither torch nor ray.
-`impactx.configuration` builds them from the YAML files and the command line.  A comment
-"paper N.N" names the section of arXiv 2502.12222 that prescribes a value; "ours" marks a
-choice where the paper is silent (the reasons stand in docs/METHOD.md).
+`impactx.configuration` builds them from the YAML files and the command line. A description
+that says "paper N.N" names the section of arXiv 2502.12222 that prescribes a value; "ours" marks
+a choice where the paper is silent (docs/METHOD.md gives the reasons).
 """
 
 from impactx.settings.base import (

@@ -1,4 +1,4 @@
-"""Settings of what a cell is and how it is searched: data set, model, training, grid."""
+"""Settings of a cell (a data set with a model), of a training, and of the search for A."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pydantic import (
 )
 
 from impactx.settings.base import (
+    Axis,
     BatchSize,
     Fraction,
     LearningRate,
     Positive,
     Settings,
-    axis,
     expand_range,
 )
 from impactx.settings.extensions import AnySource, SourceSettings
@@ -68,45 +68,67 @@ class DatasetSettings(Settings):
     subset: int | None = Field(None, ge=20, description=(
         "Only this many training images are used, drawn stratified by split_seed; for trials of a "
         "set-up."))
-    augmentation: AugmentationSettings = AugmentationSettings()
+    augmentation: AugmentationSettings = Field(AugmentationSettings(), description=(
+        "How every training image is changed anew in each epoch."))
 
 
 class ModelSettings(Settings):
-    """The classifier A (paper 4.3): LeNet-5 or any timm model by its name."""
+    """The classifier A (paper 4.3): LeNet-5, or any model of timm by its name."""
 
-    name: str = Field(min_length=1, pattern=r"^[\w.-]+$", description="the cell's name")
-    architecture: str = Field(min_length=1, description="lenet5, or a model name that timm knows")
+    name: str = Field(min_length=1, pattern=r"^[\w.-]+$", description=(
+        "The name of the model in results and in the names of cells."))
+    architecture: str = Field(min_length=1, description=(
+        "lenet5, or the name of a model that timm knows."))
     weights: str = Field("random", min_length=1, description=(
-        "random, hub, or a .pth/.safetensors file (local path or s3:// address)"))
+        "The weights at the start of stage 1. random: drawn by the seed; hub: the pre-trained ones "
+        "that timm downloads; else a .pth or .safetensors file (local path or s3:// address)."))
     weights_match: Literal["names", "order"] = Field("names", description=(
-        "how tensors of a file are assigned: by name, or in the order of their keys (shapes must agree)"))
+        "How the tensors of a file are assigned to the model: by their names, or in the order of "
+        "their keys. Shapes must agree."))
     input_size: int | None = Field(None, ge=8, le=1024, description=(
-        "side to which the model itself resizes its input; None: the data set's native size"))
-    mean: tuple[float, float, float] | None = Field(None, description="None: timm's value, 0.5 for LeNet-5")
-    std: tuple[Positive, Positive, Positive] | None = None
+        "The side in pixels to which the model itself resizes its input; null: the images keep "
+        "their size."))
+    mean: tuple[float, float, float] | None = Field(None, description=(
+        "The mean of each colour channel, for values in [0, 1], that the model subtracts from its "
+        "input; null: timm's for the model, 0.5 for LeNet-5."))
+    std: tuple[Positive, Positive, Positive] | None = Field(None, description=(
+        "The standard deviation of each colour channel by which the model then divides; null: "
+        "timm's for the model, 0.5 for LeNet-5."))
 
     @model_validator(mode="after")
     def _lenet_has_no_hub(self) -> ModelSettings:
         if self.architecture == "lenet5" and self.weights == "hub":
-            raise ValueError("weights 'hub' with architecture 'lenet5': nobody publishes them; use random or a file")
+            raise ValueError("weights 'hub' with architecture 'lenet5': nobody publishes them; use "
+                             "random or a file")
         return self
 
 
 class TrainingSettings(Settings):
-    """One training loop for both stages and every approach. The paper is silent here: all ours."""
+    """The one training loop of both stages and all approaches.
 
-    epochs: int = Field(100, ge=1, le=100_000, description="at most this many epochs")
-    patience: int = Field(8, ge=1, description="epochs without a better validation accuracy before the end")
-    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
+    The paper names none of these values; all defaults are ours.
+    """
+
+    epochs: int = Field(100, ge=1, le=100_000, description=(
+        "A training ends after this many epochs at the latest."))
+    patience: int = Field(8, ge=1, description=(
+        "A training ends once this many epochs in a row brought no better validation accuracy."))
+    optimizer: Literal["adam", "adamw", "sgd"] = Field("adam", description=(
+        "The optimiser, by its name in torch.optim; sgd has Nesterov momentum 0.9."))
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description=(
+        "The optimiser's weight decay. torch.optim's default for adam and sgd."))
     precision: Literal["auto", "float32", "float64", "bfloat16"] = Field("auto", description=(
-        "auto: bfloat16 autocast on a GPU, float32 on a CPU"))
-    eval_batch_size: int = Field(500, ge=1)
-    compile: Literal["never", "always"] = Field("never", description="torch.compile the step")
+        "The type of numbers in forward passes. bfloat16 is autocast, with float32 weights; auto: "
+        "bfloat16 on a GPU, float32 on a CPU."))
+    eval_batch_size: int = Field(500, ge=1, description=(
+        "Images in a batch of a forward pass without training."))
+    compile: Literal["never", "always"] = Field("never", description=(
+        "Whether torch.compile compiles the training step."))
     memory_mb: int = Field(4096, ge=64, description=(
-        "of images and maps kept on the device; a larger data set stays memory-mapped on the host and is gathered "
-        "a batch at a time"))
-    keep_trial_weights: bool = Field(False, description="keep the best weights of every trial as well")
+        "Megabytes of images and maps that a training keeps on its device. A larger data set stays "
+        "memory-mapped on the host, and each batch is gathered there."))
+    keep_trial_weights: bool = Field(False, description=(
+        "Whether the best weights of every trial are kept as well, and not only its metrics."))
 
     def described(self) -> dict[str, Any]:
         """Return the settings that change what comes out of a training, as plain data."""
@@ -115,25 +137,35 @@ class TrainingSettings(Settings):
 
 
 class GridSettings(Settings):
-    """Table 1's search for A, and how much of it is done."""
+    """The search for A: Table 1's grid, and how much of it is tried."""
 
-    learning_rate: axis(LearningRate) = expand_range({"start": 0.0001, "stop": 0.01, "step": 0.0005})
-    batch_size: axis(BatchSize) = [16, 32, 64]
-    validation_fraction: axis(Fraction) = [0.05, 0.1, 0.2]
+    learning_rate: Axis[LearningRate] = Field(
+        expand_range({"start": 0.0001, "stop": 0.01, "step": 0.0005}), description=(
+            "The learning rates that are tried (Table 1)."))
+    batch_size: Axis[BatchSize] = Field([16, 32, 64], description=(
+        "The numbers of images in a training batch that are tried (Table 1)."))
+    validation_fraction: Axis[Fraction] = Field([0.05, 0.1, 0.2], description=(
+        "The shares of the training images held out for validation that are tried (Table 1)."))
     select_on: Literal["common", "own"] = Field("common", description=(
-        "common: trials are compared on the smallest validation part, which lies in all the others; "
-        "own: each on its own part, as the paper seems to do"))
+        "The images on which the validation accuracies of trials are compared. common: those of "
+        "the smallest validation part, which all larger ones contain; own: each trial's own "
+        "validation part, as the paper seems to do."))
     strategy: Literal["grid", "random", "asha"] = Field("grid", description=(
-        "grid: every point, as in the paper; random: max_trials points drawn by the seed; asha: every point, in a "
-        "drawn order, and those that fall behind are stopped early (asynchronous successive halving, Li et al. 2018)"))
+        "How the grid is searched. grid: every point is trained to its end, as in the paper; "
+        "random: max_trials points are drawn by the seed; asha: every point is begun, in a drawn "
+        "order, and trials that fall behind are stopped early (asynchronous successive halving, "
+        "Li et al. 2018)."))
     max_trials: int | None = Field(None, ge=1, description=(
-        "budget: at most so many points of each cell, drawn by the seed; None: all"))
+        "A budget: at most this many points of each cell are tried, drawn by the seed; null: all."))
     max_hours: float | None = Field(None, gt=0, allow_inf_nan=False, description=(
-        "budget: no trial of a cell is begun once its trials have trained so many hours, summed over trials; points "
-        "are then tried in an order drawn by the seed"))
-    grace_epochs: int = Field(4, ge=1, description="asha: no trial is stopped before so many epochs")
+        "A budget: once the trials of a cell have trained for this many hours, summed over trials, "
+        "no further one is begun. Points are then tried in an order drawn by the seed. null: no "
+        "limit."))
+    grace_epochs: int = Field(4, ge=1, description=(
+        "With asha, no trial is stopped before it has trained this many epochs. Ours."))
     reduction: float = Field(3, gt=1, allow_inf_nan=False, description=(
-        "asha: of the trials that came to a rung (grace_epochs times a power of this), about one in so many goes on"))
+        "With asha, trials are compared after grace_epochs times each power of this number (a "
+        "rung), and about one in this many goes on. Ours."))
 
     @model_validator(mode="after")
     def _random_needs_a_number(self) -> GridSettings:

@@ -1,8 +1,8 @@
-"""Settings of whole jobs: how models are judged, where the work is done, what is tracked, what it is made of."""
+"""Settings of whole jobs: what is done, how maps are judged, on which machines, with what log."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -27,8 +27,9 @@ from impactx.settings.maps import MapSettings
 
 
 def _partition() -> AttributionSettings:
-    """The default attribution. Only here, and not at the top: its class imports torch."""
-    return attribution.parse({"method": "partition"})
+    """Return the default attribution. It is not made at import: its class imports torch."""
+    default: AttributionSettings = attribution.parse({"method": "partition"})
+    return default
 
 
 MapOrder = Literal["own", "predicted", "true", "of_a", "mean_map"]
@@ -36,7 +37,9 @@ MapOrder = Literal["own", "predicted", "true", "of_a", "mean_map"]
 
 def _metrics_by_name(metrics: Any) -> Any:
     """Let a bare name stand for the metric with its defaults."""
-    return [{"metric": one} if isinstance(one, str) else one for one in metrics] if isinstance(metrics, list) else metrics
+    if not isinstance(metrics, list):
+        return metrics
+    return [{"metric": one} if isinstance(one, str) else one for one in metrics]
 
 
 def _no_metric_twice(metrics: list[MapMetricSettings]) -> list[MapMetricSettings]:
@@ -48,101 +51,150 @@ def _default_metrics() -> list[Any]:
     return [map_metric.parse({"metric": name}) for name in ("morf", "fidelity")]
 
 
-class EvaluationSettings(Settings):
-    """How finished models and their maps are judged (docs/METHOD.md). Ours; the paper shows single images."""
+if TYPE_CHECKING:  # mypy accepts no annotation that is made at run time
+    MapMetrics = list[MapMetricSettings]
+else:
+    MapMetrics = Annotated[list[AnyMapMetric], BeforeValidator(_metrics_by_name),
+                           AfterValidator(_no_metric_twice)]
 
-    resamples: int = Field(10_000, ge=100, le=1_000_000, description="of the bootstrap that gives intervals")
-    confidence: Fraction = Field(0.95, description="of the intervals; 1 - confidence is the level of the tests")
+
+class EvaluationSettings(Settings):
+    """How accuracies are compared and maps are judged (docs/METHOD.md).
+
+    All of it is ours: the paper gives single accuracies and shows single maps.
+    """
+
+    resamples: int = Field(10_000, ge=100, le=1_000_000, description=(
+        "Resamples of the bootstrap from which intervals are computed."))
+    confidence: Fraction = Field(0.95, description=(
+        "The confidence of intervals; 1 - confidence is the level of tests."))
     map_images: int = Field(1000, ge=0, description=(
-        "test images on which each final model's maps are judged, drawn stratified, the same for every "
-        "model of a data set; more than there are: all; 0: none"))
-    seed: int = Field(0, ge=0, lt=2**31, description="of that draw, of the noise, of random orders and of resamples")
-    metrics: Annotated[list[AnyMapMetric], BeforeValidator(_metrics_by_name), AfterValidator(_no_metric_twice)] = Field(
-        default_factory=_default_metrics, min_length=1, description=(
-            "by what maps are judged, each a metric with its settings; a bare name stands for the metric's defaults: "
-            "`evaluation.metrics=[{metric: morf, region: 8}, fidelity]`"))
+        "Test images on which the maps of each final model are judged. They are drawn stratified, "
+        "and are the same for every model of a data set. If there are fewer, all are used; 0: "
+        "maps are not judged."))
+    seed: int = Field(0, ge=0, lt=2**31, description=(
+        "The seed of that draw, of noise, of random orders of pixels and of resamples."))
+    metrics: MapMetrics = Field(default_factory=_default_metrics, min_length=1, description=(
+        "The metrics by which maps are judged, each with its settings. A bare name stands for the "
+        "metric with its defaults: `evaluation.metrics=[{metric: morf, region: 8}, fidelity]`"))
     orders: Annotated[list[MapOrder], AfterValidator(unique)] = Field(
         ["own", "predicted", "true", "of_a", "mean_map"], description=(
-            "maps that are judged, as far as a model has them: own: what the model itself makes in its forward pass; "
-            "predicted, true: of `attribution` for the model's own predicted or the true class; of_a: of the A that it "
-            "was trained on, for the true class (what the decoder learns); mean_map: the mean training map for every "
-            "image. Random order and the first map's least-relevant-first are always drawn beside"))
+            "The maps that are judged, as far as a model has them. own: those that the model makes "
+            "in its forward pass; predicted, true: those that `attribution` computes of the model, "
+            "for the predicted or for the true class; of_a: those that it computes of the "
+            "classifier A on which the model was built, for the true class, which is what the "
+            "decoder learns; mean_map: the mean training map, for every image. A random order and "
+            "the reversed order of the first of these are always judged as well."))
     attributions: list[AnyAttribution] = Field([], description=(
-        "further attributions whose maps for the predicted class are judged"))
-    approaches: list[str] | None = Field(None, description="whose models' maps are judged; None: all, A's as well")
+        "Further attributions whose maps for the predicted class are judged."))
+    approaches: list[str] | None = Field(None, description=(
+        "The approaches whose maps are judged; null: all of them, and those of A (baseline)."))
 
     @model_validator(mode="before")
     @classmethod
     def _region_is_morfs(cls, values: Any) -> Any:
         if isinstance(values, dict) and "region" in values:
             raise ValueError(f"evaluation.region is a setting of the metric morf: write "
-                             f"evaluation.metrics=[{{metric: morf, region: {values['region']}}}, fidelity]")
+                             f"evaluation.metrics=[{{metric: morf, region: {values['region']}}}, "
+                             "fidelity]")
         return values
 
 
 class ClusterSettings(Settings):
-    """Where and with what the work is done: never part of a fingerprint."""
+    """The machines and processes that do the work. No result is identified by these settings."""
 
     address: str | None = Field(None, description=(
-        "of a running Ray cluster; None: RAY_ADDRESS, or a local one that lives as long as the job"))
-    num_cpus: int | None = Field(None, ge=1, description="of a local cluster; None: all")
-    trial_cpus: float = Field(1, gt=0, description="of one worker of a trial")
+        "The address of a running Ray cluster; null: the one in RAY_ADDRESS, else a local cluster "
+        "that lives as long as the job."))
+    num_cpus: int | None = Field(None, ge=1, description=(
+        "The CPUs of a local cluster; null: all of this machine."))
+    trial_cpus: float = Field(1, gt=0, description="The CPUs of one worker of a trial.")
     trial_gpus: float = Field(0, ge=0, le=1, description=(
-        "of one worker of a trial; 0: CPUs only; several share a GPU at a fraction, which is of one GPU (0.4: two on "
-        "each); for several GPUs raise trial_workers"))
+        "The GPU, or the share of one, of each worker of a trial. 0: trials run on CPUs; 0.4: two "
+        "workers share each GPU. For several GPUs in one trial raise trial_workers."))
     trial_workers: int = Field(1, ge=1, description=(
-        "data-parallel workers of one trial, each with trial_cpus and trial_gpus; more than 1: by Ray Train"))
-    max_concurrent_trials: int | None = Field(None, ge=1, description="of all cells together; None: what fits")
+        "Data-parallel workers of one trial, each with trial_cpus and trial_gpus. More than 1 run "
+        "by Ray Train."))
+    max_concurrent_trials: int | None = Field(None, ge=1, description=(
+        "Trials that run at the same time, of all cells together; null: as many as fit."))
     cells_at_once: int | None = Field(None, ge=1, description=(
-        "cells under way at once, which share the cluster; 1: one cell after the other; None: as many as trials that "
-        "fit at once when the job begins and max_concurrent_trials allows, at least 3"))
+        "Cells that are under way at the same time and share the cluster; 1: one cell after the "
+        "other; null: as many as trials can run at the same time when the job begins, but at "
+        "least 3."))
     grows_to_cpus: int | None = Field(None, ge=1, description=(
-        "of a cluster that starts nodes on demand: how many CPUs it may come to, so that as much work (trials, "
-        "trainings, actors of maps) is asked for; None: it stays as it is"))
-    grows_to_gpus: int | None = Field(None, ge=1, description="the same for GPUs")
-    train_workers: int = Field(1, ge=1, description="data-parallel workers of a final training (Ray Train)")
-    train_cpus: float = Field(1, gt=0, description="CPUs of one such worker")
-    use_gpu: bool = Field(False, description="final trainings on GPUs")
+        "For a cluster that starts nodes on demand: the CPUs to which it may grow, so that as many "
+        "trials, trainings and makers of maps are asked for; null: it keeps its size."))
+    grows_to_gpus: int | None = Field(None, ge=1, description=(
+        "For such a cluster: the GPUs to which it may grow."))
+    train_workers: int = Field(1, ge=1, description=(
+        "Data-parallel workers of the training of a final model (Ray Train)."))
+    train_cpus: float = Field(1, gt=0, description="The CPUs of one such worker.")
+    use_gpu: bool = Field(False, description=(
+        "Whether each worker of the training of a final model has a GPU."))
     explain_cpu_actors: int | None = Field(None, ge=0, description=(
-        "None: one a CPU of the cluster, or of what it may come to"))
+        "Processes that make maps on CPUs; null: one for each CPU of the cluster, or of what it "
+        "may grow to."))
     explain_gpu_actors: int | None = Field(None, ge=0, description=(
-        "None: one a GPU of the cluster, or of what it may come to"))
-    explain_memory_mb: int = Field(512, ge=64, description="working memory of one actor's mask batches")
-    threads: int = Field(1, ge=1, description="of torch in each process; results on a CPU may depend on it")
-    max_failures: int = Field(3, ge=0, description="of one trial or training before it counts as failed")
+        "Processes that make maps on GPUs; null: one for each GPU of the cluster, or of what it "
+        "may grow to."))
+    explain_memory_mb: int = Field(512, ge=64, description=(
+        "Megabytes of masked images that one such process holds at a time."))
+    threads: int = Field(1, ge=1, description=(
+        "Threads of torch in each process. Results on a CPU may depend on their number."))
+    max_failures: int = Field(3, ge=0, description=(
+        "How often a trial or a training starts again after its process died, before it counts as "
+        "failed."))
     storage_patience: float = Field(600, ge=0, allow_inf_nan=False, description=(
-        "seconds for which a process waits where the output is full or does not answer; then its work fails"))
+        "Seconds for which a process waits while the output is full or does not answer; then its "
+        "work fails."))
 
 
 class TrackingSettings(Settings):
-    """MLflow. The address may hold a password: give it by MLFLOW_TRACKING_URI, not here."""
+    """MLflow. An address with a password belongs into MLFLOW_TRACKING_URI, and not here."""
 
-    enabled: bool = True
-    uri: str | None = Field(None, description="None: MLFLOW_TRACKING_URI, else sqlite in the output folder")
+    enabled: bool = Field(True, description="Whether runs are logged to MLflow.")
+    uri: str | None = Field(None, description=(
+        "MLflow's address; null: the one in MLFLOW_TRACKING_URI, else a SQLite database in the "
+        "output folder."))
     ui: str | None = Field(None, description=(
-        "address at which people open the server's pages, where it is not the one that jobs use; None: that one"))
-    experiment: str = Field("impactx", min_length=1)
+        "The address at which people open MLflow's pages, if it is not the one that jobs use; "
+        "null: the same."))
+    experiment: str = Field("impactx", min_length=1, description=(
+        "The name of the experiment in MLflow to which runs are logged."))
 
 
 def _names_agree(group: dict[str, Any]) -> dict[str, Any]:
     for key, value in group.items():
         if key != value.name:
-            raise ValueError(f"the entry {key!r} has the name {value.name!r}: they must be equal")
+            raise ValueError(
+                f"the entry {key!r} has the name {value.name!r}: they must be equal")
     return group
 
 
-class ExplainSettings(Settings):
-    """One job that explains a model of the user's: on which images, how, and where the maps go."""
+DataRoot = Annotated[str, Field(min_length=1, description=(
+    "The folder of the data sets; or an s3:// address, whose files every node fetches once into "
+    "its cache."))]
+Cache = Annotated[str | None, Field(description=(
+    "The local folder of decoded images and unpacked maps, on every node; null: data_root/.cache, "
+    "or the user's cache folder if that cannot be written."))]
+Plugins = Annotated[list[str], Field(description=(
+    "Python files of your own that register attributions, approaches, data sources or metrics of "
+    "maps, relative to the working directory (docs/extending.md)."))]
+Datasets = Annotated[dict[str, DatasetSettings], AfterValidator(_names_agree)]
+Models = Annotated[dict[str, ModelSettings], AfterValidator(_names_agree)]
 
-    output: str = Field("results", min_length=1, description="local folder or s3:// address of the store of maps")
-    data_root: str = Field("data", min_length=1, description=(
-        "folder of the data sets; or an s3:// address, whose files every node fetches once into its cache"))
-    cache: str | None = Field(None, description="local folder of decoded images and unpacked maps, on every node")
-    datasets: Annotated[dict[str, DatasetSettings], AfterValidator(_names_agree)]
-    plugins: list[str] = Field([], description=(
-        "Python files of your own that register attributions, approaches, data sources or metrics of maps, relative to "
-        "the working directory (docs/extending.md)"))
-    attribution: AnyAttribution = Field(default_factory=_partition)
+
+class ExplainSettings(Settings):
+    """A job that explains one model of the user's on the training images of one data set."""
+
+    output: str = Field("results", min_length=1, description=(
+        "The local folder or s3:// address of the store of maps."))
+    data_root: DataRoot = "data"
+    cache: Cache = None
+    datasets: Datasets
+    plugins: Plugins = []
+    attribution: AnyAttribution = Field(default_factory=_partition, description=(
+        "The attribution that makes the maps."))
     maps: MapSettings = MapSettings()
     cluster: ClusterSettings = ClusterSettings()
 
@@ -150,8 +202,8 @@ class ExplainSettings(Settings):
     @classmethod
     def _one_data_set(cls, datasets: dict[str, DatasetSettings]) -> dict[str, DatasetSettings]:
         if len(datasets) != 1:
-            raise ValueError(f"{len(datasets)} data sets ({', '.join(datasets)}): choose the one whose training images "
-                             "are explained, dataset=<name>")
+            raise ValueError(f"{len(datasets)} data sets ({', '.join(datasets)}): choose the one "
+                             "whose training images are explained, dataset=<name>")
         return datasets
 
     @property
@@ -161,61 +213,68 @@ class ExplainSettings(Settings):
 
 
 class ExperimentSettings(Settings):
-    """One job: cells (data set x model), each with stage 1, maps, stage 2 and the final test."""
+    """One job: its cells (a data set with a model), each with stage 1, maps, stage 2 and tests."""
 
-    name: str = Field("full_grid", min_length=1, pattern=r"^[\w.-]+$")
-    seed: int = Field(0, ge=0, lt=2**31)
-    repeats: int = Field(5, ge=1, description="trainings of the selected configuration, each with its own seed")
-    output: str = Field("results", min_length=1, description="local folder or s3:// address of all artifacts")
-    data_root: str = Field("data", min_length=1, description=(
-        "folder of the data sets; or an s3:// address, whose files every node fetches once into its cache"))
-    cache: str | None = Field(None, description=(
-        "local folder of decoded images and unpacked maps, on every node; None: data_root/.cache, or the user's "
-        "cache folder where that cannot be written"))
-    plugins: list[str] = Field([], description=(
-        "Python files of your own that register attributions, approaches, data sources or metrics of maps, relative to "
-        "the working directory (docs/extending.md)"))
+    name: str = Field("full_grid", min_length=1, pattern=r"^[\w.-]+$", description=(
+        "The name of the job, with which its key begins."))
+    seed: int = Field(0, ge=0, lt=2**31, description=(
+        "The seed of repeat 0, and of all searches; repeat r has seed + r."))
+    repeats: int = Field(5, ge=1, description=(
+        "How often each selected configuration is trained, each time with its own seed."))
+    output: str = Field("results", min_length=1, description=(
+        "The local folder or s3:// address of everything that is kept."))
+    data_root: DataRoot = "data"
+    cache: Cache = None
+    plugins: Plugins = []
     reuse: Literal["same_code", "any_code"] = Field("same_code", description=(
-        "which finished steps are not done again. same_code: those that today's code did; any_code: also those of the "
-        "same settings and inputs that other code did, which the job, its table and its report then say"))
-    datasets: Annotated[dict[str, DatasetSettings], AfterValidator(_names_agree)] = Field(min_length=1)
-    models: Annotated[dict[str, ModelSettings], AfterValidator(_names_agree)] = Field(min_length=1)
+        "Which finished steps are not computed again. same_code: those that the present code "
+        "computed; any_code: also those with the same settings and inputs that other code "
+        "computed, which the job, its table and its report then say."))
+    datasets: Datasets = Field(min_length=1)
+    models: Models = Field(min_length=1)
     grid: GridSettings = GridSettings()
     training: TrainingSettings = TrainingSettings()
-    attribution: AnyAttribution = Field(default_factory=_partition)
+    attribution: AnyAttribution = Field(default_factory=_partition, description=(
+        "The attribution whose maps stage 2 learns, unless an approach has its own (paper 4.2: "
+        "SHAP's partition explainer)."))
     maps: MapSettings = MapSettings()
-    approaches: dict[str, AnyApproach] = Field(default_factory=dict)
+    approaches: dict[str, AnyApproach] = Field(default_factory=dict, description=(
+        "The approaches that are compared with A, by names of yours."))
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
     cluster: ClusterSettings = ClusterSettings()
     tracking: TrackingSettings = TrackingSettings()
 
     @field_validator("datasets")
     @classmethod
-    def _datasets_have_tests(cls, datasets: dict[str, DatasetSettings]) -> dict[str, DatasetSettings]:
+    def _datasets_have_tests(cls, datasets: dict[str, DatasetSettings]
+                             ) -> dict[str, DatasetSettings]:
         without = [name for name, dataset in datasets.items() if dataset.test_fraction is None]
         if without:
-            raise ValueError(f"test_fraction null of {', '.join(without)}: an experiment ends with a test; give a "
-                             "share above 0 and below 1")
+            raise ValueError(f"test_fraction null of {', '.join(without)}: an experiment ends with "
+                             "a test; give a share above 0 and below 1")
         return datasets
 
     @model_validator(mode="after")
     def _asha_stops_one_worker(self) -> ExperimentSettings:
         if self.grid.strategy == "asha" and self.cluster.trial_workers > 1:
-            raise ValueError(f"grid.strategy 'asha' with cluster.trial_workers = {self.cluster.trial_workers}: a trial "
-                             "over several workers cannot be stopped early; set trial_workers to 1")
+            raise ValueError("grid.strategy 'asha' with cluster.trial_workers = "
+                             f"{self.cluster.trial_workers}: a trial over several workers cannot "
+                             "be stopped early; set trial_workers to 1")
         return self
 
     @field_validator("approaches")
     @classmethod
     def _baseline_is_a(cls, approaches: dict[str, Any]) -> dict[str, Any]:
         if "baseline" in approaches or any(a.kind == "baseline" for a in approaches.values()):
-            raise ValueError("'baseline' is A itself and always trained: choose another name for the approach")
+            raise ValueError("'baseline' is A itself and always trained: choose another name for "
+                             "the approach")
         return approaches
 
     @model_validator(mode="after")
     def _judged_approaches_exist(self) -> ExperimentSettings:
-        unknown = [name for name in self.evaluation.approaches or [] if name not in ("baseline", *self.approaches)]
+        names = ("baseline", *self.approaches)
+        unknown = [name for name in self.evaluation.approaches or [] if name not in names]
         if unknown:
-            raise ValueError(f"evaluation.approaches = {unknown}: no such approach in this experiment; there are "
-                             f"{', '.join(('baseline', *self.approaches))}")
+            raise ValueError(f"evaluation.approaches = {unknown}: no such approach in this "
+                             f"experiment; there are {', '.join(names)}")
         return self

@@ -13,7 +13,8 @@ class MapSettings(Settings):
     """How the store of maps is cut and scaled."""
 
     shard_size: int = Field(500, ge=1, description=(
-        "images in each Parquet file; part of the store's layout"))
+        "Images in each Parquet file of a store. It is part of what identifies the store. Ours."))
     scale: Literal["std", "max_abs", "raw"] = Field("std", description=(
-        "std: divided by the training maps' standard deviation, one number for a store; max_abs: "
-        "each map by its largest absolute value, a map of zeros stays one; raw: as they are"))
+        "How maps are scaled for the decoder; the paper names no scale. std: all are divided by "
+        "the standard deviation of the training maps; max_abs: each is divided by its largest "
+        "absolute value, and a map of zeros stays one; raw: they are left as they are."))

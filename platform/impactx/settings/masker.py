@@ -1,6 +1,7 @@
-"""How a masker is written down: its text, its values and their ranges. What it does to images: `explain.masking`.
+"""Maskers as text: what may be written, and what it describes.
 
-Here and not there, so that settings are checked without torch.
+A masker is what stands in for hidden pixels. `impactx.explain.masking` applies it to images; its
+text is read here, so that settings are checked without torch.
 """
 
 from __future__ import annotations
@@ -18,12 +19,20 @@ ALLOWED = (
 
 
 class MaskerError(ValueError):
-    """A masker that cannot be read, or that does not fit the images; the message names value and remedy."""
+    """A masker cannot be read or does not fit the images; the message names value and remedy."""
 
 
 @dataclass(frozen=True)
 class BlurSpec:
-    """A box blur with a kernel of ``width`` x ``height`` pixels. Raises MaskerError for a side below 1."""
+    """A box blur.
+
+    Attributes:
+        width: Of the kernel, in pixels, at least 1.
+        height: Of the kernel, in pixels, at least 1.
+
+    Raises:
+        MaskerError: A side is below 1.
+    """
 
     width: int
     height: int
@@ -31,16 +40,25 @@ class BlurSpec:
     def __post_init__(self) -> None:
         for side in (self.width, self.height):
             if side < 1:
-                raise MaskerError(f"masker {self.name}: a kernel side of {side}; allowed: 1 or more")
+                raise MaskerError(
+                    f"masker {self.name}: a kernel side of {side}; allowed: 1 or more")
 
     @property
     def name(self) -> str:
+        """The masker's text, such as "blur(16,16)"."""
         return f"blur({self.width},{self.height})"
 
 
 @dataclass(frozen=True)
 class ConstantSpec:
-    """One colour: one value for all channels, or one a channel. Raises MaskerError for values outside [0, 1]."""
+    """One colour.
+
+    Attributes:
+        colour: One value in [0, 1] for all channels, or one for each channel.
+
+    Raises:
+        MaskerError: There is no value, or one lies outside [0, 1].
+    """
 
     colour: tuple[float, ...]
 
@@ -49,21 +67,31 @@ class ConstantSpec:
             raise MaskerError(f"masker: an empty colour; allowed: {ALLOWED}")
         for value in self.colour:
             if not (math.isfinite(value) and 0.0 <= value <= 1.0):
-                raise MaskerError(f"masker {self.name}: the value {value} lies outside [0, 1]")
+                raise MaskerError(
+                    f"masker {self.name}: the value {value} lies outside [0, 1]")
 
     @property
     def name(self) -> str:
+        """The masker's text, such as "constant(0.5,0.4,0.3)"."""
         return f"constant({','.join(format(value, 'g') for value in self.colour)})"
 
 
 def read_masker(text: str) -> BlurSpec | ConstantSpec:
-    """What a text such as "blur(16,16)", "0.5", "0.5,0.4,0.3" or "constant(0.5)" describes. Raises MaskerError."""
+    """Return the masker that a text describes.
+
+    Args:
+        text: Such as "blur(16,16)", "0.5", "0.5,0.4,0.3" or "constant(0.5)".
+
+    Raises:
+        MaskerError: The text is not understood, or a value is out of its range.
+    """
     blur = _BLUR.match(text)
     if blur:
         return BlurSpec(int(blur.group(1)), int(blur.group(2)))
     constant = _CONSTANT.match(text)
     if constant:
-        numbers = constant.group("inner") if constant.group("inner") is not None else constant.group("bare")
+        inner, bare = constant.group("inner", "bare")
+        numbers = bare if inner is None else inner
         try:
             return ConstantSpec(tuple(float(number) for number in numbers.split(",")))
         except MaskerError:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from impactx.approaches.checkpoint import Loaded, load_checkpoint
+from impactx.explain.attribution import Attribution
 from impactx.models import map_kind
 from impactx.models.preprocess import SERVED_IMAGES
 from impactx.run.tracker import FinalModel
@@ -33,8 +34,10 @@ log = logging.getLogger("impactx.tracking")
 
 LOADER, WEIGHTS = "impactx.serving", "impactx.weights"
 # What `impactx.serving` imports, directly or not; pinned to the versions here.
-REQUIREMENTS = ("mlflow", "torch", "torchvision", "timm", "numba", "numpy", "pillow", "pyarrow", "pydantic", "filelock")
-DISTRIBUTIONS = {"cv2": "opencv-python-headless"}  # of packages that attributions import, where the names differ
+REQUIREMENTS = ("mlflow", "torch", "torchvision", "timm", "numba", "numpy", "pillow", "pyarrow",
+                "pydantic", "filelock")
+# Of modules that attributions import and that are installed by another name.
+DISTRIBUTIONS = {"cv2": "opencv-python-headless"}
 
 
 @dataclass(frozen=True)
@@ -139,11 +142,12 @@ def requirements(loaded: Loaded) -> list[str]:
 
     Each is pinned to the version that is installed here, or just named if none is.
     """
+    # A model that takes maps as input (WAE) makes one of each image by its attribution.
     attribution = loaded.approach.own_attribution
-    given = getattr(loaded.model, "takes_maps", False) and attribution is not None
-    # Where a model has to be given maps (WAE), it makes one of each image by its attribution.
-    imported = attribution.requires if given else ()
-    return [_pinned(name) for name in (*REQUIREMENTS, *(DISTRIBUTIONS.get(name, name) for name in imported))]
+    takes_maps = getattr(loaded.model, "takes_maps", False)
+    imported = attribution.requires if takes_maps and isinstance(attribution, Attribution) else ()
+    names = [*REQUIREMENTS, *(DISTRIBUTIONS.get(name, name) for name in imported)]
+    return [_pinned(name) for name in names]
 
 
 def _pinned(name: str) -> str:

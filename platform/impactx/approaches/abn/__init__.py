@@ -12,7 +12,7 @@ from impactx.approaches.base import Bench, Candidate, Trained, TunedApproach
 from impactx.datasets.batches import Batch
 from impactx.models import build_classifier
 from impactx.settings import ModelSettings
-from impactx.settings.base import Positive, axis
+from impactx.settings.base import Axis, Positive
 from impactx.settings.extensions import approach
 from impactx.training.losses import cross_entropy
 
@@ -31,7 +31,7 @@ class Abn(TunedApproach):
     """Attention Branch Network (Fukui et al. 2019): it needs no maps, and makes its own."""
 
     kind: Literal["abn"] = "abn"
-    learning_rate_factors: axis(Positive) = Field([1.0], description=(  # type: ignore[valid-type]
+    learning_rate_factors: Axis[Positive] = Field([1.0], description=(
         "candidates, times learning_rate: as many as IMPACTX has lambdas make its search and this "
         "one equal"))
 

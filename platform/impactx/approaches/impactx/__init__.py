@@ -16,7 +16,7 @@ from impactx.approaches.role import Role
 from impactx.datasets.batches import Batch, check_maps
 from impactx.models import Classifier
 from impactx.settings import AttributionSettings, ModelSettings
-from impactx.settings.base import Lambda, Positive, axis, expand_range
+from impactx.settings.base import Axis, Lambda, Positive, expand_range
 from impactx.settings.extensions import AnyAttribution, approach
 from impactx.training.losses import Loss, cross_entropy
 
@@ -51,8 +51,8 @@ class Impactx(TunedApproach):
     """IMPACTX's second stage (paper 3.3, 4.3), and with other lambdas or maps its controls."""
 
     kind: Literal["impactx"] = "impactx"
-    lambdas: axis(Lambda) = TABLE_1  # type: ignore[valid-type]
-    learning_rate_factors: axis(Positive) = Field([1.0], description=(  # type: ignore[valid-type]
+    lambdas: Axis[Lambda] = TABLE_1
+    learning_rate_factors: Axis[Positive] = Field([1.0], description=(
         "candidates as well, times learning_rate: lambda = 0 has nothing else to search"))
     m: Literal["logits", "penultimate"] = Field(
         "logits", description="paper 3.1: m are the K scores")

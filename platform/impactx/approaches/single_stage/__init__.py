@@ -21,7 +21,7 @@ from impactx.datasets.batches import Batch
 from impactx.models import build_classifier
 from impactx.models.logits import Logits
 from impactx.settings import AttributionSettings, ModelSettings
-from impactx.settings.base import Lambda, axis
+from impactx.settings.base import Axis, Lambda
 from impactx.settings.extensions import AnyAttribution, approach
 from impactx.training.losses import Loss, cross_entropy
 
@@ -69,7 +69,7 @@ class SingleStage(TunedApproach):
     """IMPACTX trained in a single stage (paper 3.3): M too, on maps of the network as it learns."""
 
     kind: Literal["single_stage"] = "single_stage"
-    lambdas: axis(Lambda) = TABLE_1  # type: ignore[valid-type]
+    lambdas: Axis[Lambda] = TABLE_1
     m: Literal["logits", "penultimate"] = Field("logits", description="as IMPACTX's")
     latent: int = Field(512, ge=1, description="as IMPACTX's")
     explain_every: int = Field(
