@@ -211,6 +211,7 @@ def test_ray_takes_files_and_packages_as_they_lie_in_the_folder(tmp_path):
         write(f"f/{name}/__init__.py", "")
     write("f/names_of_mine.py", METRIC.replace("from pydantic", "import one_of_mine, two_of_mine\nfrom pydantic"))
     with runtime_environment(load(["f/names_of_mine.py"])) as environment:
+        assert [module.name for module in environment.modules] == ["names_of_mine.py", "one_of_mine", "two_of_mine"]
         addresses = {packaging.get_uri_for_directory(str(folder), include_gitignore=True)
                      for folder in environment.modules if folder.is_dir()}
     assert len(addresses) == 2
