@@ -207,11 +207,12 @@ def test_what_travels_and_what_does_not(tmp_path):
 def test_ray_takes_files_and_packages_as_they_lie_in_the_folder(tmp_path):
     """A folder of py_modules is a package of its name; a file is a module of its name; equal folders are one."""
     packaging = pytest.importorskip("ray._private.runtime_env.packaging")
-    for name in ("one_of_mine", "two_of_mine"):
+    for name in ("first_of_two", "second_of_two"):
         write(f"f/{name}/__init__.py", "")
-    write("f/names_of_mine.py", METRIC.replace("from pydantic", "import one_of_mine, two_of_mine\nfrom pydantic"))
+    write("f/names_of_mine.py", METRIC.replace("from pydantic", "import first_of_two, second_of_two\nfrom pydantic"))
     with runtime_environment(load(["f/names_of_mine.py"])) as environment:
-        assert [module.name for module in environment.modules] == ["names_of_mine.py", "one_of_mine", "two_of_mine"]
+        assert [module.name for module in environment.modules] == [
+            "first_of_two", "names_of_mine.py", "second_of_two"]
         addresses = {packaging.get_uri_for_directory(str(folder), include_gitignore=True)
                      for folder in environment.modules if folder.is_dir()}
     assert len(addresses) == 2
