@@ -231,11 +231,11 @@ def test_fidelity_is_that_of_the_kept_decoder(done):
 def test_the_tracker_has_the_numbers_and_the_evidence_the_results(done):
     name = next(n for n in done.notes.metrics if n.startswith("map quality of impactx"))
     result = done.result("impactx")
-    assert done.notes.metrics[name] == MapQuality.from_json(result).metrics()
+    assert done.notes.metrics[name] == MapQuality.model_validate(result).metrics()
     assert done.notes.metrics[name]["morf_aopc_decoder"] == morf_of(result)["values"]["decoder"]["aopc"]["mean"]
     assert {"map_quality.json", "map_scores.npz"} <= set(done.notes.artifacts[name])
     entry = next(a for a in done.job.evidence.cells[0].approaches if a.approach == "impactx")
-    assert entry.map_quality == [MapQuality.from_json(result)] and entry.map_quality[0].to_json() == result
+    assert entry.map_quality == [MapQuality.model_validate(result)] and entry.map_quality[0].model_dump(mode="json") == result
     assert entry.maps.explainer == "shap_predicted"
     assert entry.maps.orders["decoder"].aopc.mean == pytest.approx(done.notes.metrics[name][
         "morf_aopc_decoder"])

@@ -267,7 +267,7 @@ def of_one_model(own: str = "decoder") -> dict:
 @pytest.mark.parametrize(("gap", "says"), [(0.2, "better than chance"), (-0.2, "worse than a random order"),
                                            (0.05, "cannot be told from a random order")])
 def test_what_is_said_of_maps(gap, says):
-    said = sentence(about_maps(gap), MapQuality.from_json(of_one_model()), "impactx")
+    said = sentence(about_maps(gap), MapQuality.model_validate(of_one_model()), "impactx")
     assert says in said and said.startswith("IMPACTX's own map") and "200 times as long" in said
     assert f"{100 * abs(gap):.1f} points {'ahead' if gap > 0 else 'short'} of a random" in said.replace(
         f" [{100 * gap - 10:+.1f}, {100 * gap + 10:+.1f}]".replace("-", "−"), "")
@@ -279,7 +279,7 @@ def test_what_is_said_of_maps(gap, says):
     (0.05, "is better than chance, but not surely better than one mean map for every image"),
     (-0.2, "is better than chance, but worse than one mean map for every image")])
 def test_a_map_that_the_mean_map_beats_is_not_praised(over_mean, says):
-    said = sentence(about_maps(0.2, over_mean=over_mean), MapQuality.from_json(of_one_model()), "impactx")
+    said = sentence(about_maps(0.2, over_mean=over_mean), MapQuality.model_validate(of_one_model()), "impactx")
     assert says in said and f"{abs(100 * over_mean):.1f} points {'ahead' if over_mean > 0 else 'short'} [" in said
 
 
@@ -287,13 +287,13 @@ def test_a_map_that_the_mean_map_beats_is_not_praised(over_mean, says):
     (0.2, "learns more than the mean map of"), (-0.2, "learns less than the mean map of"),
     (0.05, "learns no more, as far as can be told, than the mean map of")])
 def test_agreement_is_told_beside_the_mean_map_of_the_class(over_class, says):
-    assert says in sentence(about_maps(0.2, over_class=over_class), MapQuality.from_json(of_one_model()), "impactx")
+    assert says in sentence(about_maps(0.2, over_class=over_class), MapQuality.model_validate(of_one_model()), "impactx")
 
 
 def test_the_part_on_maps_and_its_examples(finished):
     """With what the unit leaves, image by image: one row an example, misclassified ones say so."""
     export = export_job(finished[0], finished[1].key)
-    quality = MapQuality.from_json(of_one_model())
+    quality = MapQuality.model_validate(of_one_model())
     entries = [entry.model_copy(update={"map_quality": [quality, None], "maps": about_maps(0.2)}
                                 if entry.approach == "impactx" else {"map_quality": [None, None], "maps": None})
                for entry in export.evidence.cells[0].approaches]

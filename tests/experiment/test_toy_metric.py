@@ -82,7 +82,7 @@ def test_its_values_are_in_the_result_the_table_of_runs_and_the_report(toy, tmp_
                                                for v in values.values())
         assert one.metrics()["sparseness_gini_decoder"] == values["decoder"]["gini"].mean
         assert ("morf_aopc_decoder" in one.metrics()) != alone
-        assert MapQuality.from_json(one.to_json()) == one
+        assert MapQuality.model_validate(one.model_dump(mode="json")) == one
     # Over both repeats, in a table of its own on the page.
     joint = entry.maps.metrics["sparseness"]["decoder"]["gini"]
     assert joint.mean == pytest.approx(np.mean([q.results["sparseness"].values["decoder"]["gini"].mean
@@ -101,6 +101,6 @@ def test_a_result_whose_metric_is_not_there_is_read_as_a_plain_one():
     data = {"images": 1, "seconds": 1.0, "seconds_per_map": {}, "evaluations_per_map": {}, "results": {
         "elsewhere": {"metric": "elsewhere", "further": 3, "values": {
             "decoder": {"v": {"mean": 1.0, "low": 0.5, "high": 1.5, "images": 1}}}}}}
-    quality = MapQuality.from_json(data)
+    quality = MapQuality.model_validate(data)
     assert quality.metrics() == {"elsewhere_v_decoder": 1.0, "map_images": 1.0}
     assert quality.summary("elsewhere") == "decoder 1.000"

@@ -86,19 +86,6 @@ class MapQuality(Record):
         return ", ".join(f"{order} {first.mean:.3f}" for order, first in firsts.items()
                          if first.mean is not None)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON data."""
-        return self.model_dump(mode="json")
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> MapQuality:
-        """Read what `to_json` wrote; other keys are ignored.
-
-        Raises:
-            pydantic.ValidationError: The data are no such record.
-        """
-        return cls.model_validate(data)
-
 
 @dataclass(frozen=True)
 class JudgedModel:
@@ -248,7 +235,7 @@ class _Maker:
 
     def _explain(self, order: Order, predicted: np.ndarray) -> None:
         """Add the maps of an attribution."""
-        test = self.test
+        test, attribution = self.test, cast(Attribution, order.attribution)
         classes = predicted if order.classes == "predicted" else test.labels
         explained = self.model.classifier
         if order.of_a and self.model.open_a is not None:
@@ -261,12 +248,12 @@ class _Maker:
         if anew.any():
             started = time.perf_counter()
             try:
-                maps[anew] = cast(Attribution, order.attribution).explain(
+                maps[anew] = attribution.explain(
                     explained, test.images[anew], classes[anew], device=self.device,
                     memory_bytes=self.memory_bytes, indices=test.rows[anew]).maps
             except (AttributionError, MaskerError) as error:
                 raise MapQualityError(f"maps by {order.attribution.method}, on test images: "
                                       f"{error}") from error
             self.seconds[order.name] = (time.perf_counter() - started) / int(anew.sum())
-        self.evaluations[order.name] = order.attribution.evaluations((height, width))
+        self.evaluations[order.name] = attribution.evaluations((height, width))
         self.maps[order.name] = maps

@@ -62,11 +62,6 @@ class Classifier(nn.Module):
         features: Tensor = self.head.hidden(self.trunk(self.preprocess(x)))
         return features
 
-    def logits_and_penultimate(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both, (B, K) and (B, F), by one pass."""
-        features = self.penultimate(x)
-        return self.head.last(features), features
-
 
 def build_trunk(settings: ModelSettings, size: tuple[int, int], *, seed: int,
                 load_weights: bool = True) -> nn.Module:

@@ -37,10 +37,6 @@ class ImpactxNetwork(BesideClassifier):
         self.a, self.lep, self.decoder, self.c, self.m = a, lep, decoder, c, m
         self.freeze()
 
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters of LEP, decoder and C, in that order."""
-        return [p for part in (self.lep, self.decoder, self.c) for p in part.parameters()]
-
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return C's logits and the maps."""
         prepared = self.a.preprocess(x)

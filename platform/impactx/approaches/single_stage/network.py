@@ -39,7 +39,3 @@ class SingleStageNetwork(ImpactxNetwork):
         own = self.a.head.last(features)
         logits = self.c(torch.cat([own if self.m == "logits" else features, z], dim=1))
         return logits, self.decoder(z), own
-
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        """Return all parameters."""
-        return list(self.parameters())
