@@ -46,6 +46,8 @@ class RayExecutor:
         self._scratch = tempfile.mkdtemp(prefix="impactx-ray-")
         atexit.register(shutil.rmtree, self._scratch, ignore_errors=True)
         self._left = threading.Event()
+        at_once = settings.max_concurrent_trials
+        self._places = None if at_once is None else threading.Semaphore(at_once)
 
     def _capacity(self) -> dict[str, float]:
         """Return what there is now, or what the cluster may come to."""
@@ -72,7 +74,7 @@ class RayExecutor:
             "CPU": 0.01}
         with self._unless_left():
             tune_search(tasks, place.artifacts, train, resources=resources,
-                        at_once=s.max_concurrent_trials, max_failures=s.max_failures,
+                        places=self._places, max_failures=s.max_failures,
                         scratch=self._scratch, on_result=on_result, on_epoch=on_epoch,
                         limits=limits, left=self._left)
 

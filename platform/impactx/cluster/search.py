@@ -26,22 +26,43 @@ _REGISTERING = threading.Lock()  # Tune's registry of trainables is not made for
 
 
 class InOrder(Searcher):
-    """Hands Tune the trials in their order, as long as the next one may begin."""
+    """Hands Tune the trials in their order, as long as the next one may begin.
 
-    def __init__(self, trials: Sequence[Trial], may_begin: Callable[[Trial], bool]) -> None:
+    Args:
+        trials: Of the search.
+        may_begin: See `run.executor.Limits`.
+        places: One for each trial that may be under way, of all searches together; None: no limit.
+    """
+
+    def __init__(self, trials: Sequence[Trial], may_begin: Callable[[Trial], bool],
+                 places: threading.Semaphore | None = None) -> None:
         super().__init__()
         self._waiting, self._may_begin = list(reversed(trials)), may_begin
+        self._places, self._held = places, set[str]()
 
     def suggest(self, trial_id: str) -> Any:
-        """Return the next trial, or that there is none."""
+        """Return the next trial, that there is none, or None: Tune then asks again."""
+        if self._places is not None and self._waiting:
+            if not self._places.acquire(blocking=False):
+                return None
+            self._held.add(trial_id)
         if not self._waiting or not self._may_begin(self._waiting[-1]):
             self._waiting.clear()
+            self.on_trial_complete(trial_id)
             return Searcher.FINISHED
         return {"step": self._waiting.pop().key}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None,
                           error: bool = False) -> None:
-        """Nothing depends on what a trial came to."""
+        """Give a trial's place back."""
+        if self._places is not None and trial_id in self._held:
+            self._held.remove(trial_id)
+            self._places.release()
+
+    def close(self) -> None:
+        """Give all places back, where the search has ended before its trials."""
+        for trial_id in list(self._held):
+            self.on_trial_complete(trial_id)
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune keeps a copy of its settings on disk, from which nobody restores anything: what is
@@ -138,9 +159,9 @@ def _stopped(last: dict[str, Any]) -> TrainingResult:
 
 
 def tune_search(tasks: Sequence[Task], artifacts: Artifacts, train: TrainTrial, *,
-                resources: dict[str, float], at_once: int | None, max_failures: int, scratch: str,
-                on_result: OnResult, on_epoch: OnEpoch, limits: Limits, left: threading.Event
-                ) -> None:
+                resources: dict[str, float], places: threading.Semaphore | None, max_failures: int,
+                scratch: str, on_result: OnResult, on_epoch: OnEpoch, limits: Limits,
+                left: threading.Event) -> None:
     """Train all tasks of a search as trials; return when each has ended.
 
     Args:
@@ -148,7 +169,7 @@ def tune_search(tasks: Sequence[Task], artifacts: Artifacts, train: TrainTrial, 
         artifacts: Where their results are kept.
         train: Trains one of them in its actor.
         resources: That a trial's actor asks Ray for.
-        at_once: At most so many trials are under way; None: what fits.
+        places: Shared by all searches, one for each trial that may be under way; None: what fits.
         max_failures: Tries of a trial whose process dies.
         scratch: A folder for Tune's own bookkeeping.
         on_result: See `run.executor`.
@@ -164,12 +185,13 @@ def tune_search(tasks: Sequence[Task], artifacts: Artifacts, train: TrainTrial, 
     name = f"search-{time.time_ns()}"
     with _REGISTERING:
         tune.register_trainable(name, trial_class(shared, resources))
+    in_order = InOrder(list(trials.values()), limits.may_begin, places)
     tuner = tune.Tuner(
         name,
         tune_config=tune.TuneConfig(
-            search_alg=InOrder(list(trials.values()), limits.may_begin),
+            search_alg=in_order,
             scheduler=Halving(limits) if limits.halving is not None else None,
-            num_samples=-1, max_concurrent_trials=at_once, reuse_actors=True),
+            num_samples=-1, reuse_actors=True),
         run_config=tune.RunConfig(
             name=name, storage_path=scratch, verbose=0,
             callbacks=[_Reports(trials, artifacts, on_result, on_epoch, left)],
@@ -188,6 +210,7 @@ def tune_search(tasks: Sequence[Task], artifacts: Artifacts, train: TrainTrial, 
     thread.start()
     while thread.is_alive():
         thread.join(0.2)
+    in_order.close()
     if errors and isinstance(errors[0], _Left):
         raise Closed from errors[0]
     if errors:
