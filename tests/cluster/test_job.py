@@ -147,6 +147,7 @@ def test_the_same_command_again_only_reads(undisturbed, cache):
     check_runs(again)
 
 
+@pytest.mark.slow
 def test_killed_in_stage_1_in_the_maps_and_in_stage_2(undisturbed, tmp_path, cache):
     output, below, kept, log = tmp_path / "out", {}, {}, ""
     stops = [("stage 1", lambda job: job.running(1)), ("the maps", Job.explaining),
