@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import ConfigDict
+from pydantic import ConfigDict, ValidationError
 
 from impactx.approaches.baseline import BASELINE
 from impactx.experiment.artifacts import (
@@ -172,7 +172,14 @@ def export_job(storage: Storage, job: str) -> JobExport:
         StorageError: The job's own file is damaged, or the storage does not answer.
     """
     record = read_record(storage, f"jobs/{job}/{JOB}", JobRecord)
-    settings = ExperimentSettings.model_validate(record.settings)
+    try:
+        settings = ExperimentSettings.model_validate(record.settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise DamagedError(
+            f"{storage.uri(f'jobs/{job}/{JOB}')}: no settings of this version "
+            f"({'.'.join(map(str, first['loc']))}: {first['msg']}): the job's own command writes "
+            "the file anew") from error
     begun = set(storage.names(f"jobs/{job}/{CELLS}"))
     cells = [_cell(storage, settings, cell_path(job, dataset, model), begun, dataset, model)
              for dataset in settings.datasets for model in settings.models]
@@ -199,6 +206,10 @@ def _cell(storage: Storage, settings: ExperimentSettings, path: str, begun: set[
         journal = read_record(storage, path, CellRecord)
     except DamagedError as damage:
         return CellExport(dataset, model, [f"everything: {damage}"])
+    if (journal.facts.dataset, journal.facts.model) != (dataset, model):
+        return CellExport(dataset, model, [
+            f"everything: {storage.uri(path)} is the journal of another cell, "
+            f"{journal.facts.dataset} x {journal.facts.model}"])
     with ThreadPoolExecutor(READERS, thread_name_prefix="results") as pool:
         steps = list(pool.map(lambda step: _step(storage, step, journal.failed.get(step.folder)),
                               journal.steps))

@@ -11,9 +11,14 @@ from __future__ import annotations
 import datetime
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from impactx.experiment.steps.test import Test
+from impactx.experiment.steps.training import Model, Trial
+from impactx.settings.base import Name
 
 JOB, CELLS = "job.json", "cells"
+TRAINED = (Trial.kind, Model.kind, Test.kind)
 EXPLAINED = "explained"  # <key>.json of each store of maps that jobs/explain.py makes
 
 
@@ -43,6 +48,18 @@ class JobRecord(_Entry):
     starts: list[Start]
 
 
+class _Read(BaseModel):
+    """What results and report read of the parameters of steps that train or test a model."""
+
+    approach: Name
+    repeat: int = Field(ge=0)
+    learning_rate: float
+    batch_size: int
+    validation_fraction: float
+    weight: float | None = Field(None, alias="lambda")
+    paper_accuracy: float | None = None
+
+
 class StepRecord(_Entry):
     """A step of a cell.
 
@@ -56,19 +73,25 @@ class StepRecord(_Entry):
 
     kind: str
     name: str
-    folder: str
+    folder: str = Field(pattern=r"^\w+/\w+$")
     group: str
     search: bool
     parameters: dict[str, Any]
     inputs: dict[str, str]
     reused_code: str | None = None
 
+    @model_validator(mode="after")
+    def _parameters_can_be_read(self) -> StepRecord:
+        if self.kind in TRAINED:
+            _Read.model_validate(self.parameters)
+        return self
+
 
 class CellFacts(_Entry):
     """What a report must know of a cell; a journal of other facts is another cell's."""
 
-    dataset: str
-    model: str
+    dataset: Name
+    model: Name
     class_names: list[str]
     image_size: tuple[int, int]
     train_images: int

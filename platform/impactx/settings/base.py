@@ -117,4 +117,6 @@ LearningRate = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
 BatchSize = Annotated[int, Field(ge=1, le=65536)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Precision = Literal["float32", "tf32", "bfloat16"]
+# A name from which the names of files are made: on every file system a single name, never a path.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=100)]
 Lambda = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -15,6 +15,7 @@ from impactx.settings.base import (
     BatchSize,
     Fraction,
     LearningRate,
+    Name,
     Positive,
     Settings,
     expand_range,
@@ -45,7 +46,7 @@ class AugmentationSettings(Settings):
 class DatasetSettings(Settings):
     """A data set and where its images come from."""
 
-    name: str = Field(min_length=1, pattern=r"^[\w.-]+$", description=(
+    name: Name = Field(description=(
         "The name in results, and of the default folder below data_root."))
     source: NamedSource = Field(
         default_factory=lambda: sources.parse({"kind": "auto"}), description=(
@@ -75,7 +76,7 @@ class DatasetSettings(Settings):
 class ModelSettings(Settings):
     """The classifier A (paper 4.3): LeNet-5, or any model of timm by its name."""
 
-    name: str = Field(min_length=1, pattern=r"^[\w.-]+$", description=(
+    name: Name = Field(description=(
         "The name of the model in results and in the names of cells."))
     architecture: str = Field(min_length=1, description=(
         "lenet5, or the name of a model that timm knows."))

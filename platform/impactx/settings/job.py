@@ -12,7 +12,7 @@ from pydantic import (
     model_validator,
 )
 
-from impactx.settings.base import Fraction, Settings, unique
+from impactx.settings.base import Fraction, Name, Settings, unique
 from impactx.settings.cell import DatasetSettings, GridSettings, ModelSettings, TrainingSettings
 from impactx.settings.extensions import (
     AnyApproach,
@@ -215,7 +215,7 @@ class ExplainSettings(Settings):
 class ExperimentSettings(Settings):
     """One job: its cells (a data set with a model), each with stage 1, maps, stage 2 and tests."""
 
-    name: str = Field("full_grid", min_length=1, pattern=r"^[\w.-]+$", description=(
+    name: Name = Field("full_grid", description=(
         "The name of the job, with which its key begins."))
     seed: int = Field(0, ge=0, lt=2**31, description=(
         "The seed of repeat 0, and of all searches; repeat r has seed + r."))
@@ -238,7 +238,7 @@ class ExperimentSettings(Settings):
         "The attribution whose maps stage 2 learns, unless an approach has its own (paper 4.2: "
         "SHAP's partition explainer)."))
     maps: MapSettings = MapSettings()
-    approaches: dict[str, AnyApproach] = Field(default_factory=dict, description=(
+    approaches: dict[Name, AnyApproach] = Field(default_factory=dict, description=(
         "The approaches that are compared with A, by names of yours."))
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
     cluster: ClusterSettings = ClusterSettings()

@@ -61,6 +61,20 @@ class Storage:
     def __repr__(self) -> str:
         return f"Storage({self.root!r})"
 
+    def _inside(self, path: str) -> str:
+        """Return a path as it is, if it stays below the root.
+
+        Names that become paths may come from a folder of somebody else's.
+
+        Raises:
+            StorageError: It does not.
+        """
+        parts = path.split("/")
+        if not path or any(part in ("", ".", "..") or "\\" in part or "\0" in part
+                           for part in parts):
+            raise StorageError(f"{path!r} is no path of a file below {self.root}")
+        return path
+
     def uri(self, path: str = "") -> str:
         """Return the full address of a file, for messages and for other programs."""
         return f"{self.root}/{path}" if path else self.root
@@ -73,6 +87,7 @@ class Storage:
                 patience lasts. Nothing half is left then.
         """
         try:
+            self._inside(path)
             self._patiently(lambda: self._backend.write(path, data),
                             f"{self.uri(path)} cannot be written")
         except OSError as error:
@@ -107,6 +122,7 @@ class Storage:
             StorageError: It cannot be read.
         """
         try:
+            self._inside(path)
             return self._patiently(lambda: self._backend.read(path),
                                    f"{self.uri(path)} cannot be read")
         except FileNotFoundError:
@@ -131,7 +147,7 @@ class Storage:
             StorageError: The storage does not answer.
         """
         with self._naming("look for", path):
-            return self._backend.exists(path)
+            return self._backend.exists(self._inside(path))
 
     def names(self, folder: str) -> list[str]:
         """Return the sorted names of the files directly in a folder; none if it does not exist.
@@ -171,7 +187,7 @@ class Storage:
             StorageError: It cannot be deleted.
         """
         with self._naming("delete", path):
-            self._backend.delete(path)
+            self._backend.delete(self._inside(path))
 
     def delete_folder(self, folder: str) -> None:
         """Delete a folder with everything in it, if it exists.
@@ -180,7 +196,7 @@ class Storage:
             StorageError: It cannot be deleted.
         """
         with self._naming("delete", folder):
-            self._backend.delete_folder(folder)
+            self._backend.delete_folder(self._inside(folder))
 
     def write_json(self, path: str, value: object) -> None:
         """Write plain data as readable JSON; see `write`.
@@ -202,7 +218,7 @@ class Storage:
         data = self.read(path)
         try:
             return json.loads(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DamagedError(f"{self.uri(path)} is damaged ({error}): delete it, it will be made "
                                "anew") from error
 
