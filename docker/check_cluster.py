@@ -196,6 +196,13 @@ def check_security(cluster: Cluster) -> None:
     users = {container["Config"]["User"] for name, container in containers.items()
              if name.startswith(("head", "worker", "mlflow"))}
     must(users == {"1000:1000"}, "head, workers and MLflow do not run as root")
+    for name, container in containers.items():
+        inside = run(cluster.docker, "exec", "--user", "0:0", container["Id"], "sh", "-c",
+                     "cat /sys/fs/cgroup/pids.max || cat /sys/fs/cgroup/pids/pids.max; "
+                     "touch /etc/written || true")
+        limit = str(container["HostConfig"]["PidsLimit"])
+        must("Read-only file system" in inside and limit in inside.splitlines(),
+             f"{name}: even root cannot write its file system; at most {limit} threads")
     listed = "".join(run(cluster.docker, "top", container["Id"], "-eo", "pid,args")
                      for container in containers.values())
     must(not [w for w in cluster.words() if w in listed], "no secret in the process list")
@@ -219,7 +226,7 @@ def run_demo(cluster: Cluster) -> str:
             say(f"  | {line.rstrip()}")
         if ": A repeat 0: starts" in line:
             used = run(cluster.docker, "stats", "--no-stream", "--format",
-                       "{{.Name}} {{.MemUsage}}")
+                       "{{.Name}} {{.MemUsage}} {{.PIDs}} threads")
             lines = used.replace("impactx-check-", "").split("\n")
             say("  memory: " + ", ".join(lines).rstrip(", "))
         if not killed and KILL_AT.search(line):
@@ -296,6 +303,7 @@ def main() -> None:
         finally:
             cluster.make("cluster-purge")
         must("impactx-check" not in run(docker, "volume", "ls"), "no volume is left")
+        must(not cluster.folder.exists(), "no secret is left")
     say("the cluster does what it says")
 
 

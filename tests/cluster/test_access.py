@@ -13,7 +13,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from lab import descendants, gone, until
+from lab import descendants, gone, kill, task, until
 from test_job import Job
 
 from impactx.cluster.access import SEVERAL_MACHINES
@@ -144,3 +144,20 @@ def test_the_token_is_written_nowhere_and_dies_with_the_cluster(demo, raylet, dr
     assert (demo.output / "mlflow.db") in places and any("raylet" in path.name for path in places)
     assert [path for path in places if drawn.encode() in path.read_bytes()] == []
     assert drawn not in demo.log
+
+
+def test_a_training_by_one_worker_listens_on_loopback_too(cluster, lab):
+    """A process group of torch would listen on every address, while the training runs."""
+    long = lab(training={"epochs": 5000, "patience": 5000, "memory_mb": 64})
+    seen = {}
+
+    def look(unit, row):
+        if not seen:
+            seen.update(listening(set(descendants(os.getpid()))))
+            seen.update(trained_by=kill("RayTrainWorker"))
+
+    with pytest.raises(Exception, match="worker"):
+        long.ray(train_workers=1, max_failures=0).train(task(long.a()), look)
+    (worker,) = seen.pop("trained_by")  # it was there when the sockets were read
+    assert worker in seen.values()
+    assert [(address, port, pid) for (address, port), pid in seen.items() if not is_loopback(address)] == []

@@ -200,4 +200,4 @@ def test_a_killed_worker_of_a_training_is_replaced(lab):
     there = two.ray(train_workers=1, max_failures=1).train(task(unit), kill_it)
     assert killed
     assert numbers(there) == numbers(here)
-    assert np.isfinite(here["best"]["val_loss"]) and there["weights"] == here["weights"]
+    assert np.isfinite(here.best["val_loss"]) and there.weights == here.weights

@@ -76,6 +76,8 @@ def test_every_service_is_limited_and_rotates_its_log(cluster):
         assert service["cap_drop"] == ["ALL"] and service["security_opt"] == ["no-new-privileges:true"], name
         assert not service.get("privileged") and service["restart"] == "unless-stopped" and service["init"], name
         assert ":" in service["image"], f"{name}: an image without a version"
+        assert service["read_only"] and int(limits["pids"]) >= 1024, name
+        assert any(place.startswith("/tmp:size=") for place in service["tmpfs"]), name
     for name in ("head", "worker"):
         service = cluster["services"][name]
         assert int(service["shm_size"]) >= 512 * 2**20, "Ray's objects do not fit Docker's 64 MB"
@@ -91,6 +93,22 @@ def test_the_object_store_and_the_memory_that_holds_it_are_settings():
     services = composed(SHM_SIZE="3g", HEAD_OBJECT_STORE="700000000", WORKER_OBJECT_STORE="2000000000")["services"]
     assert {int(services[name]["shm_size"]) for name in ("head", "worker")} == {3 * 2**30}
     assert [object_store(services[name]) for name in ("head", "worker")] == [700_000_000, 2_000_000_000]
+
+
+def test_images_may_be_named_by_their_digest():
+    digest = f"sha256:{'0123456789abcdef' * 4}"
+    services = composed(POSTGRES_IMAGE=f"postgres:15@{digest}", S3_IMAGE=f"chrislusf/seaweedfs@{digest}")["services"]
+    assert {name for name, service in services.items() if service["image"].endswith(digest)} == {"postgres", "s3"}
+    assert f"--build-arg BASE=python:3.11-slim@{digest} " in printed("cluster-image", f"BASE=python:3.11-slim@{digest}")
+    assert "BASE" not in printed("cluster-image")  # the Dockerfile's own default
+    assert re.search(r"^FROM \$\{BASE\}", (DOCKER / "Dockerfile").read_text(), re.M)
+
+
+def printed(*arguments: str) -> str:
+    """The commands that make would run."""
+    done = subprocess.run(["make", "--no-print-directory", "--dry-run", *arguments], cwd=ROOT, text=True,
+                          capture_output=True, check=True, env={"PATH": os.environ["PATH"]})
+    return done.stdout.replace("\\\n", "")
 
 
 def test_every_variable_of_the_compose_file_is_in_the_guide():
@@ -168,19 +186,58 @@ def test_more_workers_leave_those_that_run_as_they_are():
     assert "WORKERS=4 WORKER_CPUS=" in (ROOT / "docs" / "cluster.md").read_text(), "the guide says both"
 
 
+SECRETS = ["pgpass", "postgres_password", "ray_token", "s3.json", "s3_impactx", "s3_mlflow"]
+
+
+def test_a_purge_removes_only_the_secrets_that_were_drawn(tmp_path):
+    def make(target: str, folder: Path) -> str:
+        # Neither an engine nor a cluster: only what is done to the folder.
+        done = subprocess.run(["make", target, f"SECRETS={folder}", "DOCKER=true", f"PYTHON={sys.executable}"],
+                              cwd=ROOT, text=True, capture_output=True, check=True, env={"PATH": os.environ["PATH"]})
+        return done.stdout
+
+    own, foreign, mixed = (tmp_path / name for name in ("own", "foreign", "mixed"))
+    make("cluster-secrets", own)
+    (own / "ray_token").unlink()
+    make("cluster-secrets", own)  # drawn a second time
+    assert "removed" in make("cluster-purge", own) and not own.exists()
+    assert "no secrets are there" in make("cluster-purge", own)
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("three years")
+    assert "is kept" in make("cluster-purge", foreign) and (foreign / "thesis.tex").exists()
+    mixed.mkdir()
+    (mixed / "thesis.tex").write_text("three years")
+    (mixed / "ray_token").write_text("of another cluster")
+    make("cluster-secrets", mixed)
+    assert set(SECRETS) <= {path.name for path in mixed.iterdir()}
+    assert "kept are ray_token, thesis.tex" in make("cluster-purge", mixed)
+    assert sorted(path.name for path in mixed.iterdir()) == ["ray_token", "thesis.tex"]
+
+
+def test_the_demo_installs_nothing_that_only_tests_need(tmp_path):
+    def installed(target: str) -> list[str]:
+        return [line for line in printed(target, f"VENV={tmp_path}").splitlines() if " pip install " in line]
+
+    demo = installed("demo")
+    assert len(demo) == 1 and "'.[cluster,explain]'" in demo[0]
+    for target in ("test", "lint", "unit", "test-servers", "cluster-check"):
+        first, *more = installed(target)
+        assert [first] == demo and "test]'" in more[0], "what the demo installs, and then the rest"
+        assert all("--constraint constraints.txt" in line for line in [first, *more])
+
+
 def test_secrets_are_drawn_anew_kept_and_closed_to_others(tmp_path):
     make = module("make_secrets").make_secrets
     one, two = tmp_path / "one", tmp_path / "two"
-    assert sorted(make(one)) == sorted(path.name for path in one.iterdir()) == [
-        "pgpass", "postgres_password", "ray_token", "s3.json", "s3_impactx", "s3_mlflow"]
+    assert sorted(make(one)) == sorted(path.name for path in one.glob("[!.]*")) == SECRETS
     make(two)
-    before = {path.name: path.read_text() for path in one.iterdir()}
+    before = {path.name: path.read_text() for path in one.glob("[!.]*")}
     assert all(text != (two / name).read_text() for name, text in before.items())
     assert stat.S_IMODE(one.stat().st_mode) == 0o700
     (one / "ray_token").unlink()
     assert make(one) == ["ray_token"]
     assert {n: t for n, t in before.items() if n != "ray_token"} == {
-        path.name: path.read_text() for path in one.iterdir() if path.name != "ray_token"}
+        path.name: path.read_text() for path in one.glob("[!.]*") if path.name != "ray_token"}
     assert before["postgres_password"] in before["pgpass"] and len(before["ray_token"]) == 64
     for bucket in json.loads(before["s3.json"])["identities"]:
         assert {action.partition(":")[2] for action in bucket["actions"]} == {bucket["name"]}
@@ -233,8 +290,33 @@ def test_the_kuberay_manifest_runs_the_same_command_with_a_token():
     for group in groups:
         (container,) = group["template"]["spec"]["containers"]
         images.add(container["image"])
-        assert group["template"]["spec"]["securityContext"]["runAsNonRoot"]
         assert container["readinessProbe"]["exec"]["command"] == ["python", "/opt/impactx/docker/health.py"]
         assert set(container["resources"]["limits"]) >= {"cpu", "memory"}
         assert all("value" not in e for e in container["env"] if re.search("SECRET|PASSWORD|TOKEN", e["name"]))
     assert len(images) == 1 and cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+
+
+def test_the_pods_are_as_restricted_as_the_containers(cluster):
+    """Of the user, the capabilities, further privileges, the root file system, and the folders that are written."""
+    spec = yaml.safe_load((DOCKER / "kuberay" / "rayjob.yaml").read_text())["spec"]
+    ray = spec["rayClusterSpec"]
+    head, workers = ray["headGroupSpec"]["template"]["spec"], ray["workerGroupSpecs"][0]["template"]["spec"]
+    submitter = spec["submitterPodTemplate"]["spec"]
+    for pod in (head, workers, submitter):
+        assert pod["securityContext"] == {"runAsNonRoot": True, "runAsUser": 1000, "runAsGroup": 1000, "fsGroup": 1000,
+                                          "seccompProfile": {"type": "RuntimeDefault"}}
+    assert "USER 1000:1000\n" in (DOCKER / "Dockerfile").read_text()
+    containers = [pod["containers"][0] for pod in (head, workers, submitter)]
+    for container in (*containers, ray["autoscalerOptions"]):
+        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True,
+                                                "capabilities": {"drop": ["ALL"]}}
+        assert "/tmp" in {mount["mountPath"] for mount in container["volumeMounts"]}
+    assert {c["image"] for c in containers} == {containers[0]["image"]}
+    assert not workers["automountServiceAccountToken"] and not submitter["automountServiceAccountToken"]
+    for pod, name in ((head, "head"), (workers, "worker")):
+        service = cluster["services"][name]
+        written = {volume["target"] for volume in service["volumes"]} | {"/dev/shm"} | {
+            place.partition(":")[0] for place in service["tmpfs"]}
+        mounts = pod["containers"][0]["volumeMounts"]
+        assert {mount["mountPath"] for mount in mounts if not mount.get("readOnly")} == written
+        assert {mount["name"] for mount in mounts} == {volume["name"] for volume in pod["volumes"]}

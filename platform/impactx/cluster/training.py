@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -18,6 +18,9 @@ from impactx.experiment.steps.training import TrainingResult
 from impactx.experiment.workplace import Workplace
 from impactx.run.executor import Task, tracked
 from impactx.run.tracker import Tracker
+
+if TYPE_CHECKING:
+    from ray.train.torch import TorchConfig
 
 
 def _train_worker(config: dict[str, Any]) -> None:
@@ -64,6 +67,22 @@ class Workers:
     scratch: str
 
 
+def _torch_config(workers: int) -> TorchConfig:
+    """Return how Ray Train joins the workers of a training: one of them needs no process group.
+
+    torch's process group meets through a store that listens on every address of the machine.
+    """
+    from ray.train.backend import Backend
+    from ray.train.torch import TorchConfig
+
+    class OneWorker(TorchConfig):
+        @property
+        def backend_cls(self) -> type[Backend]:
+            return Backend
+
+    return OneWorker() if workers == 1 else TorchConfig()
+
+
 def train_on_workers(task: Task, place: Workplace, tracker: Tracker, workers: Workers,
                       on_row: Callable[[dict[str, float]], object]) -> TrainingResult:
     """Train a model by Ray Train's TorchTrainer; its artifacts are kept when this returns.
@@ -89,6 +108,7 @@ def train_on_workers(task: Task, place: Workplace, tracker: Tracker, workers: Wo
     trainer = TorchTrainer(
         _train_worker,
         train_loop_config={"task": task, "place": place, "tracker": tracker, "monitor": monitor},
+        torch_config=_torch_config(workers.count),
         scaling_config=ScalingConfig(num_workers=workers.count, use_gpu=bool(workers.gpus),
                                      resources_per_worker=resources),
         run_config=RunConfig(name=f"train-{task.step.key}-{time.time_ns()}",
