@@ -25,9 +25,9 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FACTS = DataFacts("d" * 64, 1437, 10, (32, 32), tuple("0123456789"))
 
 
-def cell(*overrides: str, facts: DataFacts = FACTS, weights_file: str | None = None) -> Cell:
+def cell(*overrides: str, facts: DataFacts = FACTS, **model: str) -> Cell:
     s = load_settings("demo", ["repeats=2", *overrides], CONFIGS)
-    return Cell(s, s.datasets["digits"], s.models["lenet5"], facts, weights_file)
+    return Cell(s, s.datasets["digits"], s.models["lenet5"].model_copy(update=model), facts)
 
 
 def trained(weights: str | None = "w" * 64, best: dict | None = None) -> TrainingResult:
@@ -116,7 +116,8 @@ def test_other_data_and_other_weights_change_what_they_should():
     everything = set(BEFORE)
     assert changed(facts=DataFacts("e" * 64, 1437, 10, (32, 32), FACTS.class_names)) == everything
     assert changed(facts=replace(FACTS, test_fingerprint="t" * 64)) == {"test"}
-    assert changed(weights_file="f" * 64) == TRAININGS
+    assert changed(weights="a.pth", weights_sha256="f" * 64) == TRAININGS
+    assert cell(weights="b.pth", weights_sha256="f" * 64).network == cell(weights="a.pth", weights_sha256="f" * 64).network
     c = cell()
     x, y = (c.maps(classifier(c, c.configurations()[0], weights=w), c.settings.attribution) for w in "xy")
     assert x.key != y.key
