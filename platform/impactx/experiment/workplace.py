@@ -59,8 +59,8 @@ class Workplace:
 
         Args:
             settings: Of the data set.
-            data, test: The fingerprints that its contents and its test part must have; "" where
-                it is not known yet, or not used.
+            data: The fingerprint that its contents must have; "" where it is not known yet.
+            test: The same of its test part; "" where that is not used.
 
         Raises:
             StepError: The data on this node are others.
