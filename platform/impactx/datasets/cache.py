@@ -59,22 +59,21 @@ def fetch(folders: Sequence[Path], key: str, read: Callable[[Path], T],
         DataError: No folder can be written, or its space ends.
     """
     for folder in folders:
+        _sweep(folder)
         try:
             value = _read(folder / key, read)
-            _tidy(folder, limit)
+            _make_room(folder, limit)
             return value
         except (FileNotFoundError, NotADirectoryError, PermissionError):
             continue
         except CacheDamaged as damage:
             say(f"{folder / key} is damaged ({damage}): made anew")
     folder = _writable(folders)
-    with _lock(folder / f".{key}.lock", say) as alone:
+    with _lock(folder / f".{key}.lock", say):
         try:
             return _read(folder / key, read)  # another process may have made it meanwhile
         except (FileNotFoundError, CacheDamaged):
             pass
-        if alone:
-            _sweep(folder, key)
         temporary = folder / f".{key}.{uuid.uuid4().hex[:12]}.part"
         try:
             temporary.mkdir()
@@ -86,7 +85,7 @@ def fetch(folders: Sequence[Path], key: str, read: Callable[[Path], T],
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         value = _read(folder / key, read)
-    _tidy(folder, limit)
+    _make_room(folder, limit)
     return value
 
 
@@ -146,9 +145,8 @@ def _use(entry: Path) -> None:
         os.utime(entry / META)
 
 
-def _tidy(folder: Path, limit: int | None) -> None:
-    """Delete what killed processes left, and the longest unused entries beyond the limit."""
-    _sweep(folder)
+def _make_room(folder: Path, limit: int | None) -> None:
+    """Delete the longest unused entries beyond the limit."""
     if limit is None:
         return
     entries: list[tuple[int, int, Path]] = []
@@ -184,18 +182,10 @@ def _delete_unused(entry: Path) -> bool:
         os.close(descriptor)
 
 
-def _sweep(folder: Path, own: str = "") -> None:
-    """Delete temporary folders whose makers were killed: nobody holds their locks any more.
-
-    Args:
-        folder: The cache.
-        own: The key whose lock this process holds.
-    """
+def _sweep(folder: Path) -> None:
+    """Delete temporary folders whose makers were killed: nobody holds their locks any more."""
     for stale in folder.glob(".*.part"):
         key = stale.name[1:].rsplit(".", 2)[0]
-        if key == own:
-            shutil.rmtree(stale, ignore_errors=True)
-            continue
         lock = FileLock(folder / f".{key}.lock")
         # It is being made (Timeout), or the cache can only be read, or has no locks.
         with contextlib.suppress(OSError, NotImplementedError), lock.acquire(timeout=0):
@@ -230,10 +220,9 @@ def _writable(folders: Sequence[Path]) -> Path:
 
 
 @contextmanager
-def _lock(path: Path, say: Callable[[str], None]) -> Iterator[bool]:
-    """Hold a lock; yield False if the file system has none (then two may build, and one wins)."""
+def _lock(path: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold a lock, unless the file system has none: then two may build, and one wins."""
     lock = FileLock(path)
-    alone = True
     try:
         try:
             lock.acquire(timeout=0)
@@ -244,8 +233,7 @@ def _lock(path: Path, say: Callable[[str], None]) -> Iterator[bool]:
     except (OSError, NotImplementedError) as error:
         if isinstance(error, Timeout):
             raise
-        alone = False
     try:
-        yield alone
+        yield
     finally:
         lock.release()
