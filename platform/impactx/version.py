@@ -61,11 +61,11 @@ def environment(device: torch.device | str, precision: str, *, workers: int = 1,
     place = torch.device(device)
     cuda = place.type == "cuda"
     has_tf32 = cuda and torch.cuda.get_device_capability(place) >= (8, 0)
-    conv: Any = torch.backends.cudnn  # its stubs lack conv
+    cudnn: Any = torch.backends.cudnn  # its stubs lack conv
     if precision == "tf32" and not has_tf32:
         precision = "float32"
     elif precision == "float32" and has_tf32 and not exact and (
-            conv.conv.fp32_precision != "ieee"):
+            cudnn.conv.fp32_precision == "tf32"):
         precision = "float32 with tf32 convolutions"
     return Environment(
         device=torch.cuda.get_device_name(place) if cuda else _processor(), precision=precision,

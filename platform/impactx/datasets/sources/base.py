@@ -203,7 +203,7 @@ class Source(SourceFinder):
         """Return a JSON value that changes whenever the images or labels may have changed.
 
         What was decoded under the same identity is not decoded again. It holds every setting on
-        which the contents depend, and of files their `file_identity`.
+        which the contents depend, and the `file_identity` of files.
         """
 
     def file_identity(self, root: Path, files: Sequence[Path]) -> list[Any]:
