@@ -536,7 +536,9 @@ def _decoded(root, cache, name, limit=None):
 
 def test_beyond_the_limit_the_longest_unused_entries_go_but_none_in_use(tmp_path):
     cache = tmp_path / "cache"
-    (tmp_path / "cache" / "mine").mkdir(parents=True)  # of the user, who chose the folder
+    for mine in ("mine", f"mine-{'0' * 16}"):  # of the user, who chose the folder
+        (cache / mine).mkdir(parents=True)
+    (cache / f"file-{'0' * 16}").touch()
 
     def names():
         return [p.name.rpartition("-")[0] or p.name for p in sorted(cache.iterdir()) if p.is_dir()]
@@ -549,9 +551,9 @@ def test_beyond_the_limit_the_longest_unused_entries_go_but_none_in_use(tmp_path
         os.utime(next(cache.glob(f"{name}-*")) / "meta.json", (1000 + age, 1000 + age))
     _decoded(tmp_path, cache, "b")  # opened once more
     _decoded(tmp_path, cache, "d", limit=3 * max(sizes) + 100)
-    assert names() == ["a", "b", "d", "mine"]  # a was not opened for longest, but this process has it in use
+    assert names() == ["a", "b", "d", "mine", "mine"]  # a was not opened for longest, but this process has it in use
     _decoded(tmp_path, cache, "e", limit=1)
-    assert names() == ["a", "e", "mine"]  # the process that made e had it in use
+    assert names() == ["a", "e", "mine", "mine"]  # the process that made e had it in use
     assert len(used.load_test()) == 12
 
 

@@ -151,8 +151,8 @@ def _make_room(folder: Path, limit: int | None) -> None:
         return
     entries: list[tuple[int, int, Path]] = []
     for entry in folder.iterdir():
-        # Another process may delete one meanwhile.
-        with contextlib.suppress(FileNotFoundError):
+        # It is a file or folder of the user's, or another process has deleted it meanwhile.
+        with contextlib.suppress(OSError):
             if _ENTRY.fullmatch(entry.name):
                 size = sum(file.stat().st_size for file in entry.iterdir())
                 entries.append(((entry / META).stat().st_mtime_ns, size, entry))
