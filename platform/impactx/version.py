@@ -1,4 +1,4 @@
-"""The code and the machine that computed a result, as texts for its record."""
+"""The code and the machine that computed a result, for its record."""
 
 from __future__ import annotations
 
@@ -6,13 +6,71 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
 
 from impactx import __version__
+
+if TYPE_CHECKING:
+    import torch
 
 # Packages that results may depend on, beside this one.
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "numba", "pyarrow", "shap", "captum", "ray",
             "mlflow")
+
+
+class Environment(BaseModel):
+    """What changes numbers and no key: where, and with which libraries, a result was computed.
+
+    Attributes:
+        device: The processor or GPU by its name.
+        precision: Of forward passes, as it was in force: float32, float64, bfloat16 (autocast),
+            tf32, or "float32 with tf32 convolutions", which is torch's float32 on recent GPUs.
+        compiled: Whether torch.compile compiled the step.
+        workers: Processes that shared the work.
+        threads: Of torch, in each of them.
+        versions: Of this package, of Python and of the libraries that results may depend on.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    device: str
+    precision: str
+    compiled: bool
+    workers: int
+    threads: int
+    versions: dict[str, str]
+
+
+def environment(device: torch.device | str, precision: str, *, workers: int = 1,
+                compiled: bool = False, exact: bool = False) -> Environment:
+    """Return the environment of a computation in this process.
+
+    Args:
+        device: On which models run.
+        precision: That was asked for: float32, float64, bfloat16 or tf32.
+        workers: Processes that share the work.
+        compiled: Whether torch.compile compiles the step.
+        exact: Whether float32 is kept in convolutions as well; see `explain.precision`.
+    """
+    import torch
+
+    place = torch.device(device)
+    cuda = place.type == "cuda"
+    has_tf32 = cuda and torch.cuda.get_device_capability(place) >= (8, 0)
+    cudnn: Any = torch.backends.cudnn  # its stubs lack conv
+    if precision == "tf32" and not has_tf32:
+        precision = "float32"
+    elif precision == "float32" and has_tf32 and not exact and (
+            cudnn.conv.fp32_precision == "tf32"):
+        precision = "float32 with tf32 convolutions"
+    return Environment(
+        device=torch.cuda.get_device_name(place) if cuda else _processor(), precision=precision,
+        compiled=compiled, workers=workers, threads=torch.get_num_threads(),
+        versions={"impactx": __version__} | package_versions())
 
 
 def code_version() -> str:
@@ -38,6 +96,7 @@ def _git(folder: Path, *arguments: str) -> str:
     return done.stdout.strip()
 
 
+@cache
 def package_versions() -> dict[str, str]:
     """Return the versions of Python and of the installed packages that results may depend on."""
     versions = {"python": platform.python_version()}
@@ -61,6 +120,7 @@ def machine() -> str:
     return ", ".join([*parts, *(gpus or ["no GPU"])])
 
 
+@cache
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf8", errors="replace").splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import logging
 import os
@@ -32,17 +33,19 @@ from impactx.experiment.groups import SelectionError
 from impactx.experiment.ownership import TakenOver
 from impactx.experiment.preparation import prepare
 from impactx.experiment.steps.base import Context, StepError
+from impactx.experiment.steps.maps import ShardWorker
 from impactx.experiment.steps.training import Trial
 from impactx.explain.attribution import Explanations
 from impactx.explain.maps.store import HEAD, MapStore, StoreError
 from impactx.models import build_classifier
+from impactx.models.weights import WeightsError
 from impactx.results.export import export_job
 from impactx.results.rows import table
 from impactx.run.cell import PartsFailed
 from impactx.run.job import CellsFailed, Job
 from impactx.run.local import LocalExecutor
 from impactx.run.no_tracker import NoRun, NoTracker
-from impactx.settings import ModelSettings, TrainingSettings
+from impactx.settings import EvaluationSettings, ModelSettings, TrainingSettings
 from impactx.storage import Storage, StorageError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -363,6 +366,69 @@ def test_other_data_on_a_node_are_refused(first, tmp_path):
     other = cell.classifier_trial(cell.configurations()[0])
     with pytest.raises(StepError, match="give every node the same files"):
         other.execute(Context(replace(first.place, output=str(tmp_path))))
+
+
+@pytest.mark.parametrize("part", ["fingerprint", "test_fingerprint"])
+@pytest.mark.parametrize("kind", ["maps", "test", "map_quality"])
+def test_every_step_refuses_other_data_than_its_plans(first, tmp_path, kind, part):
+    """As above, for what comes after the trainings."""
+    cell = copy(first.cell)
+    cell.settings = cell.settings.model_copy(update={"evaluation": EvaluationSettings(map_images=12)})
+    a = cell.classifier(next(p for p in cell.configurations() if p.learning_rate == first.rows[0].learning_rate), 0)
+    result = first.place.artifacts.result(a)
+    cell.facts = replace(cell.facts, **{part: "0" * 64})
+    a = a.model_copy(update={"data": cell.facts.fingerprint})
+    step = {"test": lambda: cell.test(a, result), "map_quality": lambda: cell.map_quality(a, result),
+            "maps": lambda: cell.maps(Classifier(a, a.ref(result)), cell.settings.attribution, part="test")}[kind]()
+    with pytest.raises(StepError, match="the (data set|test part of) 'digits' on this node has fingerprint"):
+        step.execute(Context(replace(first.place, output=str(tmp_path))))
+
+
+def test_a_weights_file_replaced_after_planning_is_refused_where_it_is_loaded(shared, tmp_path):
+    def write(seed):
+        net = build_classifier(ModelSettings(name="lenet5", architecture="lenet5"), 10, (32, 32), seed=seed)
+        torch.save(net.trunk.state_dict(), tmp_path / "w.pth")
+
+    write(1)
+    done = Done(tmp_path / "out", shared, f"models.lenet5.weights={tmp_path / 'w.pth'}")
+    planned, trial = (tmp_path / "w.pth").read_bytes(), stage1_trials(done)[0]
+    write(2)
+    with pytest.raises(WeightsError, match=r"w.pth is another file than the one that is meant.*put that file back"):
+        trial.execute(Context(done.place))
+    assert done.place.artifacts.result(trial) is None
+    (tmp_path / "w.pth").write_bytes(planned)
+    assert trial.execute(Context(done.place)).best_epoch
+    with pytest.raises(ConfigurationError, match="models.lenet5.weights_sha256 = 0000.*the file .*w.pth has "):
+        Done(tmp_path / "out", shared, f"models.lenet5.weights={tmp_path / 'w.pth'}",
+             f"models.lenet5.weights_sha256='{'0' * 64}'")
+
+
+def test_every_result_says_in_which_environment_it_was_computed(first):
+    results = [json.loads(p.read_text()) for p in Path(first.place.output).glob("*/*/result.json")]
+    assert {r["kind"] for r in results} == {"trial", "model", "maps", "test"}
+    for result in results:
+        (environment,) = result["environments"]
+        assert environment | {"device": "", "versions": {}} == {
+            "device": "", "precision": "float32", "compiled": False, "workers": 1, "threads": 1, "versions": {}}
+        assert environment["device"] and environment["versions"]["torch"] == importlib.metadata.version("torch")
+        assert {"impactx", "numpy", "shap", "timm", "torchvision"} <= set(environment["versions"])
+    assert {(r.train_precision, r.test_precision) for r in first.rows} == {("float32", "float32")}
+    assert {r.approach: r.maps_precision for r in first.rows} == {
+        "baseline": "", "impactx": "float32", "lambda0": "float32"}
+
+
+def test_maps_made_by_several_environments_say_so(first, tmp_path):
+    """Shards that two processes made, each with its own number of threads."""
+    cell, row = first.cell, first.rows[0]
+    a = cell.classifier(next(p for p in cell.configurations() if p.learning_rate == row.learning_rate), 0)
+    step = cell.maps(Classifier(a, a.ref(first.place.artifacts.result(a))), cell.settings.attribution)
+    output = tmp_path / "out"
+    shutil.copytree(first.place.output, output)
+    shutil.rmtree(output / step.folder)
+    place = replace(first.place, output=str(output))
+    ShardWorker(step, replace(place, threads=2)).make(1)
+    result = step.execute(Context(place))
+    assert sorted(e.threads for e in result.environments) == [1, 2]
 
 
 def test_incomplete_maps_are_not_finished(first, output):

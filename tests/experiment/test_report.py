@@ -151,6 +151,23 @@ def test_a_finished_job_hides_nothing_and_its_numbers_are_its_own(finished):
     assert len(table(files, "stage-1-digits-lenet5")) == 4 and len(table(files, "classes-digits-lenet5")) == 10
 
 
+def test_a_table_that_mixes_precisions_says_so(finished, tmp_path):
+    storage, done, rows, _ = finished
+    assert "one precision" not in text_of(report(storage)["report.html"])
+    results = {path: json.loads(path.read_text()) for path in Path(storage.root).glob("*/*/result.json")}
+    assert {r["kind"] for r in results.values() if len(r["environments"]) == 1} == {
+        "trial", "model", "maps", "test", "map_quality"}
+    odd = next(row for row in rows if (row.approach, row.repeat) == ("impactx", 1))
+    output = tmp_path / "results"
+    shutil.copytree(storage.root, output)
+    file = output / odd.model_folder / "result.json"
+    result = json.loads(file.read_text())
+    result["environments"][0]["precision"] = "bfloat16"  # as if a GPU had trained this one
+    file.write_text(json.dumps(result))
+    assert ("Not all of this table is of one precision: trained in float32: 5 models; digits x lenet5, impactx "
+            "repeat 1 in bfloat16.") in text_of(report(Storage(output))["report.html"])
+
+
 def test_the_finished_job_made_it_and_logged_it(finished):
     storage, done, _, run = finished
     assert done.report == storage.uri(f"jobs/{done.key}/report/report.html")

@@ -20,6 +20,8 @@ from impactx import (
 )
 from impactx.explain.methods.partition import Partition
 from impactx.explain.partition.engine import partition_shap
+from impactx.training.loop import precision_of
+from impactx.version import environment
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False: no GPU")
@@ -107,3 +109,12 @@ def test_an_epoch_in_float32_is_that_of_the_cpu(data) -> None:  # noqa: ANN001
             for device in ("cpu", DEVICE)]
     assert rows[1]["train_loss"] == pytest.approx(rows[0]["train_loss"], rel=0.02)
     assert rows[1]["val_loss"] == pytest.approx(rows[0]["val_loss"], rel=0.02)
+
+
+def test_a_result_names_the_gpu_and_the_precision_in_force() -> None:
+    has_tf32 = torch.cuda.get_device_capability() >= (8, 0)
+    trained, explained = environment(DEVICE, "float32"), environment(DEVICE, "float32", exact=True)
+    assert trained.precision == ("float32 with tf32 convolutions" if has_tf32 else "float32")
+    assert explained.precision == "float32" and explained.device == torch.cuda.get_device_name()
+    assert environment(DEVICE, "tf32", exact=True).precision == ("tf32" if has_tf32 else "float32")
+    assert precision_of(TrainingSettings(), torch.device(DEVICE)) == "bfloat16"

@@ -473,6 +473,90 @@ def test_a_changed_file_is_decoded_anew(tmp_path):
     assert before.fingerprint != after.fingerprint and np.array_equal(after.train.images[59], image(229))
 
 
+def _same_size_and_time(file, content):
+    """Put other content into a file's place, as a copy that keeps times does."""
+    stat = file.stat()
+    assert len(content) == stat.st_size
+    file.write_bytes(content)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def test_a_file_of_the_same_size_and_time_is_noticed_by_its_contents(tmp_path):
+    pixels = [np.full((8, 8, 3), value, np.uint8) for value in (10, 20, 30, 40)]
+    for number, one in enumerate(pixels):
+        file = tmp_path / "pets" / "train" / "ab"[number % 2] / f"{number}.bmp"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(one).save(file)
+    file = tmp_path / "pets" / "train" / "a" / "0.bmp"
+
+    def loaded(session, noticed_by):
+        settings = DatasetSettings(name="pets", test_fraction=None, noticed_by=noticed_by)
+        return load_dataset(settings, tmp_path, session=session)
+
+    before = {how: loaded("first", how) for how in ("contents", "size_and_time")}
+    assert before["contents"].fingerprint == before["size_and_time"].fingerprint
+    _same_size_and_time(file, file.read_bytes().replace(bytes([10] * 24), bytes([99] * 24)))
+    assert loaded("second", "size_and_time").fingerprint == before["contents"].fingerprint
+    after = loaded("second", "contents")
+    assert after.fingerprint != before["contents"].fingerprint and after.train.images[0].max() == 99
+
+
+def test_decoded_images_are_compared_with_their_fingerprint_once_a_job(tmp_path):
+    pets(tmp_path)
+    session = tmp_path.name  # a job's own: what is noted of it lies in the node's temporary folder
+    data = load_dataset(DatasetSettings(name="pets"), tmp_path, session=session)
+    file, lines = data.folder / "train_images.npy", []
+    whole = file.read_bytes()
+    _same_size_and_time(file, whole[:5000] + bytes(300) + whole[5300:])
+    assert whole[5000:5300] != bytes(300)
+    # The same job has read all of it on this node.
+    load_dataset(DatasetSettings(name="pets"), tmp_path, session=session, progress=lines.append)
+    assert lines == []
+    again = load_dataset(DatasetSettings(name="pets"), tmp_path, session=f"{session}-next", progress=lines.append)
+    assert "is damaged" in lines[0] and "content is not what was written" in lines[0]
+    assert (again.folder / "train_images.npy").read_bytes() == whole
+    # A time that changes is seen in the same job, too.
+    file.write_bytes(whole[:5000] + bytes(300) + whole[5300:])
+    os.utime(file, ns=(0, 0))
+    load_dataset(DatasetSettings(name="pets"), tmp_path, session=f"{session}-next", progress=lines.append)
+    assert file.read_bytes() == whole
+
+
+def _decoded(root, cache, name, limit=None):
+    """Decode a data set in a process of its own: once that has ended, nobody has it in use."""
+    if not (root / name).exists():
+        pets(root)
+        (root / "pets").rename(root / name)
+    script = ("import sys; from impactx.datasets import load_dataset; from impactx.settings import DatasetSettings;"
+              "load_dataset(DatasetSettings(name=sys.argv[3]), sys.argv[1], sys.argv[2],"
+              " limit=int(sys.argv[4]) if sys.argv[4] else None)")
+    subprocess.run([sys.executable, "-c", script, str(root), str(cache), name, str(limit or "")], check=True,
+                   env={**os.environ, "PYTHONPATH": str(PLATFORM)})
+
+
+def test_beyond_the_limit_the_longest_unused_entries_go_but_none_in_use(tmp_path):
+    cache = tmp_path / "cache"
+    for mine in ("mine", f"mine-{'0' * 16}"):  # of the user, who chose the folder
+        (cache / mine).mkdir(parents=True)
+    (cache / f"file-{'0' * 16}").touch()
+
+    def names():
+        return [p.name.rpartition("-")[0] or p.name for p in sorted(cache.iterdir()) if p.is_dir()]
+
+    for name in ("a", "b", "c"):
+        _decoded(tmp_path, cache, name)
+    used = load(tmp_path, cache=cache, name="a")
+    sizes = [sum(f.stat().st_size for f in p.iterdir()) for p in cache.glob("?-*")]
+    for age, name in enumerate(("a", "b", "c")):
+        os.utime(next(cache.glob(f"{name}-*")) / "meta.json", (1000 + age, 1000 + age))
+    _decoded(tmp_path, cache, "b")  # opened once more
+    _decoded(tmp_path, cache, "d", limit=3 * max(sizes) + 100)
+    assert names() == ["a", "b", "d", "mine", "mine"]  # a was not opened for longest, but this process has it in use
+    _decoded(tmp_path, cache, "e", limit=1)
+    assert names() == ["a", "e", "mine", "mine"]  # the process that made e had it in use
+    assert len(used.load_test()) == 12
+
+
 def _truncate(file):
     os.truncate(file, file.stat().st_size // 2)
 
@@ -591,7 +675,7 @@ def test_a_file_system_that_is_full_is_named_and_nothing_is_left(tmp_path):
     cache = tmp_path / "cache"
     out = subprocess.run([sys.executable, "-c", NO_SPACE, str(tmp_path), str(cache)], text=True, check=True,
                          stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(PLATFORM)}).stdout
-    assert f"REFUSED cannot write the decoded images to {cache}" in out and "set `cache`" in out
+    assert "REFUSED cannot write pets-" in out and "set `cache`" in out
     assert [p.name for p in cache.iterdir() if p.is_dir()] == []
 
 

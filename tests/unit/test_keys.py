@@ -25,9 +25,9 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FACTS = DataFacts("d" * 64, 1437, 10, (32, 32), tuple("0123456789"))
 
 
-def cell(*overrides: str, facts: DataFacts = FACTS, weights_file: str | None = None) -> Cell:
+def cell(*overrides: str, facts: DataFacts = FACTS, **model: str) -> Cell:
     s = load_settings("demo", ["repeats=2", *overrides], CONFIGS)
-    return Cell(s, s.datasets["digits"], s.models["lenet5"], facts, weights_file)
+    return Cell(s, s.datasets["digits"], s.models["lenet5"].model_copy(update=model), facts)
 
 
 def trained(weights: str | None = "w" * 64, best: dict | None = None) -> TrainingResult:
@@ -116,7 +116,8 @@ def test_other_data_and_other_weights_change_what_they_should():
     everything = set(BEFORE)
     assert changed(facts=DataFacts("e" * 64, 1437, 10, (32, 32), FACTS.class_names)) == everything
     assert changed(facts=replace(FACTS, test_fingerprint="t" * 64)) == {"test"}
-    assert changed(weights_file="f" * 64) == TRAININGS
+    assert changed(weights="a.pth", weights_sha256="f" * 64) == TRAININGS
+    assert cell(weights="b.pth", weights_sha256="f" * 64).network == cell(weights="a.pth", weights_sha256="f" * 64).network
     c = cell()
     x, y = (c.maps(classifier(c, c.configurations()[0], weights=w), c.settings.attribution) for w in "xy")
     assert x.key != y.key
@@ -252,7 +253,8 @@ def test_job_keys_name_the_experiment_not_its_execution():
         return job_key(load_settings("demo", overrides, CONFIGS))
 
     assert of() == of("output=/x", "cluster.threads=4", "tracking.enabled=false", "training.compile=always",
-                      "training.memory_mb=100", "data_root=/d", "cache=/c")
+                      "training.memory_mb=100", "data_root=/d", "cache=/c", "cache_gb=5",
+                      "datasets.digits.noticed_by=contents")
     assert len({of(), of("seed=1"), of("training.epochs=3"), of("approaches.impactx.lambdas=[0.2]"), of("name=x")}) == 5
 
 

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import statistics
+from dataclasses import replace
 
 import pytest
 
@@ -46,6 +47,18 @@ def test_the_table_shows_percent_spread_gain_and_the_papers_number():
     assert "A (baseline)" in lines[1] and "61.00 ± 1.41" in lines[1] and "67.96" in lines[1] and "20.0" in lines[1]
     assert "+2.50 ± 0.71" in lines[2] and "0.8" in lines[2] and "70.65" in lines[2]
     assert "50.00" in lines[3] and "±" not in lines[3]
+
+
+def test_a_table_that_mixes_precisions_names_the_odd_rows():
+    rows = [replace(r, train_precision="bfloat16", test_precision="float32",
+                    maps_precision="" if r.approach == "baseline" else "float32") for r in ROWS]
+    assert table(rows) == table(ROWS)
+    rows[3] = replace(rows[3], train_precision="float32")
+    rows[4] = replace(rows[4], maps_precision="float32 and tf32")
+    assert table(rows).splitlines()[-3:] == [
+        "not all in one precision:",
+        "  trained in bfloat16: 4 models; cifar10 x lenet5, impactx repeat 1 in float32",
+        "  with maps made in float32: 2 models; other x lenet5, impactx repeat 0 in float32 and tf32"]
 
 
 def test_csv_holds_every_field_at_full_precision():

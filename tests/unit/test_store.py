@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -44,6 +45,14 @@ def file_of(store: MapStore, shard: int) -> Path:
     return Path(store.storage.root, store.folder, store.shard_name(shard))
 
 
+ENTRY = f"maps-{SPEC.fingerprint}"
+
+
+def entries(cache: Path) -> list[str]:
+    """All folders in a cache, unfinished ones included."""
+    return sorted(p.name for p in cache.iterdir() if p.is_dir())
+
+
 def rewrite(store: MapStore, shard: int, change) -> None:
     """A valid Parquet file with other content, as another program might leave it."""
     table = pq.read_table(io.BytesIO(file_of(store, shard).read_bytes()))
@@ -63,7 +72,7 @@ def test_unpacked_maps_are_aligned_by_index_and_read_only(store, tmp_path):
     maps = store.unpack(tmp_path / "cache")
     np.testing.assert_array_equal(maps, explanations(np.arange(10)).maps)
     assert isinstance(maps, np.memmap) and not maps.flags.writeable and maps.dtype == np.float32
-    assert [p.name for p in (tmp_path / "cache").iterdir()] == [f"maps-{SPEC.fingerprint}.npy"]
+    assert entries(tmp_path / "cache") == [ENTRY]
 
 
 def test_bytes_are_the_same_whoever_writes_them(store, tmp_path):
@@ -132,7 +141,7 @@ def test_missing_shards_are_listed_and_named(store, tmp_path):
     assert store.missing() == [1]
     with pytest.raises(StoreError, match="shard-00001-of-00003.parquet is missing"):
         store.unpack(tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert entries(tmp_path / "cache") == []
 
 
 @pytest.mark.parametrize("shard", [-1, 10**6])
@@ -245,15 +254,78 @@ def test_no_store_is_named(tmp_path):
         MapStore.open(Storage(tmp_path), "maps/none")
 
 
-@pytest.mark.parametrize("content", [b"", b"\x93NUMPY broken", None])
-def test_a_damaged_unpacked_file_is_named(store, tmp_path, content):
-    target = tmp_path / f"maps-{SPEC.fingerprint}.npy"
-    if content is None:
-        np.save(target, np.zeros((9, 3, 4, 5), np.float32))
-    else:
-        target.write_bytes(content)
-    with pytest.raises(StoreError, match=f"{target} .*delete it"):
-        store.unpack(tmp_path)
+def cut(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def no_array(file: Path) -> None:
+    file.write_bytes(b"\x93NUMPY broken")
+
+
+def another_shape(file: Path) -> None:
+    np.save(file, np.zeros((9, 3, 4, 5), np.float32))
+
+
+def part_is_zero(file: Path) -> None:
+    """As a disk or a killed copy leaves it: size and time are those of the whole file."""
+    stat = file.stat()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:1000] + bytes(200) + whole[1200:])
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize("damage", [cut, no_array, another_shape, part_is_zero])
+def test_a_damaged_unpacked_file_is_made_anew(store, tmp_path, damage, caplog):
+    before = np.array(store.unpack(tmp_path / "cache", session="first"))
+    damage(tmp_path / "cache" / ENTRY / "maps.npy")
+    with caplog.at_level("INFO", "impactx"):
+        after = store.unpack(tmp_path / "cache", session="second")
+    np.testing.assert_array_equal(after, before)
+    assert f"{ENTRY} is damaged" in caplog.text and entries(tmp_path / "cache") == [ENTRY]
+
+
+UNPACK = """
+import sys, time
+from pathlib import Path
+from impactx.explain.maps.store import MapStore
+from impactx.storage import Storage
+
+class Waits(MapStore):
+    def read_shard(self, shard):
+        while shard == 1 and not Path(sys.argv[3]).exists():
+            time.sleep(0.01)
+        print("SHARD", shard, flush=True)
+        return super().read_shard(shard)
+
+print("SUM", Waits.open(Storage(sys.argv[1]), "maps/key").unpack(sys.argv[2]).sum())
+"""
+
+
+def start_unpacking(store: MapStore, cache: Path, gate: Path) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", UNPACK, store.storage.root, str(cache), str(gate)], text=True,
+                            stdout=subprocess.PIPE)
+
+
+def test_of_several_processes_one_unpacks(store, tmp_path):
+    running = [start_unpacking(store, tmp_path / "cache", store_file) for store_file in [file_of(store, 0)] * 3]
+    outputs = [process.communicate()[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0, 0]
+    assert sum("SHARD" in output for output in outputs) == 1
+    assert len({output.splitlines()[-1] for output in outputs}) == 1
+
+
+def test_a_process_killed_while_unpacking_leaves_nothing(store, tmp_path):
+    process = start_unpacking(store, tmp_path / "cache", tmp_path / "never")
+    assert process.stdout.readline() == "SHARD 0\n"
+    assert len(list((tmp_path / "cache").glob(".*.part"))) == 1
+    process.kill()
+    process.communicate()
+    # Whoever opens anything in the cache tidies it up, also where it is other maps.
+    other = MapStore.create(store.storage, "maps/other", replace(SPEC, fingerprint="e" * 32))
+    for shard in range(3):
+        other.write_shard(shard, LABELS[other.shard_indices(shard)], explanations(other.shard_indices(shard)))
+    other.unpack(tmp_path / "cache")
+    assert entries(tmp_path / "cache") == [f"maps-{'e' * 32}"]
 
 
 def test_a_full_cache_folder_is_an_error_not_a_death(store, tmp_path):
@@ -263,9 +335,9 @@ def test_a_full_cache_folder_is_an_error_not_a_death(store, tmp_path):
         pytest.skip("mounting a file system is not allowed here")
     try:
         (folder / "others").write_bytes(b"x" * 62_000)
-        with pytest.raises(StoreError, match=f"unpacked to {folder}/maps-.*No space left.*`cache`"):
+        with pytest.raises(StoreError, match=f"unpacked: cannot write {ENTRY} to {folder}: No space left.*`cache`"):
             store.unpack(folder)
-        assert [p.name for p in folder.iterdir()] == ["others"]
+        assert entries(folder) == [] and (folder / "others").exists()
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 

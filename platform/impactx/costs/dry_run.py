@@ -13,7 +13,6 @@ from impactx.experiment.artifacts import Artifacts
 from impactx.experiment.cell import Cell, DataFacts
 from impactx.experiment.preparation import (
     absolute_datasets,
-    absolute_models,
     check_metrics,
     check_names,
     facts_of,
@@ -43,7 +42,7 @@ def dry_run(settings: ExperimentSettings) -> str:
     Raises:
         ConfigurationError: Something can be known to be wrong without data.
     """
-    place, weights_files = workplace(settings), check_names(settings)
+    place, models = workplace(settings), check_names(settings)
     lines: list[str] = []
     totals = _Totals()
     for dataset in absolute_datasets(settings):
@@ -51,11 +50,10 @@ def dry_run(settings: ExperimentSettings) -> str:
         train_images = facts.train_images if facts else dataset.train_images
         lines.append(f"{dataset.name}: {where}" + (
             f"; {train_images} training images" if train_images else ""))
-        for model in absolute_models(settings):
+        for model in models:
             side = dataset.image_size or 0
             cell = Cell(settings, dataset, model, facts or DataFacts(
-                "unknown", train_images or 0, 0, (side, side), ()), weights_files[model.name],
-                        reusable_by(settings, place))
+                "unknown", train_images or 0, 0, (side, side), ()), reusable_by(settings, place))
             lines += _cell_lines(cell, place.artifacts if facts else None, totals)
     passes = f", at most {totals.passes:,} forward passes to judge maps" if totals.passes else ""
     head = [f"{settings.name}: {len(settings.datasets) * len(settings.models)} cells, output "
@@ -70,7 +68,8 @@ def _facts_if_here(dataset: DatasetSettings, place: Workplace) -> tuple[DataFact
     here = without_downloads(dataset)
     try:
         where = locate(here, place.data_root)
-        data = load_dataset(here, place.data_root, place.cache)
+        data = load_dataset(here, place.data_root, place.cache, limit=place.cache_bytes,
+                            session=place.session)
     except DataError as error:
         try:
             locate(dataset, place.data_root)

@@ -66,7 +66,7 @@ def measure_training(cell: Cell, place: Workplace, subject: str, batch_size: int
         StepError: The batch is larger than the training part.
     """
     torch.set_num_threads(place.threads)
-    data, grid = place.dataset(cell.dataset), cell.settings.grid
+    data, grid = place.dataset(cell.dataset, cell.facts.fingerprint), cell.settings.grid
     split = make_split(data.train.labels, max(grid.validation_fraction), seed=cell.settings.seed,
                        class_names=data.class_names,
                        common_fraction=min(grid.validation_fraction))
@@ -162,7 +162,7 @@ def measure_maps(cell: Cell, place: Workplace, attribution: AttributionSettings,
     keep_freed_memory()
     if not isinstance(attribution, Attribution):
         raise StepError(f"{attribution.method} makes no maps")
-    data, seed = place.dataset(cell.dataset), cell.settings.seed
+    data, seed = place.dataset(cell.dataset, cell.facts.fingerprint), cell.settings.seed
     model = build_classifier(
         cell.model, data.num_classes, data.image_size, seed=seed) if subject is None else (
         approach_of(cell, subject).explains(cell.model, data, seed))

@@ -34,6 +34,7 @@ class Dataset:
         source: One line on the origin.
         folder: The folder of the decoded files.
         train: The training images, after the draws of subset and test part.
+        session: See `load_dataset`.
         channels: Channels of an image; always 3.
     """
 
@@ -46,6 +47,7 @@ class Dataset:
     source: str
     folder: Path
     train: ImageSet
+    session: str = ""
     channels: int = 3
 
     @property
@@ -63,7 +65,7 @@ class Dataset:
             raise DataError(f"the data set {self.name!r} has no test part ({self.source}), and "
                             "none was drawn: give it one, or set its test_fraction")
         try:
-            return open_part(self.folder, "test", read_meta(self.folder)["parts"]["test"])
+            return open_part(self.folder, "test", read_meta(self.folder), self.session)
         except CacheDamaged as damage:
             raise DataError(f"the decoded test images in {self.folder} are damaged ({damage}): "
                             "delete that folder, it is made anew from the source") from damage
@@ -71,7 +73,8 @@ class Dataset:
 
 def load_dataset(settings: DatasetSettings, data_root: str | Path,
                  cache: str | Path | None = None,
-                 progress: Callable[[str], None] | None = None) -> Dataset:
+                 progress: Callable[[str], None] | None = None, *, limit: int | None = None,
+                 session: str = "") -> Dataset:
     """Load a data set, decoding its parts if no cache holds them yet.
 
     Several processes may call this at once: one decodes, the others wait. A damaged cache is made
@@ -84,19 +87,22 @@ def load_dataset(settings: DatasetSettings, data_root: str | Path,
         cache: Local folder of decoded images. None: data_root/.cache, or where that cannot be
             written, impactx in the user's cache folder.
         progress: Called with one line now and then while something is decoded or downloaded.
+        limit: Bytes that the cache may hold, see `cache.fetch`.
+        session: Names the job's present start. The contents of files are checked once a node for
+            all processes that give the same; "": by each process.
 
     Raises:
         DataError: There is a problem with the data; the message names the file, row or class.
     """
     say = progress or (lambda line: None)
     settings, data_root = local_files(settings, data_root, cache)
-    source = _open_source(settings, data_root)
+    source = _open_source(settings, data_root, session)
     source.prepare(say)
     folders = ([Path(cache).expanduser().absolute()] if cache is not None
                else [Path(data_root).expanduser().absolute() / ".cache", node_cache()])
     return fetch(folders, _key(settings, source),
-                 read=lambda entry: _open(settings.name, entry),
-                 build=lambda folder: prepare(source, settings, folder, say), say=say)
+                 read=lambda entry: _open(settings.name, entry, session),
+                 build=lambda folder: prepare(source, settings, folder, say), say=say, limit=limit)
 
 
 def locate(settings: DatasetSettings, data_root: str | Path) -> str:
@@ -119,11 +125,11 @@ def without_downloads(settings: DatasetSettings) -> DatasetSettings:
     return settings.model_copy(update={"source": finder_of(settings).offline()})
 
 
-def _open_source(settings: DatasetSettings, data_root: str | Path) -> Source:
-    return finder_of(settings).open(Location.of(settings, data_root))
+def _open_source(settings: DatasetSettings, data_root: str | Path, session: str = "") -> Source:
+    return finder_of(settings).open(Location.of(settings, data_root, session))
 
 
-def _open(name: str, entry: Path) -> Dataset:
+def _open(name: str, entry: Path, session: str) -> Dataset:
     meta = read_meta(entry)
     parts = meta["parts"]
     height, width = parts["train"]["shape"][1:3]
@@ -132,7 +138,7 @@ def _open(name: str, entry: Path) -> Dataset:
         fingerprint=parts["train"]["fingerprint"],
         test_fingerprint=parts.get("test", {}).get("fingerprint", ""),
         notes=list(meta["notes"]), source=meta["source"], folder=entry,
-        train=open_part(entry, "train", parts["train"]))
+        train=open_part(entry, "train", meta, session), session=session)
 
 
 def _key(settings: DatasetSettings, source: Source) -> str:

@@ -18,14 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from impactx.datasets.cache import CacheDamaged
+from impactx.datasets.cache import META, CacheDamaged, once_a_node
 from impactx.datasets.errors import DataError
 from impactx.datasets.sources.base import Part
 
 # The version of the entry and of the decoding; a new number makes every entry anew. 2: EXIF
 # orientations are followed. Fingerprints are of the content, so those of other images stay.
 FORMAT = 2
-PROBES = 64  # images compared with their checksum when an entry is opened
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,7 @@ def write_part(folder: Path, part: Part, labels: np.ndarray, blocks: Iterator[Se
         class_names: K names.
 
     Returns:
-        The part's meta data: shape, fingerprint (sha256 of shape, names, images and labels), and
-        the checksum of a probe.
+        The part's meta data: shape, and fingerprint (sha256 of shape, names, images and labels).
 
     Raises:
         DataError: The file system cannot hold the images; none was written then.
@@ -72,7 +70,7 @@ def write_part(folder: Path, part: Part, labels: np.ndarray, blocks: Iterator[Se
                 _check_space(folder, math.prod(shape))
                 np.lib.format.write_array_header_1_0(
                     file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-                digest.update(json.dumps([list(shape), list(class_names)]).encode())
+                digest.update(_head(shape, class_names))
             data = np.stack(block).tobytes()
             digest.update(data)
             file.write(data)
@@ -81,9 +79,7 @@ def write_part(folder: Path, part: Part, labels: np.ndarray, blocks: Iterator[Se
     with open(_labels(folder, part), "xb") as file:
         np.save(file, labels.astype(np.int64))
         _flush(file)
-    images = np.load(_images(folder, part), mmap_mode="r")
-    return {"shape": list(shape), "fingerprint": digest.hexdigest(),
-            "probe": _probe(images, labels)}
+    return {"shape": list(shape), "fingerprint": digest.hexdigest()}
 
 
 def write_meta(folder: Path, meta: dict[str, Any]) -> None:
@@ -93,7 +89,7 @@ def write_meta(folder: Path, meta: dict[str, Any]) -> None:
         folder: The entry.
         meta: A JSON object with the key "parts", {part: the value of `write_part`}.
     """
-    with open(folder / "meta.json", "x", encoding="utf-8") as file:
+    with open(folder / META, "x", encoding="utf-8") as file:
         json.dump({"format": FORMAT, **meta}, file, indent=1)
         _flush(file)
 
@@ -105,7 +101,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
         CacheDamaged: They are unreadable, of another format, or a file has the wrong size.
     """
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
         if meta["format"] != FORMAT:
             raise CacheDamaged(f"meta.json has the format {meta['format']}")
         for part, described in meta["parts"].items():
@@ -119,28 +115,46 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise CacheDamaged(f"{type(error).__name__}: {error}") from error
 
 
-def open_part(folder: Path, part: Part, meta: dict[str, Any]) -> ImageSet:
-    """Open one part: all labels and PROBES images are checked, the rest is read when used.
+def open_part(folder: Path, part: Part, meta: dict[str, Any], session: str = "") -> ImageSet:
+    """Open one part, after its images and labels were compared with their fingerprint.
 
     Args:
         folder: The entry.
         part: Its part.
-        meta: The value of `write_part`.
+        meta: The value of `read_meta`.
+        session: See `cache.once_a_node`: in the course of a job a node reads all of it once.
 
     Raises:
         CacheDamaged: The files do not hold what was written.
     """
+    described = meta["parts"][part]
     try:
         images = np.load(_images(folder, part), mmap_mode="r")
         labels = np.load(_labels(folder, part))
     except (OSError, ValueError, EOFError) as error:
         raise CacheDamaged(f"{part}: {error}") from error
-    if (list(images.shape) != meta["shape"] or images.dtype != np.uint8
-            or labels.dtype != np.int64 or labels.shape != images.shape[:1]
-            or _probe(images, labels) != meta["probe"]):
+    if (list(images.shape) != described["shape"] or images.dtype != np.uint8
+            or labels.dtype != np.int64 or labels.shape != images.shape[:1]):
+        raise CacheDamaged(f"{part}: the arrays are not those that were written")
+
+    def fingerprint() -> str:
+        digest = hashlib.sha256(_head(images.shape, meta["class_names"]))
+        with open(_images(folder, part), "rb") as file:
+            file.seek(images.offset)
+            hashlib.file_digest(file, lambda: digest)  # reads in blocks, and goes on with `digest`
+        digest.update(labels.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    files = [_images(folder, part), _labels(folder, part)]
+    if once_a_node(session, files, fingerprint) != described["fingerprint"]:
         raise CacheDamaged(f"{part}: the content is not what was written")
     labels.flags.writeable = False
     return ImageSet(images, labels)
+
+
+def _head(shape: Sequence[int], class_names: Sequence[str]) -> bytes:
+    """Return what a fingerprint begins with."""
+    return json.dumps([list(shape), list(class_names)]).encode()
 
 
 def _images(folder: Path, part: str) -> Path:
@@ -149,11 +163,6 @@ def _images(folder: Path, part: str) -> Path:
 
 def _labels(folder: Path, part: str) -> Path:
     return folder / f"{part}_labels.npy"
-
-
-def _probe(images: np.ndarray, labels: np.ndarray) -> str:
-    rows = np.unique(np.linspace(0, len(images) - 1, PROBES).astype(np.int64))
-    return hashlib.sha256(images[rows].tobytes() + labels.astype("<i8").tobytes()).hexdigest()
 
 
 def _flush(file: Any) -> None:

@@ -93,16 +93,14 @@ class Cell:
     """One data set with one model: settings, facts, and the steps made of them."""
 
     def __init__(self, settings: ExperimentSettings, dataset: DatasetSettings, model: ModelSettings,
-                 facts: DataFacts, weights_file: str | None = None,
-                 reusable: Reusable | None = None) -> None:
+                 facts: DataFacts, reusable: Reusable | None = None) -> None:
         """Hold what the steps are made of.
 
         Args:
             settings: Of the experiment.
             dataset: Of this cell, with an absolute path.
-            model: Of this cell, with an absolute path of its weights.
+            model: Of this cell, with absolute path and SHA-256 of its file of weights.
             facts: Of the data set.
-            weights_file: Fingerprint of the file that model.weights names, where it names one.
             reusable: Returns a step as it was finished by other code, where it may be reused. None:
                 no step of other code is.
         """
@@ -111,7 +109,7 @@ class Cell:
         self._known: dict[tuple[str, str], Step[Any]] = {}
         self.name = f"{dataset.name} x {model.name}"
         self.network = Network(
-            architecture=model.architecture, weights=weights_file or model.weights,
+            architecture=model.architecture, weights=model.weights_sha256 or model.weights,
             weights_match=model.weights_match, input_size=model.input_size, mean=model.mean,
             std=model.std)
 

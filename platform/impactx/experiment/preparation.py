@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def workplace(settings: ExperimentSettings | ExplainSettings) -> Workplace:
         Storage(settings.output).root, absolute_path(settings.data_root),
         str(Path(settings.cache).expanduser().absolute()) if settings.cache else None,
         settings.cluster.threads, settings.cluster.explain_memory_mb * 2**20,
-        settings.cluster.storage_patience)
+        settings.cluster.storage_patience,
+        None if settings.cache_gb is None else int(settings.cache_gb * 2**30), uuid.uuid4().hex)
 
 
 def absolute_path(path: str) -> str:
@@ -56,16 +58,14 @@ def absolute_datasets(settings: ExperimentSettings) -> list[DatasetSettings]:
             for data in settings.datasets.values()]
 
 
-def absolute_models(settings: ExperimentSettings) -> list[ModelSettings]:
-    """Return the models with absolute paths of their weights' files."""
-    return [model if model.weights in ("random", "hub") else model.model_copy(
-        update={"weights": absolute_path(model.weights)}) for model in settings.models.values()]
+def _planned(model: ModelSettings) -> ModelSettings:
+    """Return a model with the absolute path and the SHA-256 of its file of weights, if it has one.
 
-
-def _weights_file(model: ModelSettings) -> str | None:
-    """Return the fingerprint of the file that a model's weights come from; None without one."""
+    Raises:
+        ConfigurationError: There is no such file, or it is another than the settings say.
+    """
     if model.weights in ("random", "hub"):
-        return None
+        return model
     check_weights_file(model.name, model.weights)
     try:
         path = fetch_file(model.weights) if is_remote(model.weights) else Path(
@@ -73,27 +73,34 @@ def _weights_file(model: ModelSettings) -> str | None:
     except (FileNotFoundError, StorageError) as error:
         raise ConfigurationError(
             f"models.{model.name}.weights = {model.weights!r}: {error}") from error
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    present = hashlib.sha256(path.read_bytes()).hexdigest()
+    if model.weights_sha256 not in (None, present):
+        raise ConfigurationError(
+            f"models.{model.name}.weights_sha256 = {model.weights_sha256}: the file "
+            f"{model.weights} has {present}; give the file that is meant, or correct the setting")
+    return model.model_copy(update={
+        "weights": absolute_path(model.weights), "weights_sha256": present})
 
 
-def check_names(settings: ExperimentSettings) -> dict[str, str | None]:
+def check_names(settings: ExperimentSettings) -> list[ModelSettings]:
     """Check what can be checked without data, and report all errors at once.
 
     Returns:
-        The fingerprint of each model's file of weights, None where it has none.
+        The models, with absolute paths and contents of their files of weights: workers do not run
+        in the driver's folder, and the files may be replaced by others meanwhile.
 
     Raises:
         ConfigurationError: Something is wrong.
     """
     errors: list[str] = []
-    files: dict[str, str | None] = {}
+    models: list[ModelSettings] = []
     for model in settings.models.values():
         try:
             check_architecture(model.architecture)
         except UnknownArchitecture as error:
             errors.append(f"models.{model.name}.architecture = {model.architecture!r}: {error}")
         try:
-            files[model.name] = _weights_file(model)
+            models.append(_planned(model))
         except ConfigurationError as error:
             errors.append(str(error))
     for place, attribution in attributions_of(settings).items():
@@ -104,7 +111,7 @@ def check_names(settings: ExperimentSettings) -> dict[str, str | None]:
     if errors:
         raise ConfigurationError("the experiment cannot run:\n" + "\n".join(
             f"  - {error}" for error in errors))
-    return files
+    return models
 
 
 def attributions_of(settings: ExperimentSettings) -> dict[str, AttributionSettings]:
@@ -166,7 +173,8 @@ def _check_evaluation(settings: ExperimentSettings, data: Dataset) -> None:
 
 def opened(dataset: DatasetSettings, place: Workplace) -> Dataset:
     """Return a data set, and say what was converted, drawn or left out of it."""
-    data = load_dataset(dataset, place.data_root, place.cache, progress=log.info)
+    data = load_dataset(dataset, place.data_root, place.cache, progress=log.info,
+                        limit=place.cache_bytes, session=place.session)
     for note in data.notes:
         log.info("%s: %s", dataset.name, note)
     return data
@@ -180,7 +188,7 @@ def prepare(settings: ExperimentSettings) -> Prepared:
         DataError: A data set cannot be used.
         StorageError: The output cannot be written.
     """
-    place, weights_files = workplace(settings), check_names(settings)
+    place, models = workplace(settings), check_names(settings)
     place.artifacts.storage.check()
     cells: list[Cell] = []
     for dataset in absolute_datasets(settings):
@@ -196,9 +204,8 @@ def prepare(settings: ExperimentSettings) -> Prepared:
             check_attribution(attribution, data, place=where)
         _check_evaluation(settings, data)
         facts = facts_of(data)
-        for model in absolute_models(settings):
-            cell = Cell(settings, dataset, model, facts, weights_files[model.name],
-                        reusable_by(settings, place))
+        for model in models:
+            cell = Cell(settings, dataset, model, facts, reusable_by(settings, place))
             _check_networks(cell, data)
             cells.append(cell)
     _check_distinct(cells)

@@ -35,6 +35,9 @@ class Workplace:
         threads: Of torch, in each process.
         memory_bytes: Working memory for batches of masked images.
         storage_patience: Seconds for which a full or absent storage is waited for.
+        cache_bytes: That the cache may hold; None: it grows.
+        session: Names this start of the job, in whose course each node checks the contents of its
+            cache once.
     """
 
     output: str
@@ -43,15 +46,33 @@ class Workplace:
     threads: int = 1
     memory_bytes: int = 2**29
     storage_patience: float = 0
+    cache_bytes: int | None = None
+    session: str = ""
 
     @property
     def artifacts(self) -> Artifacts:
         """The artifacts under the output's root."""
         return Artifacts(Storage(self.output, self.storage_patience))
 
-    def dataset(self, settings: DatasetSettings) -> Dataset:
-        """Return a data set, decoded once a node and opened once a process."""
-        return _open_dataset(settings, self.data_root, self.cache)
+    def dataset(self, settings: DatasetSettings, data: str = "", test: str = "") -> Dataset:
+        """Return a data set, decoded once a node and opened once a process.
+
+        Args:
+            settings: Of the data set.
+            data: The fingerprint that its contents must have; "" where it is not known yet.
+            test: The same of its test part; "" where that is not used.
+
+        Raises:
+            StepError: The data on this node are others.
+        """
+        opened = _open_dataset(settings, self)
+        for part, present, planned in (("data set", opened.fingerprint, data),
+                                       ("test part of", opened.test_fingerprint, test)):
+            if planned and present != planned:
+                raise StepError(
+                    f"the {part} {opened.name!r} on this node has fingerprint {present}, the "
+                    f"plan's is {planned}: give every node the same files")
+        return opened
 
     def checkpoint(self, folder: str, weights: str) -> Loaded:
         """Return the model that a step left in its folder.
@@ -82,9 +103,10 @@ class Workplace:
 
     def map_array(self, store: MapStore, data: Dataset) -> np.ndarray:
         """Return the maps of a complete store as a memory-mapped array, unpacked once a node."""
-        return store.unpack(Path(data.folder).parent / "maps")
+        return store.unpack(Path(data.folder).parent, limit=self.cache_bytes, session=self.session)
 
 
 @lru_cache(maxsize=4)
-def _open_dataset(settings: DatasetSettings, data_root: str, cache: str | None) -> Dataset:
-    return load_dataset(settings, data_root, cache)
+def _open_dataset(settings: DatasetSettings, place: Workplace) -> Dataset:
+    return load_dataset(settings, place.data_root, place.cache, limit=place.cache_bytes,
+                        session=place.session)

@@ -88,7 +88,8 @@ def build_trunk(settings: ModelSettings, size: tuple[int, int], *, seed: int,
             trunk, head_names = backbones.timm_trunk(settings.architecture, pretrained=hub)
     if load_weights and settings.weights not in ("hub", "random"):
         report = load_trunk_file(trunk, settings.weights, settings.weights_match,
-                                 model_name=settings.architecture, head_names=head_names)
+                                 model_name=settings.architecture, head_names=head_names,
+                                 sha256=settings.weights_sha256)
         log.info("%s", report)
     return trunk
 

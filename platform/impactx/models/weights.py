@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -85,7 +86,7 @@ def compare_tensors(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -
                 for name in wanted if name in given and given[name].shape != wanted[name].shape])
 
 
-def read_weights_file(path: str | Path) -> dict[str, Tensor]:
+def read_weights_file(path: str | Path, sha256: str | None = None) -> dict[str, Tensor]:
     """Return the named tensors of a .pth, .pt or .safetensors file; no code in it runs.
 
     A training checkpoint's {"state_dict": ...} or {"model": ...} is unwrapped (the averaged weights
@@ -93,10 +94,11 @@ def read_weights_file(path: str | Path) -> dict[str, Tensor]:
 
     Args:
         path: A local path; or an s3:// address, which is fetched once a node.
+        sha256: In hex, of the file that is meant; None: whatever file is there.
 
     Raises:
-        WeightsError: There is no such file, it has another ending, cannot be read, has no tensors,
-            or values that are not finite.
+        WeightsError: There is no such file, it is another one, has another ending, cannot be read,
+            has no tensors, or values that are not finite.
     """
     if is_remote(path):
         try:
@@ -109,11 +111,17 @@ def read_weights_file(path: str | Path) -> dict[str, Tensor]:
                            " .pt or .safetensors file, or to hub or random")
     content: Any
     try:
+        stored = path.read_bytes()  # once: what is checked is what is loaded
+        if sha256 is not None and (present := hashlib.sha256(stored).hexdigest()) != sha256:
+            raise WeightsError(
+                f"{path} is another file than the one that is meant: its SHA-256 is {present}, and "
+                f"not {sha256}: put that file back on every node, or start the job anew with this "
+                "one")
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-            content = load_file(path, device="cpu")
+            from safetensors.torch import load
+            content = load(stored)
         elif path.suffix in (".pth", ".pt"):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(io.BytesIO(stored), map_location="cpu", weights_only=True)
         else:
             raise WeightsError(f"{path}: weights are read from .pth, .pt and .safetensors files")
     except WeightsError:
@@ -203,7 +211,7 @@ def match_by_order(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor],
 
 def load_trunk_file(trunk: nn.Module, path: str | Path,
                     match: Literal["names", "order"] = "names", *, model_name: str,
-                    head_names: Sequence[str] = ()) -> LoadReport:
+                    head_names: Sequence[str] = (), sha256: str | None = None) -> LoadReport:
     """Fill a trunk in place with all its tensors from a file, or change nothing.
 
     Args:
@@ -214,11 +222,12 @@ def load_trunk_file(trunk: nn.Module, path: str | Path,
         model_name: The architecture, for messages.
         head_names: Prefixes of the classification layer that the file may hold beside the trunk:
             they are left out, whatever their number of classes, and named in the report.
+        sha256: See `read_weights_file`.
 
     Raises:
         WeightsError: The file does not fit.
     """
-    given = read_weights_file(path)
+    given = read_weights_file(path, sha256)
     ordered = Path(path).suffix != ".safetensors"
     if match == "order" and not ordered:
         raise WeightsError(f"{path}: a .safetensors file does not keep the order of its tensors; "

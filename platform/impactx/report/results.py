@@ -11,6 +11,7 @@ from impactx.report.numbers import NONE, interval, number, percent, points, prob
 from impactx.report.style import INK, SOFT, figure, look, plain, png, shown
 from impactx.results.evidence_records import ApproachEvidence, CellEvidence
 from impactx.results.export import CellExport, JobExport
+from impactx.results.rows import mixed_precisions
 from impactx.timing import duration
 
 OVER = {"baseline": "A (baseline)", "lambda0": "same network, λ = 0", "shuffled": "shuffled maps"}
@@ -82,7 +83,8 @@ def table2(export: JobExport) -> list[Section]:
         "test set, and nothing was chosen by it. (Maps are judged on test images afterwards.)")
     return [Section("Table 2: test accuracy", [
         Table("table2", head, rows, frozenset(range(2, len(head))), frozenset(strong)),
-        _accuracies(export), Text(note, "note"), *_parts(export), *_other_code(export)])]
+        _accuracies(export), Text(note, "note"), *_parts(export), *_other_code(export),
+        *_precisions(export)])]
 
 
 def _row(cell: CellEvidence, entry: ApproachEvidence) -> list[str]:
@@ -103,6 +105,13 @@ def _other_code(export: JobExport) -> list[Block]:
             for cell in export.cells for row in cell.rows if row.other_code]
     return [Text("Reused, though other code than this job's computed it (reuse = any_code): "
                  + "; ".join(rows) + ".", "warning")] if rows else []
+
+
+def _precisions(export: JobExport) -> list[Block]:
+    """Return a warning where the table mixes precisions."""
+    mixed = mixed_precisions([row for cell in export.cells for row in cell.rows])
+    return [Text(f"Not all of this table is of one precision: {'. '.join(mixed)}.", "warning")
+            ] if mixed else []
 
 
 def _parts(export: JobExport) -> list[Block]:

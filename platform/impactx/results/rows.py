@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import statistics
+from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
@@ -42,6 +43,9 @@ class Row:
             of the weights that it left.
         other_code: Which steps behind the row other code than the job's did, such as "maps, model";
             "" where none (setting reuse).
+        train_precision, test_precision, maps_precision: In which its training, its test and the
+            maps that it learned from were computed, see `version.Environment`; "" where there are
+            none, or where it is not known.
     """
 
     dataset: str
@@ -66,6 +70,9 @@ class Row:
     model_folder: str
     weights: str
     other_code: str = ""
+    train_precision: str = ""
+    test_precision: str = ""
+    maps_precision: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the row as plain data."""
@@ -106,8 +113,36 @@ def cell_rows(storage: Storage, record: CellRecord) -> list[Row]:
             map_seconds=tested.map_seconds,
             seconds_in_all=_seconds_in_all(storage, model, trained, steps),
             model_folder=model.folder, weights=trained.weights,
-            other_code=_other_code(steps, step, model, quality.get(model.folder))))
+            other_code=_other_code(steps, step, model, quality.get(model.folder)),
+            train_precision=_precision(trained), test_precision=_precision(tested),
+            maps_precision=_precision(_result(storage, model.inputs.get("maps"), MapsResult))))
     return rows
+
+
+def _precision(result: Result | None) -> str:
+    """Return the precision in which a step was computed; several where its parts differ."""
+    environments = () if result is None else result.environments
+    return " and ".join(sorted({environment.precision for environment in environments}))
+
+
+def mixed_precisions(rows: Sequence[Row]) -> list[str]:
+    """Return a line for each thing that not all rows have done in one precision.
+
+    Numbers of different precisions are not quite comparable; which rows are the odd ones is named.
+    """
+    lines = []
+    for what, precisions in (("trained", [row.train_precision for row in rows]),
+                             ("tested", [row.test_precision for row in rows]),
+                             ("with maps made", [row.maps_precision for row in rows])):
+        counts = Counter(filter(None, precisions)).most_common()
+        if len(counts) < 2:
+            continue
+        usual, number = counts[0]
+        others = [f"{row.dataset} x {row.model}, {row.approach} repeat {row.repeat} in {precision}"
+                  for row, precision in zip(rows, precisions, strict=True)
+                  if precision not in ("", usual)]
+        lines.append(f"{what} in {usual}: {number} models; {'; '.join(others)}")
+    return lines
 
 
 def _other_code(steps: Mapping[str, StepRecord], test: StepRecord, model: StepRecord,
@@ -119,7 +154,9 @@ def _other_code(steps: Mapping[str, StepRecord], test: StepRecord, model: StepRe
                             if step is not None and step.reused_code))
 
 
-def _result(storage: Storage, folder: str, kind: type[R]) -> R | None:
+def _result(storage: Storage, folder: str | None, kind: type[R]) -> R | None:
+    if folder is None:
+        return None
     try:
         return read_result(storage, folder, kind)
     except FileNotFoundError:
@@ -229,6 +266,8 @@ def table(rows: Sequence[Row]) -> str:
               for row in rows if row.other_code]
     if others:
         text += ["reused, though done by other code than this job's:", *others]
+    if mixed := mixed_precisions(rows):
+        text += ["not all in one precision:", *(f"  {line}" for line in mixed)]
     return "\n".join(text)
 
 

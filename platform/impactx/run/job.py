@@ -38,7 +38,9 @@ def job_key(settings: ExperimentSettings) -> str:
     that is started again goes on.
     """
     described = settings.model_dump(mode="json", exclude={
-        "cluster", "tracking", "output", "data_root", "cache", "plugins", "reuse"})
+        "cluster", "tracking", "output", "data_root", "cache", "cache_gb", "plugins", "reuse"})
+    for dataset in described["datasets"].values():
+        del dataset["noticed_by"]
     described["training"] = settings.training.described()
     return f"{settings.name}-{fingerprint(described)[:12]}"
 

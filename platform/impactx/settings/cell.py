@@ -69,6 +69,10 @@ class DatasetSettings(Settings):
     subset: int | None = Field(None, ge=20, description=(
         "Only this many training images are used, drawn stratified by split_seed; for trials of a "
         "set-up."))
+    noticed_by: Literal["size_and_time", "contents"] = Field("size_and_time", description=(
+        "By what a changed file of the data set is noticed, whose images are then decoded anew. "
+        "size_and_time: by its size and the time of its last change; contents: by its SHA-256 as "
+        "well, for which every node reads all files once a job."))
     augmentation: AugmentationSettings = Field(AugmentationSettings(), description=(
         "How every training image is changed anew in each epoch."))
 
@@ -86,6 +90,10 @@ class ModelSettings(Settings):
     weights_match: Literal["names", "order"] = Field("names", description=(
         "How the tensors of a file are assigned to the model: by their names, or in the order of "
         "their keys. Shapes must agree."))
+    weights_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = Field(
+        None, description=(
+            "The SHA-256 of that file in hex; wherever another one is found, it is refused. null: "
+            "that of the file as the job finds it when it begins."))
     input_size: int | None = Field(None, ge=8, le=1024, description=(
         "The side in pixels to which the model itself resizes its input; null: the images keep "
         "their size."))

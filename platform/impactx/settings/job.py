@@ -177,6 +177,10 @@ DataRoot = Annotated[str, Field(min_length=1, description=(
 Cache = Annotated[str | None, Field(description=(
     "The local folder of decoded images and unpacked maps, on every node; null: data_root/.cache, "
     "or the user's cache folder if that cannot be written."))]
+CacheGb = Annotated[float | None, Field(gt=0, allow_inf_nan=False, description=(
+    "The gibibytes of decoded images and unpacked maps that the cache may hold on a node. Beyond "
+    "that, those that were not opened for longest are deleted, but none that a process has in use; "
+    "what is needed again is made anew. null: nothing is deleted."))]
 Plugins = Annotated[list[str], Field(description=(
     "Python files of your own that register attributions, approaches, data sources or metrics of "
     "maps, relative to the working directory (docs/extending.md)."))]
@@ -191,6 +195,7 @@ class ExplainSettings(Settings):
         "The local folder or s3:// address of the store of maps."))
     data_root: DataRoot = "data"
     cache: Cache = None
+    cache_gb: CacheGb = None
     datasets: Datasets
     plugins: Plugins = []
     attribution: AnyAttribution = Field(default_factory=_partition, description=(
@@ -225,6 +230,7 @@ class ExperimentSettings(Settings):
         "The local folder or s3:// address of everything that is kept."))
     data_root: DataRoot = "data"
     cache: Cache = None
+    cache_gb: CacheGb = None
     plugins: Plugins = []
     reuse: Literal["same_code", "any_code"] = Field("same_code", description=(
         "Which finished steps are not computed again. same_code: those that the present code "

@@ -127,13 +127,16 @@ class FitResult:
         return self.history[self.best_epoch - 1]
 
 
-def make_autocast(training: TrainingSettings, device: torch.device) -> Context:
-    """Return the context of a forward pass.
+def precision_of(training: TrainingSettings, device: torch.device) -> str:
+    """Return the precision of forward passes that the settings choose on a device."""
+    if training.precision == "auto":
+        return "bfloat16" if device.type == "cuda" else "float32"
+    return training.precision
 
-    It is bfloat16 autocast where training.precision asks for it (auto: on a GPU).
-    """
-    precision = training.precision
-    mixed = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
+
+def make_autocast(training: TrainingSettings, device: torch.device) -> Context:
+    """Return the context of a forward pass: autocast where its precision is bfloat16."""
+    mixed = precision_of(training, device) == "bfloat16"
     return torch.autocast(device.type, torch.bfloat16) if mixed else contextlib.nullcontext()
 
 

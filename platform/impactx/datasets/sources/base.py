@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from pydantic import PrivateAttr
 
+from impactx.datasets.cache import once_a_node
 from impactx.datasets.decoding import Raw
 from impactx.datasets.errors import DataError
 from impactx.settings import DatasetSettings
@@ -32,6 +34,8 @@ class Location:
         path_given: Whether `folder` is the user's `path`.
         image_size: Side in pixels to which the images will be resized, or None. A source may ignore
             it: whatever has another size is resized when it is decoded.
+        contents: Whether a changed file is noticed by its contents as well.
+        session: See `cache.once_a_node`.
     """
 
     name: str
@@ -39,21 +43,25 @@ class Location:
     data_root: Path
     path_given: bool = False
     image_size: int | None = None
+    contents: bool = False
+    session: str = ""
 
     @classmethod
-    def of(cls, settings: DatasetSettings, data_root: str | Path) -> Location:
+    def of(cls, settings: DatasetSettings, data_root: str | Path, session: str = "") -> Location:
         """Return the location of a data set.
 
         Args:
             settings: The data set.
             data_root: The folder that holds all data sets.
+            session: See `cache.once_a_node`.
 
         Raises:
             DataError: The data set's `path` or data_root is a remote address.
         """
         root = _local(data_root, "data_root")
         folder = _local(settings.path, "path") if settings.path else root / settings.name
-        return cls(settings.name, folder, root, bool(settings.path), settings.image_size)
+        return cls(settings.name, folder, root, bool(settings.path), settings.image_size,
+                   settings.noticed_by == "contents", session)
 
     def check_path(self) -> None:
         """Raise DataError if the user gave a `path` that is not a folder."""
@@ -195,8 +203,37 @@ class Source(SourceFinder):
         """Return a JSON value that changes whenever the images or labels may have changed.
 
         What was decoded under the same identity is not decoded again. It holds every setting on
-        which the contents depend, and of files their `file_identity`.
+        which the contents depend, and the `file_identity` of files.
         """
+
+    def file_identity(self, root: Path, files: Sequence[Path]) -> list[Any]:
+        """Return what tells files below a folder from those that were there before.
+
+        Returns:
+            [root, [name, size, modification time in ns], ...], and where the data set is
+            `noticed_by` contents a last entry: one SHA-256 of all of them.
+
+        Raises:
+            DataError: A file cannot be read.
+        """
+        rows: list[Any] = [str(root)]
+
+        def checksum() -> str:
+            digest = hashlib.sha256()
+            for path in files:
+                with open(path, "rb") as stream:
+                    digest.update(hashlib.file_digest(stream, "sha256").digest())
+            return digest.hexdigest()
+
+        try:
+            for file in files:
+                stat = file.stat()
+                rows.append([file.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns])
+            if self.location.contents:
+                rows.append(once_a_node(self.location.session, files, checksum))
+        except OSError as error:
+            raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
+        return rows
 
     def class_names(self) -> tuple[str, ...] | None:
         """Return the names of the classes in the order of the labels, None if there are none."""
@@ -234,22 +271,6 @@ def finder_of(settings: DatasetSettings) -> SourceFinder:
         raise TypeError(f"the data source {settings.source.kind!r} must be a subclass of "
                         f"{Source.__module__}.Source")
     return settings.source
-
-
-def file_identity(root: Path, files: Sequence[Path]) -> list[Any]:
-    """Return [root, [name, size, modification time in ns], ...] of files below a folder.
-
-    Raises:
-        DataError: A file cannot be read.
-    """
-    rows: list[Any] = [str(root)]
-    for file in files:
-        try:
-            stat = file.stat()
-        except OSError as error:
-            raise DataError(f"{file} cannot be read: {error.strerror}") from error
-        rows.append([file.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns])
-    return rows
 
 
 def _local(path: str | Path, setting: str) -> Path:

@@ -12,7 +12,7 @@ from pydantic import PrivateAttr
 
 from impactx.datasets.decoding import Raw
 from impactx.datasets.errors import DataError
-from impactx.datasets.sources.base import Part, Source, file_identity
+from impactx.datasets.sources.base import Part, Source
 from impactx.settings.extensions import source
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -98,7 +98,7 @@ class Folder(Source):
 
     def identity(self) -> Any:
         """Return names, sizes and times of all images."""
-        return file_identity(self.location.folder,
+        return self.file_identity(self.location.folder,
                              [file for files in self._files.values() for file in files])
 
     def class_names(self) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from pydantic import PrivateAttr
 
 from impactx.datasets.decoding import Raw
 from impactx.datasets.errors import DataError
-from impactx.datasets.sources.base import Part, Source, file_identity
+from impactx.datasets.sources.base import Part, Source
 from impactx.settings.extensions import source
 
 T = TypeVar("T")
@@ -110,7 +110,7 @@ class Parquet(Source):
 
     def identity(self) -> Any:
         """Return names, sizes and times of all files."""
-        return file_identity(self._folder,
+        return self.file_identity(self._folder,
                              [file for files in self._files.values() for file in files])
 
     def class_names(self) -> tuple[str, ...] | None:

@@ -21,7 +21,7 @@ from pydantic import AfterValidator, Field, PrivateAttr
 
 from impactx.datasets.decoding import Raw
 from impactx.datasets.errors import DataError
-from impactx.datasets.sources.base import Part, Progress, Source, SourceFinder, file_identity
+from impactx.datasets.sources.base import Part, Progress, Source, SourceFinder
 from impactx.settings.extensions import source
 
 
@@ -165,7 +165,7 @@ class Torchvision(Source):
     def identity(self) -> Any:
         """Return names, sizes and times of the files that are read."""
         files = _layout(self.dataset).files or self._own_files()
-        return file_identity(self._base, [self._folder / name for name in files
+        return self.file_identity(self._base, [self._folder / name for name in files
                                           if not name.startswith("unlabeled")])
 
     def class_names(self) -> tuple[str, ...] | None:

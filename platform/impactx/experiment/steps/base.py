@@ -26,6 +26,7 @@ from impactx.code import CodeFingerprint, code_fingerprint
 from impactx.settings.base import Settings
 from impactx.storage import Storage
 from impactx.timing import duration
+from impactx.version import Environment
 
 if TYPE_CHECKING:
     from impactx.experiment.workplace import Workplace
@@ -58,6 +59,11 @@ class Result(BaseModel):
 
     seconds: float
     """Of the process that did the step."""
+
+    environments: tuple[Environment, ...] = ()
+    """In which the numbers were computed: several where processes on different machines shared the
+    work; of a training that went on elsewhere, the last one. Empty in results of earlier versions.
+    """
 
     def metrics(self) -> dict[str, float]:
         """Return the numbers that MLflow's table of runs shows of the step."""

@@ -32,6 +32,7 @@ from impactx.settings import DatasetSettings
 from impactx.settings.extensions import AnyAttribution, approach
 from impactx.storage import Storage
 from impactx.timing import duration
+from impactx.version import Environment, environment
 
 log = logging.getLogger("impactx")
 Target = Literal["label", "class_weighted"]
@@ -158,13 +159,16 @@ class Maps(Step[MapsResult]):
         return MapsResult(seconds=0, images=0, shards=0, shape=(), folder=self.folder, maps_made=0,
                           maps_per_second=None, process_seconds=None, map_std=0, map_abs_max=0)
 
+    def _data(self, place: Workplace) -> Dataset:
+        return place.dataset(self.dataset, self.data, self.test)
+
     def images_of(self, data: Dataset) -> ImageSet:
         """Return the images that are explained."""
         return data.load_test() if self.part == "test" else data.train
 
     def open_store(self, place: Workplace) -> MapStore:
         """Return the store, begun if it is not there yet."""
-        data = place.dataset(self.dataset)
+        data = self._data(place)
         return MapStore.create(place.artifacts.storage, self.folder, StoreSpec(
             self.key, len(self.images_of(data)), (data.channels, *data.image_size),
             self.shard_size, self.recipe))
@@ -214,7 +218,7 @@ class Maps(Step[MapsResult]):
             raise StepError(
                 f"{self.name}: {len(missing)} of {store.spec.shards} shards are missing in "
                 f"{place.artifacts.storage.uri(self.folder)}: start the same command again")
-        maps = place.map_array(store, place.dataset(self.dataset))
+        maps = place.map_array(store, self._data(place))
         sample = np.asarray(maps[:: max(1, len(maps) // 1000)], np.float64)
         gap_mean, gap_max, precision_error = _sampled(store)
         result = MapsResult(
@@ -223,7 +227,8 @@ class Maps(Step[MapsResult]):
             maps_per_second=made / seconds if made and seconds > 0 else None,
             process_seconds=process_seconds * store.spec.images / made if made else None,
             map_std=float(sample.std()), map_abs_max=float(np.abs(sample).max()),
-            map_gap_mean=gap_mean, map_gap_max=gap_max, map_precision_error=precision_error)
+            map_gap_mean=gap_mean, map_gap_max=gap_max, map_precision_error=precision_error,
+            environments=tuple(map(Environment.model_validate_json, store.environments())))
         place.artifacts.finish(self, result)
         return result
 
@@ -237,11 +242,14 @@ class ShardWorker:
         keep_freed_memory()
         self.step, self.place, self.device = step, place, torch.device(device)
         self.store = step.open_store(place)
-        self.images = step.images_of(place.dataset(step.dataset))
+        self.images = step.images_of(place.dataset(step.dataset, step.data, step.test))
         self.model = open_model(step.source, place, step.weights).to(self.device)
         if not isinstance(step.attribution, Attribution):
             raise StepError(f"{step.name}: {step.attribution.method} makes no maps")
         self.attribution = step.attribution
+        # Only some attributions have a setting of it; the others run in float32.
+        self.environment = environment(
+            device, getattr(step.attribution, "precision", "float32"), exact=True)
 
     def make(self, shard: int) -> ShardReport:
         """Compute and write one shard."""
@@ -258,7 +266,7 @@ class ShardWorker:
                 explanations = self.attribution.explain(
                     self.model, images, labels, device=self.device,
                     memory_bytes=self.place.memory_bytes, indices=rows)
-            self.store.write_shard(shard, labels, explanations)
+            self.store.write_shard(shard, labels, explanations, self.environment.model_dump_json())
         return ShardReport(shard, len(rows), time.perf_counter() - started)
 
 

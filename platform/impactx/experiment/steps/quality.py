@@ -38,6 +38,7 @@ from impactx.explain.maps.scale import map_scale
 from impactx.explain.maps.store import MapStore
 from impactx.settings import DatasetSettings, EvaluationSettings
 from impactx.settings.extensions import AnyApproach, AnyAttribution
+from impactx.version import environment
 
 
 class QualityResult(Result):
@@ -173,7 +174,7 @@ class MapQuality(Step[QualityResult]):
         if (finished := artifacts.result(self)) is not None:
             return finished
         started = time.perf_counter()
-        data = place.dataset(self.dataset)
+        data = place.dataset(self.dataset, self.data, self.test)
         test = data.load_test()
         count = self.images_judged(len(test.labels), len(np.unique(test.labels)))
         rows = stratified_draw(test.labels, count, self.evaluation.seed)
@@ -184,7 +185,9 @@ class MapQuality(Step[QualityResult]):
                 device=torch.device(context.device), memory_bytes=place.memory_bytes)
         except MapQualityError as error:
             raise StepError(f"{self.name}: {error}") from error
-        result = QualityResult(seconds=time.perf_counter() - started, quality=quality)
+        result = QualityResult(
+            seconds=time.perf_counter() - started, quality=quality,
+            environments=(environment(context.device, "float32", exact=True),))
         stream = io.BytesIO()
         # numpy's own type of this call allows booleans only.
         np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]

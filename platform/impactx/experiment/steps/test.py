@@ -21,6 +21,7 @@ from impactx.explain.maps.store import MapStore
 from impactx.explain.weighted import explain_by_own_probabilities
 from impactx.settings import DatasetSettings, TrainingSettings
 from impactx.settings.extensions import AnyApproach, AnyAttribution
+from impactx.version import environment
 
 
 class TestResult(Result):
@@ -135,7 +136,7 @@ class Test(Step[TestResult]):
         if (finished := artifacts.result(self)) is not None:
             return finished
         started = time.perf_counter()
-        data = place.dataset(self.dataset)
+        data = place.dataset(self.dataset, self.data, self.test)
         test = data.load_test()
         # A module's own methods are not typed.
         model: Any = place.checkpoint(self.checkpoint, self.weights).model
@@ -159,10 +160,12 @@ class Test(Step[TestResult]):
         stream = io.BytesIO()
         np.savez_compressed(stream, labels=test.labels, probabilities=probabilities)
         seconds = time.perf_counter() - started
+        is_double = next(model.parameters()).dtype == torch.float64
         accuracy = float(hits.mean())
         result = TestResult(
             accuracy=accuracy, images=len(hits), seconds=seconds,
             standard_error=math.sqrt(accuracy * (1 - accuracy) / len(hits)),
+            environments=(environment(context.device, "float64" if is_double else "float32"),),
             map_seconds=None if store is None else self._seconds_of_a_map(
                 model.a, test, place, context.device))
         artifacts.finish(self, result, {PREDICTIONS: stream.getvalue()})

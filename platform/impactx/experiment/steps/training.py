@@ -41,7 +41,8 @@ from impactx.settings import (
 from impactx.settings.extensions import AnyApproach, AnyAttribution
 from impactx.storage import Storage
 from impactx.timing import duration
-from impactx.training.loop import LoopArguments, ResumeError
+from impactx.training.loop import LoopArguments, ResumeError, precision_of
+from impactx.version import Environment, environment
 
 log = logging.getLogger("impactx")
 STOPPED_TAG = {"impactx.stopped": "asha"}
@@ -258,11 +259,7 @@ class Training(Step[TrainingResult]):
         torch.set_num_threads(place.threads)
         if (finished := artifacts.result(self)) is not None:
             return finished
-        data = place.dataset(self.dataset)
-        if data.fingerprint != self.data:
-            raise StepError(
-                f"{self.name}: the data set {data.name!r} on this node has fingerprint "
-                f"{data.fingerprint}, the plan's is {self.data}: give every node the same files")
+        data = place.dataset(self.dataset, self.data)
         split, started = self.split_of(data), time.perf_counter()
         running, storage = f"{self.folder}/{RUNNING}", artifacts.storage
         owner = None if context.rank else Ownership(storage, f"{self.folder}/{OWNER}", self.name)
@@ -294,7 +291,9 @@ class Training(Step[TrainingResult]):
                 trained.model, model_settings=self.model, approach=trained.approach,
                 class_names=list(data.class_names), map_scale=trained.map_scale,
                 weight=self.candidate.weight, extra={"step": self.key})
-        result = self._result(trained, weights, split, time.perf_counter() - started)
+        result = self._result(trained, weights, split, time.perf_counter() - started, environment(
+            context.device, precision_of(self.training, torch.device(context.device)),
+            workers=context.world_size, compiled=self.training.compile == "always"))
         if owner is None:
             return result
         if (finished := artifacts.result(self)) is not None:
@@ -341,8 +340,8 @@ class Training(Step[TrainingResult]):
         maps = place.map_array(store, data)
         return maps, map_scale(maps, split.train, self.map_scale or "std")
 
-    def _result(self, trained: Trained, weights: str | None, split: Split, seconds: float
-                ) -> TrainingResult:
+    def _result(self, trained: Trained, weights: str | None, split: Split, seconds: float,
+                computed_in: Environment) -> TrainingResult:
         fit = trained.fit
         best = trained.best or (fit.best if fit.best_epoch else None)
         return TrainingResult(
@@ -350,7 +349,8 @@ class Training(Step[TrainingResult]):
             history=[_finite(row) for row in fit.history], diverged=fit.diverged, weights=weights,
             train_images=len(split.train), validation_images=len(split.validation),
             seconds=math.fsum(row["seconds"] for row in fit.history),
-            seconds_this_process=seconds, stopped=fit.stopped, extra=dict(trained.extra))
+            seconds_this_process=seconds, stopped=fit.stopped, extra=dict(trained.extra),
+            environments=(computed_in,))
 
 
 class Trial(Training):
@@ -377,7 +377,7 @@ class Model(Training):
 
     def files(self, place: Workplace, folder: Path, result: TrainingResult | None) -> list[Path]:
         """See `Step.files`: the split, and once the training is finished the checkpoint."""
-        split = self.split_of(place.dataset(self.dataset))
+        split = self.split_of(place.dataset(self.dataset, self.data))
         np.savez_compressed(folder / "split.npz", train=split.train, validation=split.validation,
                             common=split.common)
         files = [*super().files(place, folder, result), folder / "split.npz"]

@@ -93,7 +93,7 @@ class MapDataset(TorchDataset[tuple[Tensor, int, Tensor]]):
             raise StoreError(f"{address} holds maps of the images with fingerprint {of}, "
                              f"{data.name!r} has {data.fingerprint}: load the data set with the "
                              "settings of that job")
-        maps = store.unpack(cache or Path(data.folder).parent / "maps")
+        maps = store.unpack(cache or Path(data.folder).parent)
         return cls(data.train.images, data.train.labels, maps)
 
     def __len__(self) -> int:

@@ -16,9 +16,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import math
 import os
-import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from impactx.datasets import DataError
+from impactx.datasets.cache import META, CacheDamaged, fetch, once_a_node
 from impactx.explain.attribution import Explanations
 from impactx.storage import Storage
 
+log = logging.getLogger("impactx")
 FORMAT = 1
+ARRAY = "maps.npy"  # of a cache's entry, beside its meta.json
 HEAD = "store.json"
 # In a shard's metadata where its maps were not made in float32: see `Explanations`.
 PRECISION_ERROR = "impactx.precision_error"
+ENVIRONMENT = "impactx.environment"  # in a shard's metadata: where its maps were made, as JSON
 COLUMNS = ("index", "label", "map", "score", "base_value")
 
 
@@ -163,13 +168,15 @@ class MapStore:
         """Return whether a shard is there."""
         return self.storage.exists(f"{self.folder}/{self.shard_name(shard)}")
 
-    def write_shard(self, shard: int, labels: np.ndarray, explanations: Explanations) -> None:
+    def write_shard(self, shard: int, labels: np.ndarray, explanations: Explanations,
+                    environment: str | None = None) -> None:
         """Write a shard, whole or not at all.
 
         Args:
             shard: The shard's number.
             labels: int64, the labels of the shard's images, in their order.
             explanations: The maps of the shard's images, in their order.
+            environment: In which they were made, as JSON; see `version.Environment`.
 
         Raises:
             StoreError: Shapes do not fit, or a value is not finite.
@@ -193,7 +200,8 @@ class MapStore:
         table = table.replace_schema_metadata({
             "impactx.format": str(FORMAT), "impactx.fingerprint": self.spec.fingerprint,
             "impactx.shape": json.dumps(shape), "impactx.checksum": _checksum(table)} | (
-                {} if error is None else {PRECISION_ERROR: repr(error)}))
+                {} if error is None else {PRECISION_ERROR: repr(error)}) | (
+                {} if environment is None else {ENVIRONMENT: environment}))
         stream = io.BytesIO()
         pq.write_table(table, stream, compression="zstd")
         self.storage.write(f"{self.folder}/{self.shard_name(shard)}", stream.getvalue())
@@ -238,6 +246,16 @@ class MapStore:
             raise StoreError(f"{where} was altered: its checksum does not fit its rows: {remedy}")
         return table
 
+    def environments(self) -> list[str]:
+        """Return the different environments in which shards were made, as JSON, sorted."""
+        found: set[str] = set()
+        for shard in range(self.spec.shards):
+            data = pa.BufferReader(self.storage.read(f"{self.folder}/{self.shard_name(shard)}"))
+            metadata = pq.read_schema(data).metadata or {}
+            if (environment := metadata.get(ENVIRONMENT.encode())) is not None:
+                found.add(environment.decode())
+        return sorted(found)
+
     def verify(self) -> list[str]:
         """Read every shard.
 
@@ -261,11 +279,16 @@ class MapStore:
                      if name.endswith(".parquet") and name not in expected]
         return problems
 
-    def unpack(self, cache: str | Path) -> np.ndarray:
+    def unpack(self, cache: str | Path, *, limit: int | None = None, session: str = ""
+               ) -> np.ndarray:
         """Return all maps as one memory-mapped, read-only array.
 
         Args:
-            cache: The folder of the array's file, which is made once, from checked shards.
+            cache: The folder of the array's entry, which is made once, from checked shards, and is
+                made anew where its checksum does not fit.
+            limit: Bytes that the folder may hold, see `datasets.cache.fetch`.
+            session: Names the job's present start; a node compares the checksum once for it, see
+                `datasets.cache.once_a_node`.
 
         Returns:
             float32 (images, C, H, W), aligned by index.
@@ -273,37 +296,49 @@ class MapStore:
         Raises:
             StoreError: As of `read_shard`, or the folder has no space for the file.
         """
-        target = Path(cache, f"maps-{self.spec.fingerprint}.npy")
-        expected = (self.spec.images, *self.spec.shape)
-        if not target.exists():
-            # A name of its own for each process: several may unpack at once, the last rename wins.
-            partial = target.with_name(f".partial-{uuid.uuid4().hex}")
-            try:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                whole = np.lib.format.open_memmap(partial, "w+", np.float32, expected)
-                with open(partial, "r+b") as handle:
-                    # Space is taken now: a page that finds none later kills the process silently.
-                    os.posix_fallocate(handle.fileno(), 0, os.fstat(handle.fileno()).st_size)
-                for shard in range(self.spec.shards):
-                    table = self.read_shard(shard)
-                    rows = table["map"].combine_chunks().flatten().to_numpy()
-                    whole[self.shard_indices(shard)] = rows.reshape(-1, *self.spec.shape)
-                whole.flush()
-                del whole
-                partial.replace(target)
-            except OSError as error:
-                raise StoreError(f"the maps cannot be unpacked to {target} "
-                                 f"({math.prod(expected) * 4 / 2**20:.1f} MiB): "
-                                 f"{error.strerror or error}; free some space, or set `cache` to "
-                                 "another folder") from error
-            finally:
-                partial.unlink(missing_ok=True)
         try:
-            maps: np.ndarray = np.load(target, mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
-            raise StoreError(f"{target} is damaged ({error}): delete it, it is made anew from the "
-                             "shards") from error
-        if maps.shape != expected or maps.dtype != np.float32:
-            raise StoreError(f"{target} holds {maps.dtype} {maps.shape}, the store float32 "
-                             f"{expected}: delete it")
+            return fetch([Path(cache)], f"maps-{self.spec.fingerprint}",
+                         read=lambda entry: self._unpacked(entry, session), build=self._unpack_to,
+                         say=log.info, limit=limit)
+        except DataError as error:
+            raise StoreError(f"the maps cannot be unpacked: {error}") from error
+
+    def _unpack_to(self, entry: Path) -> None:
+        """Write the array shard by shard, and its checksum."""
+        shape = (self.spec.images, *self.spec.shape)
+        digest = hashlib.sha256()
+        with open(entry / ARRAY, "xb") as file:
+            np.lib.format.write_array_header_1_0(
+                file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+            for shard in range(self.spec.shards):
+                rows = self.read_shard(shard)["map"].combine_chunks().flatten().to_numpy()
+                values = rows.astype("<f4", copy=False).tobytes()
+                digest.update(values)
+                file.write(values)
+            file.flush()
+            os.fsync(file.fileno())
+        (entry / META).write_text(json.dumps({"sha256": digest.hexdigest()}))
+
+    def _unpacked(self, entry: Path, session: str) -> np.ndarray:
+        """Open the array of an entry.
+
+        Raises:
+            CacheDamaged: It does not hold what was written.
+        """
+        file = entry / ARRAY
+        try:
+            expected = json.loads((entry / META).read_text())["sha256"]
+            maps: np.memmap = np.load(file, mmap_mode="r")
+        except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
+            raise CacheDamaged(f"{type(error).__name__}: {error}") from error
+        if maps.shape != (self.spec.images, *self.spec.shape) or maps.dtype != np.float32:
+            raise CacheDamaged(f"it holds {maps.dtype} {maps.shape}")
+
+        def checksum() -> str:
+            with open(file, "rb") as stream:
+                stream.seek(maps.offset)
+                return hashlib.file_digest(stream, "sha256").hexdigest()  # reads in blocks
+
+        if once_a_node(session, [file], checksum) != expected:
+            raise CacheDamaged("the content is not what was written")
         return maps
