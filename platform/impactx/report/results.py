@@ -9,10 +9,14 @@ from impactx.experiment.paper import paper_accuracy
 from impactx.report.blocks import Block, Figure, Section, Table, Text
 from impactx.report.numbers import NONE, interval, number, percent, points, probability
 from impactx.report.style import INK, SOFT, figure, look, plain, png, shown
-from impactx.results.evidence_records import ApproachEvidence, CellEvidence
+from impactx.results.evidence import common_sentence
+from impactx.results.evidence_records import ApproachEvidence, CellEvidence, VerdictKind
 from impactx.results.export import CellExport, JobExport
 from impactx.timing import duration
 
+_WORDS: dict[VerdictKind, str] = {
+    "helps": "help", "hurts": "hurt", "no difference": "make no difference larger than the margin",
+    "cannot be told": "cannot be told"}
 OVER = {"baseline": "A (baseline)", "lambda0": "same network, λ = 0", "shuffled": "shuffled maps"}
 
 
@@ -46,11 +50,15 @@ def of_cell(export: JobExport, cell: CellExport | CellEvidence, lines: Iterable[
 
 def sentences(export: JobExport) -> list[Block]:
     """Return the sentence on each cell, for the top of the page."""
-    cells = tested(export)
+    cells, pilot = tested(export), export.evidence.pilot
+    if not cells and pilot:
+        return [Text(f"The first {pilot} repeats are a pilot, whose accuracies are not shown. No "
+                     "other final model has read the test set yet.", "lead")]
     if not cells:
         return [Text("No final model has read the test set yet, so nothing can be said about "
                      "accuracy.", "lead")]
-    return [Text(f"{title(cell)}: {cell.sentence}", "lead") for cell in cells]
+    return [*(Text(f"{title(cell)}: {cell.sentence}", "lead") for cell in cells),
+            *(Text(common_sentence(effect)) for effect in export.evidence.common)]
 
 
 def table2(export: JobExport) -> list[Section]:
@@ -73,7 +81,7 @@ def table2(export: JobExport) -> list[Section]:
             "spread", "paper %", "ours − paper", "validation %", "time per model",
             "s per map at test"]
     note = (
-        f"Means over repeats. The {level} intervals are from a bootstrap over {_levels(export)}. "
+        f"Means over repeats. The {level} intervals cover {_levels(export)}. "
         "Spread: the standard deviation over repeats. Candidates: the size of an approach's own "
         "search, beside A's grid. The paper (arXiv 2502.12222v2, Table 2) gives one number for "
         "each cell, without a spread. The best approach of a cell is bold. Time per model: process "
@@ -116,11 +124,12 @@ def _parts(export: JobExport) -> list[Block]:
 
 
 def _levels(export: JobExport) -> str:
-    """Return what the bootstrap resamples."""
+    """Return what the intervals cover."""
     levels = dict.fromkeys(entry.accuracy.over for _, entry in entries(export))
-    return " or, where there is one repeat only, over ".join(
+    return " or, where there is one repeat only, ".join(
         sorted(levels, key=len, reverse=True)).replace(
-            "repeats and images", "repeats and test images together")
+            "repeats and images", "other repeats on other test images of the same kind").replace(
+                "images", "other test images alone", 1 if len(levels) == 1 else 0)
 
 
 def _accuracies(export: JobExport) -> Figure:
@@ -160,13 +169,11 @@ def controls(export: JobExport) -> list[Section]:
         export: The job.
     """
     rows = [[title(cell), shown(entry.approach), OVER.get(over, shown(over)), points(gain.mean),
-             interval(gain, signed=True), probability(gain.p), probability(gain.p_holm),
-             str(gain.repeats), _paper_gain(cell, entry, over)]
+             interval(gain, signed=True), probability(gain.p), str(gain.repeats), _paper_gain(cell, entry, over)]
             for cell, entry in entries(export) for over, gain in entry.gains.items()]
     if not rows:
         return []
-    head = ["cell", "approach", "over", "gain (points)", "interval", "p", "p, Holm", "repeats",
-            "paper"]
+    head = ["cell", "approach", "over", "gain (points)", "interval", "p", "repeats", "paper"]
     return [Section("What the explanations are worth", [
         Text("IMPACTX has a whole second network that A does not have. So the gain over A alone "
              "does not show that the explanations make the difference: for that, IMPACTX has to be "
@@ -174,8 +181,37 @@ def controls(export: JobExport) -> list[Section]:
              "images (shuffled)."),
         _forest(export), Table("gains", head, rows, frozenset(range(3, len(head)))),
         Text("Gains are paired: the same repeat (split, seeds) and the same test image on both "
-             "sides. p is two-sided. \"p, Holm\" is corrected over the cells that make the same "
-             "comparison; the sentences are based on it. Intervals are not corrected.", "note")])]
+             "sides. p is two-sided, and neither p nor an interval is corrected.", "note"),
+        *_verdicts(export)])]
+
+
+def _verdicts(export: JobExport) -> list[Block]:
+    """Return the verdicts as a table: which are corrected, and what the repeats could show."""
+    verdicts = [(cell, name, verdict) for cell in export.evidence.cells
+                for name, verdict in cell.verdicts.items()]
+    if not verdicts:
+        return []
+    corrected = any(verdict.p_helps_holm is not None or verdict.p_hurts_holm is not None
+                    for *_, verdict in verdicts)
+    margin = f"{export.evidence.margin:g} points"
+    head = ["cell", "approach", "the explanations", "p, help", "p, hurt",
+            *(["p, help, Holm", "p, hurt, Holm"] if corrected else []),
+            "could be shown (points)", f"repeats for {margin}"]
+    rows = []
+    for cell, name, one in verdicts:
+        p_values = [one.p_helps, one.p_hurts,
+                    *([one.p_helps_holm, one.p_hurts_holm] if corrected else [])]
+        rows.append([title(cell), shown(name), _WORDS[one.verdict],
+                     *(NONE if p is None else probability(p) for p in p_values),
+                     percent(one.detectable), number(one.repeats_for_margin)])
+    note = (f"Explanations help where every gain, over A and over the controls, is above 0; they "
+            "hurt where a control is better; they make no difference larger than the margin where "
+            f"two one-sided tests show every gain over a control to be within {margin}. Could be "
+            "shown: the smallest true gain that these repeats show with 80 % power. Repeats: how "
+            f"many show a gain of {margin}, or that none is larger, with the same power.")
+    if corrected:
+        note += " Holm: corrected over all verdicts of the job."
+    return [Table("verdicts", head, rows, frozenset(range(3, len(head)))), Text(note, "note")]
 
 
 def _paper_gain(cell: CellEvidence, entry: ApproachEvidence, over: str) -> str:
