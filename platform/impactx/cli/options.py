@@ -78,8 +78,8 @@ class ExperimentOptions(argparse.Namespace):
         """
         settings = load_settings(self.preset, self.overrides, self.configs)
         if self.pilot and settings.repeats < 2:
-            raise ConfigurationError("--pilot with repeats = 1: one repeat has no spread from which "
-                                     "a number could be proposed; ask for at least 2 (5 are usual)")
+            raise ConfigurationError("--pilot with repeats = 1: one repeat has no spread that "
+                                     "could propose a number; ask for at least 2 (5 are usual)")
         return settings
 
 

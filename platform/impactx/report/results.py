@@ -81,7 +81,8 @@ def table2(export: JobExport) -> list[Section]:
             "spread", "paper %", "ours − paper", "validation %", "time per model",
             "s per map at test"]
     note = (
-        f"Means over repeats. The {level} intervals cover {_levels(export)}. "
+        f"Means over repeats. The {level} intervals cover other repeats and other test images of "
+        "the same kind; where there is one repeat, other test images alone. "
         "Spread: the standard deviation over repeats. Candidates: the size of an approach's own "
         "search, beside A's grid. The paper (arXiv 2502.12222v2, Table 2) gives one number for "
         "each cell, without a spread. The best approach of a cell is bold. Time per model: process "
@@ -117,19 +118,11 @@ def _parts(export: JobExport) -> list[Block]:
     """Return a warning for each data set of which a part was used."""
     beside = " The paper's numbers are for all images, so they are not shown beside these."
     return [Text(f"{name}: models learn from a part of the data set, {dataset.subset:,} training "
-                 f"images (datasets.{name}.subset)."
+                 f"images (datasets.{name}.subset). "
+                 "All repeats draw from the same ones, so no interval covers others."
                  + (beside if any(paper_accuracy(name, model, BASELINE)
                                   for model in export.settings.models) else ""), "warning")
             for name, dataset in export.settings.datasets.items() if dataset.subset]
-
-
-def _levels(export: JobExport) -> str:
-    """Return what the intervals cover."""
-    levels = dict.fromkeys(entry.accuracy.over for _, entry in entries(export))
-    return " or, where there is one repeat only, ".join(
-        sorted(levels, key=len, reverse=True)).replace(
-            "repeats and images", "other repeats on other test images of the same kind").replace(
-                "images", "other test images alone", 1 if len(levels) == 1 else 0)
 
 
 def _accuracies(export: JobExport) -> Figure:
@@ -169,7 +162,8 @@ def controls(export: JobExport) -> list[Section]:
         export: The job.
     """
     rows = [[title(cell), shown(entry.approach), OVER.get(over, shown(over)), points(gain.mean),
-             interval(gain, signed=True), probability(gain.p), str(gain.repeats), _paper_gain(cell, entry, over)]
+             interval(gain, signed=True), probability(gain.p), str(gain.repeats),
+             _paper_gain(cell, entry, over)]
             for cell, entry in entries(export) for over, gain in entry.gains.items()]
     if not rows:
         return []
