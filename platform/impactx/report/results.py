@@ -201,8 +201,9 @@ def _verdicts(export: JobExport) -> list[Block]:
     note = (f"Explanations help where every gain, over A and over the controls, is above 0; they "
             "hurt where a control is better; they make no difference larger than the margin where "
             f"two one-sided tests show every gain over a control to be within {margin}. Could be "
-            "shown: the smallest true gain that these repeats show with 80 % power. Repeats: how "
-            f"many show a gain of {margin}, or that none is larger, with the same power.")
+            "shown: the smallest true difference from the controls that these repeats show with "
+            f"80 % power. Repeats: how many show {margin}, or that no difference is larger, with "
+            "the same power.")
     if corrected:
         note += " Holm: corrected over all verdicts of the job."
     return [Table("verdicts", head, rows, frozenset(range(3, len(head)))), Text(note, "note")]

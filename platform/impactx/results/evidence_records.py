@@ -161,10 +161,10 @@ class Verdict(_Record):
             None where it cannot be tested.
         p_helps_holm, p_hurts_holm: The same, corrected by Holm's procedure over all verdicts of the
             job (cells and approaches); None where there is one verdict, and nothing to correct.
-        detectable: The smallest true gain that these repeats would have shown with 80 % power, as a
-            fraction; None for one repeat.
-        repeats_for_margin: How many repeats would settle a difference of the margin, with 80 %
-            power; None for one repeat, and where no number would.
+        detectable: The smallest true difference from any of its controls that these repeats would
+            have shown with 80 % power, as a fraction; None for one repeat.
+        repeats_for_margin: How many repeats would settle a difference of the margin from each
+            control, with 80 % power; None for one repeat, and where no number would.
     """
 
     verdict: VerdictKind

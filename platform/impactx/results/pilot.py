@@ -28,7 +28,7 @@ def proposal(storage: Storage, rows: Sequence[Row], settings: ExperimentSettings
     shown, part_of = evidence(storage, rows, settings), roles(settings)
     claims = [(cell, entry, claim_of(entry, part_of)) for cell in shown.cells
               for entry in cell.approaches if entry.approach in cell.verdicts]
-    gains = [gain for _, _, claim in claims if claim.testable for gain in claim.gains]
+    gains = [gain for _, _, claim in claims if claim.testable for gain in claim.controls]
     if not gains:
         return ("The pilot cannot propose a number of repeats: no approach that learns from "
                 "explanations has finished beside a control in at least 2 repeats.")
@@ -52,8 +52,8 @@ def proposal(storage: Storage, rows: Sequence[Row], settings: ExperimentSettings
     most = "no number is enough" if upper is None else f"it is {upper + settings.repeats}"
     return said + (
         f"Run repeats={number + settings.repeats}: the pilot's {settings.repeats}, which are not "
-        f"counted, and {number} that show each gain of {margin}, or that none is larger, with "
-        f"{100 * POWER:g} % power. {settings.repeats} repeats know a spread only roughly: at the "
+        f"counted, and {number} that show a difference of {margin} from each control, or that none "
+        f"is larger, with {100 * POWER:g} % power. {settings.repeats} repeats know a spread only roughly: at the "
         f"upper end of it (80 % confidence) {most}.")
 
 

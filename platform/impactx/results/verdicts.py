@@ -165,7 +165,7 @@ def _verdict(entry: ApproachEvidence, roles: Mapping[str, Role], decision: Decis
     claim, kind, several = decision.claim, decision.kind(rules), decision.claims > 1
     # The first step of Holm's procedure, which the smallest p of several must pass.
     level = rules.level / max(decision.claims, 1)
-    gains = claim.gains if claim.testable else []
+    gains = claim.controls if claim.testable else []
     needs = [repeats_for(gain, rules.margin, level, rules.level) for gain in gains]
     possible = [need for need in needs if need is not None]
     verdict = Verdict(
@@ -210,8 +210,8 @@ def _sentence(entry: ApproachEvidence, roles: Mapping[str, Role], decision: Deci
 def _power(verdict: Verdict, margin: str) -> str:
     """Return what these repeats could have shown, and how many would show the margin."""
     share = f"{100 * POWER:g} % power"
-    could = (f"These repeats could have shown a gain of {100 * (verdict.detectable or 0):.2f} "
-             f"points with {share}; ")
+    could = ("These repeats could have shown a difference from its controls of "
+             f"{100 * (verdict.detectable or 0):.2f} points with {share}; ")
     if verdict.repeats_for_margin is None:
         return could + f"no number of repeats shows {margin} on so few test images."
     return could + (f"about {verdict.repeats_for_margin} repeats would show {margin}, or that no "
