@@ -53,8 +53,8 @@ def proposal(storage: Storage, rows: Sequence[Row], settings: ExperimentSettings
     return said + (
         f"Run repeats={number + settings.repeats}: the pilot's {settings.repeats}, which are not "
         f"counted, and {number} that show a difference of {margin} from each control, or that none "
-        f"is larger, with {100 * POWER:g} % power. {settings.repeats} repeats know a spread only roughly: at the "
-        f"upper end of it (80 % confidence) {most}.")
+        f"is larger, with {100 * POWER:g} % power. {settings.repeats} repeats know a spread only "
+        f"roughly: at the upper end of it (80 % confidence) {most}.")
 
 
 def _at_upper_limit(gain: Gain) -> Gain:
