@@ -5,6 +5,7 @@
   python jobs/full_grid.py dataset=cifar10 model=lenet5       the paper's grid for one cell
   python jobs/full_grid.py                                    the paper's whole grid
   python jobs/full_grid.py --plan                             measure what it costs on this cluster
+  python jobs/full_grid.py --pilot repeats=5                  find how many repeats it needs
   ray job submit --working-dir . -- python jobs/full_grid.py  run it on a remote cluster
 
 The same command started again goes on where it stopped: finished steps are not computed again.
@@ -56,8 +57,13 @@ def run(arguments: list[str] | None = None) -> None:
     with connected(settings.cluster, plugin_files=settings.plugins):
         executor = RayExecutor(settings.cluster, prepared.place, tracker)
         job = Job(settings, prepared.cells, prepared.place, executor, tracker,
-                  tags={"impactx.code": code_version()}, start=start_facts())
+                  tags={"impactx.code": code_version()},
+                  start=start_facts().model_copy(update={"pilot": options.pilot}))
         rows = job.run(report=lambda key, run: write_report(storage, key, run=run))
+    if job.proposal is not None:
+        print(f"\n{job.proposal}")
+        job.check()
+        return
     print("\n" + table(rows) + "\n\n" + sentences(job.evidence) + "\n")
     print("\n".join([*(f"maps:    {folder}" for folder in job.map_folders), *tracker.describe(),
                      *([f"report:  {job.report}"] if job.report else []),

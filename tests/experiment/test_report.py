@@ -253,7 +253,7 @@ def about_maps(gap: float, own: str = "decoder", over_mean: float | None = None,
                ) -> MapEvidence:
     """What maps are worth, small."""
     def interval(mean: float | None) -> Estimate | None:
-        return None if mean is None else Estimate(mean, 0.1, mean - 0.1, mean + 0.1, None, 2, 4, "repeats and images")
+        return None if mean is None else Estimate(mean, 0.1, mean - 0.1, mean + 0.1, None, 2, 4, 0.05, 0.0, "repeats and images")
 
     def order(area: float, random: float | None, explainer: float | None, mean: float | None = None) -> OrderAreas:
         return OrderAreas(aopc=interval(area), over_random=interval(random), over_explainer=interval(explainer),

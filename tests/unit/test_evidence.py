@@ -7,10 +7,14 @@ import json
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
-from impactx.evaluation.statistics import TwoLevelBootstrap, holm
+from impactx.evaluation.power import detectable, repeats_for
+from impactx.evaluation.statistics import CrossedMeans, holm
 from impactx.results.evidence import evidence, roles, sentences
 from impactx.results.evidence_records import Evidence, Gain
+from impactx.results.pilot import proposal
+from impactx.results.records import Look, Start
 from impactx.results.rows import Row
 from impactx.settings import ExperimentSettings
 from impactx.storage import Storage
@@ -21,9 +25,9 @@ SETTINGS = {"attribution": {"method": "partition"}, "approaches": {
     "shuffled": {"kind": "impactx", "lambdas": [0.8], "maps": "shuffled"}, "other": {"kind": "abn"}}}
 
 
-def find(storage, rows, settings=SETTINGS, **evaluation):
+def find(storage, rows, settings=SETTINGS, starts=(), **evaluation):
     """What these rows show, by these approaches."""
-    return evidence(storage, rows, experiment(settings, **evaluation))
+    return evidence(storage, rows, experiment(settings, **evaluation), starts)
 
 
 def experiment(settings, **evaluation) -> ExperimentSettings:
@@ -57,7 +61,7 @@ class Lab:
         return self
 
     def cell(self, index=0, **how):
-        return find(self.storage, self.rows, resamples=1000, **how).cells[index]
+        return find(self.storage, self.rows, **how).cells[index]
 
     def hits(self, approach, dataset="cifar10"):
         found = {}
@@ -73,18 +77,17 @@ def lab(tmp_path):
     return Lab(tmp_path)
 
 
-def test_a_gain_is_the_bootstraps_and_everything_is_plain_data(lab):
+def test_a_gain_is_the_paired_one_and_everything_is_plain_data(lab):
     lab.add("baseline", 0.6).add("impactx", 0.7, weight=0.8).add("lambda0", 0.65, weight=0.0)
-    found = find(lab.storage, lab.rows, resamples=1000, seed=3)
+    found = find(lab.storage, lab.rows)
     plain = found.as_json()
     assert json.loads(json.dumps(plain)) == plain and Evidence.from_json(plain) == found
     (cell,) = found.cells
     assert cell.test_images == IMAGES and not cell.missing
     base, ours, control = cell.approaches
     assert (base.gains, list(ours.gains), list(control.gains)) == ({}, ["baseline", "lambda0"], ["baseline"])
-    by_hand = TwoLevelBootstrap({"a": lab.hits("baseline"), "x": lab.hits("impactx"), "0": lab.hits("lambda0")},
-                                resamples=1000, seed=3)
-    gain = by_hand.gain("x", "0").as_dict() | {"p_holm": by_hand.gain("x", "0").p}
+    by_hand = CrossedMeans({"a": lab.hits("baseline"), "x": lab.hits("impactx"), "0": lab.hits("lambda0")})
+    gain = by_hand.gain("x", "0").as_dict()
     assert ours.gains["lambda0"] == Gain(**gain)
     assert plain["cells"][0]["approaches"][1]["gains"]["lambda0"] == gain
     assert ours.accuracy.mean == pytest.approx(np.mean([r.test_accuracy for r in lab.rows[5:10]]))
@@ -113,36 +116,62 @@ def test_the_sentence_says_whether_the_explanations_help(lab):
     lab.add("baseline", 0.6).add("impactx", 0.7, weight=0.8).add("lambda0", 0.65, weight=0.0)
     lab.add("shuffled", 0.65, weight=0.8)
     cell = lab.cell()
-    assert cell.verdicts["impactx"].verdict == "help" and set(cell.verdicts) == {"impactx"}
+    assert cell.verdicts["impactx"].verdict == "helps" and set(cell.verdicts) == {"impactx"}
     assert cell.sentence.startswith("The explanations help: impactx gains +") and "over A; +" in cell.sentence
     assert "lambda = 0; +" in cell.sentence and cell.sentence.endswith("shuffled among the images.")
-    assert sentences(find(lab.storage, lab.rows, resamples=1000)) == f"cifar10 x lenet5: {cell.sentence}"
+    assert sentences(find(lab.storage, lab.rows)) == f"cifar10 x lenet5: {cell.sentence}"
 
 
-@pytest.mark.parametrize("ours, control, verdict, words", [
-    (0.7, 0.7, "do not help", "is better than A, but not surely better than its controls"),
-    (0.6, 0.6, "do not help", "impactx is not surely better"),
-    (0.6, 0.5, "do not help", "not beyond A"),
-    (0.6, 0.7, "hurt", "The explanations hurt")])
-def test_explanations_that_do_not_help(lab, ours, control, verdict, words):
-    lab.add("baseline", 0.6).add("impactx", ours, weight=0.8).add("lambda0", control, weight=0.0, seed=9)
-    found = lab.cell().verdicts["impactx"]
-    assert found.verdict == verdict and words in found.sentence
+@pytest.mark.parametrize("ours, control, verdict, begins", [
+    (0.7, 0.7, "no difference", "The explanations make no difference larger than 3 points: impactx gains +10"),
+    (0.615, 0.6, "helps", "The explanations help, by less than 3 points over its controls: impactx gains"),
+    (0.6, 0.7, "hurts", "The explanations hurt: impactx gains"),
+    (0.7, 0.715, "hurts", "The explanations hurt, by less than 3 points over its controls: impactx gains")])
+def test_the_verdict_depends_on_the_gains_and_the_margin(lab, ours, control, verdict, begins):
+    lab.add("baseline", 0.6).add("impactx", ours, weight=0.8, repeats=5).add("lambda0", control, weight=0.0, seed=9)
+    lab.add("shuffled", control, weight=0.8)
+    found = lab.cell(margin=3).verdicts["impactx"]
+    assert found.verdict == verdict and found.sentence.startswith(begins)
+
+
+def test_what_cannot_be_told_says_what_could_have_been_shown_and_which_repeats_would(lab):
+    lab.add("baseline", 0.6).add("impactx", 0.601, weight=0.8).add("lambda0", 0.6, weight=0.0).add("shuffled", 0.6, weight=0.8)
+    found = lab.cell(margin=0.05)
+    verdict = found.verdicts["impactx"]
+    gains = [found.approaches[1].gains[control] for control in ("lambda0", "shuffled")]
+    could = max(detectable(gain, 0.05) for gain in gains)
+    repeats = max(repeats_for(gain, 0.0005, 0.05, 0.05) for gain in gains)
+    assert verdict.verdict == "cannot be told" and verdict.sentence.startswith("5 repeats cannot tell whether")
+    assert (verdict.detectable, verdict.repeats_for_margin) == (pytest.approx(could), repeats)
+    assert f"could have shown a difference from its controls of {100 * could:.2f} points with 80 % power" in verdict.sentence
+    assert f"about {repeats} repeats would show 0.05 points, or that no difference is larger." in verdict.sentence
+    assert "Holm" not in verdict.sentence and verdict.p_helps_holm is None
+
+
+def test_a_gain_over_the_controls_that_is_none_over_a_is_no_help(lab):
+    lab.add("baseline", 0.7).add("impactx", 0.7, weight=0.8).add("lambda0", 0.6, weight=0.0).add("shuffled", 0.6, weight=0.8)
+    assert lab.cell().verdicts["impactx"].verdict == "cannot be told"
+
+
+@pytest.mark.parametrize("margin", [0, -0.5, 100])
+def test_a_margin_of_nothing_or_less_is_refused(margin):
+    with pytest.raises(ValidationError, match="evaluation.margin"):
+        experiment(SETTINGS, margin=margin)
 
 
 def test_one_repeat_and_no_control_are_said(lab):
     lab.add("baseline", 0.6, repeats=1).add("impactx", 0.7, weight=0.8, repeats=1)
     cell = lab.cell()
-    assert cell.verdicts["impactx"].verdict == "cannot tell" and "no control was run" in cell.sentence
+    assert cell.verdicts["impactx"].verdict == "cannot be told" and "no control was run" in cell.sentence
     assert "with one repeat, the intervals leave out" in cell.sentence
 
 
-@pytest.mark.parametrize("repeats, said", [(1, "One repeat"), (4, "4 repeats")])
-def test_few_repeats_claim_nothing_whatever_they_gain(lab, repeats, said):
+def test_one_repeat_claims_nothing_whatever_it_gains(lab):
     lab.add("baseline", 0.6).add("impactx", 0.7, weight=0.8).add("lambda0", 0.6, weight=0.0)
-    lab.add("shuffled", 0.6, weight=0.8, repeats=repeats)  # the others have their five
+    lab.add("shuffled", 0.6, weight=0.8, repeats=1)  # the others have their five
     found = lab.cell().verdicts["impactx"]
-    assert found.verdict == "cannot tell" and f"{said} cannot show whether the explanations help: run at least 5 (repeats=5)." in found.sentence
+    assert found.verdict == "cannot be told" and "One repeat cannot show whether the explanations help" in found.sentence
+    assert "--pilot" in found.sentence and found.detectable is None
 
 
 @pytest.mark.parametrize("control, weight, absent", [
@@ -150,7 +179,7 @@ def test_few_repeats_claim_nothing_whatever_they_gain(lab, repeats, said):
 def test_without_both_controls_nothing_helps(lab, control, weight, absent):
     lab.add("baseline", 0.6).add("impactx", 0.7, weight=0.8).add(control, 0.6, weight=weight)
     found = lab.cell().verdicts["impactx"]
-    assert found.verdict == "cannot tell" and f"was not compared with {absent}" in found.sentence
+    assert found.verdict == "cannot be told" and f"was not compared with {absent}" in found.sentence
 
 
 def test_what_an_approach_is_depends_on_its_settings_and_not_on_its_name(lab):
@@ -168,7 +197,7 @@ def test_what_an_approach_is_depends_on_its_settings_and_not_on_its_name(lab):
     lab.add("baseline", 0.6).add("ours", 0.7, weight=0.8).add("no_maps", 0.6, weight=0.0)
     lab.add("shuffled_08", 0.6, weight=0.8).add("mean", 0.7, weight=0.8).add("gradients", 0.7, weight=0.8)
     cell = lab.cell(settings=settings)
-    assert list(cell.verdicts) == ["ours"] and cell.verdicts["ours"].verdict == "help"
+    assert list(cell.verdicts) == ["ours"] and cell.verdicts["ours"].verdict == "helps"
     assert list(cell.approaches[1].gains) == ["baseline", "no_maps", "shuffled_08"]
 
 
@@ -185,15 +214,71 @@ def test_only_a_and_controls_have_no_verdict(lab):
     assert cell.verdicts == {} and "No finished model has learned" in cell.sentence
 
 
-def test_holm_runs_over_the_cells_of_one_comparison(lab):
-    for dataset, ours in (("one", 0.62), ("two", 0.605), ("three", 0.7)):
+def test_holm_runs_over_the_verdicts_of_cells_and_approaches(lab):
+    levels = {"one": 0.603, "two": 0.602, "three": 0.7}
+    settings = SETTINGS | {"approaches": SETTINGS["approaches"] | {"second": {"kind": "impactx", "lambdas": [0.4]}}}
+    for dataset, ours in levels.items():
         lab.add("baseline", 0.6, dataset=dataset).add("impactx", ours, weight=0.8, dataset=dataset, seed=1)
-    lab.add("lambda0", 0.6, dataset="three", weight=0.0)
-    cells = find(lab.storage, lab.rows, resamples=1000).cells
-    gains = [cell.approaches[1].gains["baseline"] for cell in cells]
-    assert [g.p_holm for g in gains] == holm([g.p for g in gains]) and gains[1].p_holm >= gains[1].p
-    alone = cells[2].approaches[1].gains["lambda0"]
-    assert alone.p_holm == alone.p
+        lab.add("lambda0", 0.6, dataset=dataset, weight=0.0).add("shuffled", 0.6, dataset=dataset, weight=0.8)
+    lab.add("second", 0.601, dataset="one", weight=0.4)
+    found = find(lab.storage, lab.rows, settings=settings)
+    verdicts = [verdict for cell in found.cells for verdict in cell.verdicts.values()]
+    assert len(verdicts) == 4
+    for corrected, plain in (("p_helps_holm", "p_helps"), ("p_hurts_holm", "p_hurts")):
+        assert [getattr(v, corrected) for v in verdicts] == holm([getattr(v, plain) for v in verdicts])
+    gains = found.cells[0].approaches[1].gains.values()
+    assert verdicts[0].p_helps == max(gain.p for gain in gains)
+    assert "corrected over the 4 verdicts of the job (Holm), p = " in verdicts[0].sentence
+    (effect, *_) = [e for e in found.common if (e.approach, e.over) == ("impactx", "lambda0")]
+    assert effect.cells == [f"{name} x lenet5" for name in levels] and effect.between is None
+    means = [cell.approaches[1].gains["lambda0"].mean for cell in found.cells]
+    assert effect.mean == pytest.approx(np.mean(means)) and {e.approach for e in found.common} == {"impactx"}
+    assert f"impactx over lambda0 in 3 cells: {100 * effect.mean:+.2f} points [" in sentences(found)
+    assert "so few cannot tell how much cells differ" in sentences(found)
+
+
+def test_two_controls_are_two_chances_to_be_worse(lab):
+    lab.add("baseline", 0.5).add("impactx", 0.6, weight=0.8)
+    lab.add("lambda0", 0.603, weight=0.0).add("shuffled", 0.5, weight=0.8)
+    cell = lab.cell()
+    assert cell.verdicts["impactx"].p_hurts == 2 * cell.approaches[1].gains["lambda0"].p
+
+
+def test_the_pilots_repeats_are_left_out_and_looks_are_said(lab):
+    lab.add("baseline", 0.6).add("impactx", 0.7, weight=0.8).add("lambda0", 0.65, weight=0.0)
+    lab.add("shuffled", 0.65, weight=0.8)
+    plan = Start(repeats=2, pilot=True)
+    cell = lab.cell(starts=[plan, Start(repeats=5)])
+    assert {tuple(entry.repeats) for entry in cell.approaches} == {(2, 3, 4)}
+    assert cell.sentence.endswith("The first 2 repeats were a pilot, which is not counted.")
+    assert find(lab.storage, lab.rows, starts=[Start(repeats=5, pilot=True)]).cells == []
+    seen = [Start(repeats=3), Start(repeats=5, seen=Look(repeats=3, margin=0.5))]
+    text = lab.cell(starts=seen).sentence
+    assert "Repeats were added after a look at the results of 3, for which nothing is corrected" in text
+    # Results that were seen before they became the pilot are left out with it.
+    assert "look" not in lab.cell(starts=[*seen, Start(repeats=3, pilot=True)]).sentence
+    assert "look" not in lab.cell(starts=[Start(repeats=5), Start(repeats=5, seen=Look(repeats=5, margin=0.5))]).sentence
+    seen = [Start(seen=Look(repeats=5, margin=2))]
+    assert "When results were first seen, the margin was 2 points." in lab.cell(starts=seen).sentence
+    seen = [Start(seen=Look(repeats=9, margin=0.5))]
+    assert "The results of 9 repeats had been seen, and are left out in part." in lab.cell(starts=seen).sentence
+
+
+def test_a_pilot_proposes_repeats_from_the_spread_and_tells_no_gain(lab):
+    lab.add("baseline", 0.6).add("impactx", 0.7, weight=0.8).add("lambda0", 0.699, weight=0.0)
+    lab.add("shuffled", 0.7, weight=0.8)
+    settings = experiment(SETTINGS, margin=0.4)
+    text = proposal(lab.storage, lab.rows, settings)
+    cell = find(lab.storage, lab.rows, margin=0.4).cells[0]
+    number = cell.verdicts["impactx"].repeats_for_margin
+    assert f"Run repeats={number + 5}: the pilot's 5, which are not counted, and {number} that show" in text
+    assert f"impactx over lambda0: {100 * cell.approaches[1].gains['lambda0'].spread:.2f} points" in text
+    assert all(f"{100 * gain.mean:.2f}" not in text for gain in cell.approaches[1].gains.values())
+    assert int(text.rpartition("it is ")[2].rstrip(".")) > number + 5
+    alone = [row for row in lab.rows if row.approach == "baseline"]
+    assert proposal(lab.storage, alone, settings).startswith("The pilot cannot propose a number of repeats")
+    small = proposal(lab.storage, lab.rows, experiment(SETTINGS, margin=0.0001))
+    assert "Not even 10000 repeats would show 0.0001 points" in small
 
 
 def test_what_cannot_be_read_is_named_and_the_rest_is_shown(lab):
@@ -201,7 +286,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_shown(lab):
     rows = list(lab.rows)
     lab.storage.delete(f"{rows[0].test}/predictions.npz")
     lab.storage.write(f"{rows[1].test}/predictions.npz", b"PK torn")
-    cell = find(lab.storage, rows, resamples=100).cells[0]
+    cell = find(lab.storage, rows).cells[0]
     told = "\n".join(cell.missing)
     assert f"{rows[0].test}/predictions.npz is missing" in told and "predictions.npz is damaged" in told
     assert "other repeat 0: its predictions are of other test images" in told and len(cell.missing) == 3
@@ -209,7 +294,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_shown(lab):
     # Of the two repeats of impactx none has its A any more.
     assert cell.approaches[1].gains == {} and cell.approaches[0].repeats == [2, 3, 4]
     assert "It cannot be told what impactx gains" in cell.sentence
-    nothing = find(lab.storage, rows[:2], resamples=100).cells[0]
+    nothing = find(lab.storage, rows[:2]).cells[0]
     assert nothing.approaches == [] and len(nothing.missing) == 2
 
 
@@ -223,11 +308,11 @@ def test_a_single_stage_is_set_against_two_stages_and_controls_of_its_own(lab):
     gains = {entry.approach: entry.gains for entry in cell.approaches}
     assert list(gains["at_once"]) == ["baseline", "impactx", "at_once0"]
     assert list(gains["impactx"]) == ["baseline", "lambda0"] and list(gains["at_once0"]) == ["baseline"]
-    by_hand = TwoLevelBootstrap({n: lab.hits(n) for n in ("at_once", "impactx")}, resamples=1000)
+    by_hand = CrossedMeans({n: lab.hits(n) for n in ("at_once", "impactx")})
     assert gains["at_once"]["impactx"].mean == pytest.approx(by_hand.gain("at_once", "impactx").mean)
     # What it loses against two stages says nothing about its explanations.
     verdict = cell.verdicts["at_once"]
-    assert verdict.verdict != "hurt" and "over the same in two stages" in verdict.sentence
+    assert verdict.verdict != "hurts" and "over the same in two stages" in verdict.sentence
 
 
 def test_a_mean_cost_needs_that_of_every_repeat(lab):

@@ -254,7 +254,7 @@ def test_job_keys_name_the_experiment_not_its_execution():
 
     assert of() == of("output=/x", "cluster.threads=4", "tracking.enabled=false", "training.compile=always",
                       "training.memory_mb=100", "data_root=/d", "cache=/c", "cache_gb=5",
-                      "datasets.digits.noticed_by=contents")
+                      "datasets.digits.noticed_by=contents", "repeats=7", "evaluation.margin=1")
     assert len({of(), of("seed=1"), of("training.epochs=3"), of("approaches.impactx.lambdas=[0.2]"), of("name=x")}) == 5
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from impactx.evaluation.statistics import TwoLevelBootstrap
+from impactx.evaluation.statistics import CrossedMeans
 from impactx.results.evidence_records import OrderAreas
 from impactx.results.map_evidence import map_sentence, maps_over_repeats
 
-HOW = {"resamples": 300, "seed": 1, "confidence": 0.9}
+HOW = {"confidence": 0.9}
 LEVELS = {"decoder": 0.3, "shap_predicted": 0.4, "grad_cam_predicted": 0.2, "mean_map": 0.35, "random": 0.1}
 PARTS = ("probability.early", "probability.all", "logit.early", "logit.all")
 
@@ -25,12 +25,12 @@ def arrays(repeat: int, images: int = 40) -> dict[str, np.ndarray]:
     return found
 
 
-def test_orders_are_those_of_the_bootstrap():
+def test_orders_are_means_over_repeats_and_images():
     repeats = {0: arrays(0), 1: arrays(1)}
     repeats[1]["curve.only_here"] = np.zeros((40, 65))
     found = maps_over_repeats(repeats, **HOW)
     assert set(found.orders) == set(LEVELS) and found.explainer == "shap_predicted"
-    early, everywhere, logit, logits = (TwoLevelBootstrap(
+    early, everywhere, logit, logits = (CrossedMeans(
         {n: {r: a[f"aopc.{n}.{part}"] for r, a in repeats.items()} for n in LEVELS}, **HOW) for part in PARTS)
     assert found.orders["decoder"] == OrderAreas(
         aopc=early.mean("decoder"), over_random=early.gain("decoder", "random"),

@@ -59,6 +59,7 @@ class ExperimentOptions(argparse.Namespace):
         overrides: Choices of groups and values of settings.
         dry_run: The steps are only listed.
         plan: The costs are only measured.
+        pilot: The repeats only show how many the job needs.
         configs: The folder of configurations.
     """
 
@@ -66,6 +67,7 @@ class ExperimentOptions(argparse.Namespace):
     overrides: list[str]
     dry_run: bool
     plan: bool
+    pilot: bool
     configs: Path
 
     def load(self) -> ExperimentSettings:
@@ -74,7 +76,11 @@ class ExperimentOptions(argparse.Namespace):
         Raises:
             ConfigurationError: They are wrong.
         """
-        return load_settings(self.preset, self.overrides, self.configs)
+        settings = load_settings(self.preset, self.overrides, self.configs)
+        if self.pilot and settings.repeats < 2:
+            raise ConfigurationError("--pilot with repeats = 1: one repeat has no spread that "
+                                     "could propose a number; ask for at least 2 (5 are usual)")
+        return settings
 
 
 class ExplainOptions(argparse.Namespace):
@@ -167,6 +173,9 @@ def experiment_options(description: str, job_file: str, arguments: list[str] | N
     parser.add_argument("--plan", action="store_true", help=(
         "measure a few steps of each model on this cluster and print what the job costs; train "
         "nothing"))
+    parser.add_argument("--pilot", action="store_true", help=(
+        "run the repeats that are set, and propose from their spread how many the job needs; they "
+        "are reused, but not counted"))
     return parser.parse_intermixed_args(arguments, ExperimentOptions())
 
 

@@ -29,7 +29,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from impactx.evaluation.statistics import interval_of_mean
+from impactx.evaluation.resampling import interval_of_mean
 from impactx.evaluation.targets import Targets
 from impactx.settings import EvaluationSettings
 from impactx.settings.extensions import MapMetricSettings

@@ -1,20 +1,23 @@
-"""Means over repeats and test images with intervals: a two-level bootstrap of paired approaches.
+"""Means over repeats and test images with their intervals, of paired approaches.
 
 A final model's quality on the test set varies for two reasons: which training it is (seeds of
-split, start and order) and which images the test set happens to hold. Both are resampled together,
-crossed: a resample draws the repeats with replacement, and the images with replacement, the same
-images for every model (Owen, "The pigeonhole bootstrap", 2007). Approaches are paired: a gain is
-the mean over repeats and images of the difference between the two models of one repeat on one
+split, start and order) and which images the test set happens to hold. Approaches are paired: a gain
+is the mean over repeats and images of the difference between the two models of one repeat on one
 image, so what makes a split or an image hard for both cancels.
 
-Intervals are percentiles of the resampled means. A handful of repeats makes percentiles too narrow,
-and their tails, which a correction over many cells reads, far too short: no resample goes beyond
-the best repeat. So the part of a resample's deviation that comes from its repeats alone is
-stretched, rank by rank, to Student's t with S - 1 degrees of freedom and the standard error of the
-S repeats (Hesterberg, "What teachers should know about the bootstrap", 2015, does so for one
-quantile). Where the repeats are all that varies, intervals and p-values at every level are those of
-the paired t test. p is two-sided: twice the smaller share of resamples on either side of 0, counted
-with the estimate itself.
+The error of such a mean has two independent parts, and an interval covers both:
+
+* of the repeats, a = s / sqrt(S), where s is the standard deviation of the S repeats' own means.
+  It holds also what an image does to one repeat alone. Where s is smaller than that alone would
+  make it, as with two repeats that happen to be equal, that is taken instead.
+* of the images, b: how much the mean would vary with the test images if there were endless repeats.
+  It is estimated from the repeats' mean on each image, less what one repeat alone adds to it.
+
+The interval is mean +- sqrt((t(S - 1) a)^2 + (t(N - 1) b)^2), with Student's quantiles t at the
+level asked for (Graybill and Wang, JASA 75, 1980). It is the paired t test where only the repeats
+vary, and the test over images where only they do. In between it covers more than it says, never
+less: the chance of a miss is convex in the share of either part, and right at both ends. One
+repeat has no s; its interval is over the images alone.
 """
 
 from __future__ import annotations
@@ -27,8 +30,8 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-RESAMPLES, CONFIDENCE = 10_000, 0.95
-_BLOCK = 2_000_000  # drawn indices held at once
+CONFIDENCE = 0.95
+SMALLEST_P = 1e-12  # what is smaller is given as this
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Estimate:
         p: Of a difference, two-sided against 0; None for a plain mean.
         repeats: The number of repeats.
         images: The number of images.
+        error_of_repeats: The standard error that comes from the repeats; 0 for one repeat.
+        error_of_images: The standard error that comes from the images.
         over: What the interval covers: "repeats and images", or "images" where there is one
             repeat; then it says nothing about another training.
     """
@@ -54,43 +59,126 @@ class Estimate:
     p: float | None
     repeats: int
     images: int
+    error_of_repeats: float
+    error_of_images: float
     over: str
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data."""
         return asdict(self)
 
+    def within(self, margin: float, level: float) -> bool:
+        """Return whether two one-sided tests show that the true value lies within +- margin.
 
-def students_deviations(values: np.ndarray, resampled: np.ndarray) -> np.ndarray:
-    """Return deviations of resampled means of a few values, stretched to Student's t.
+        Args:
+            margin: Above 0, in the units of the values.
+            level: Of each test, in (0, 0.5).
+        """
+        half = half_width(self.error_of_repeats, self.error_of_images, self.repeats, self.images,
+                          2 * level)
+        return abs(self.mean) + half < margin
+
+
+def half_width(of_repeats: float, of_images: float, repeats: int, images: int, level: float
+               ) -> float:
+    """Return half the width of the interval of a mean.
 
     Args:
-        values: float (S,).
-        resampled: float (R,), means of S of them, drawn with replacement.
-
-    Returns:
-        float64 (R,): the quantiles of t(S - 1) * spread / sqrt(S) at (1/2 ... R - 1/2) / R, in the
-        order of `resampled`; zeros for one value.
+        of_repeats: The standard error that comes from the repeats.
+        of_images: The standard error that comes from the images.
+        repeats: The number of repeats, at least 1.
+        images: The number of images, at least 1.
+        level: 1 - confidence, in (0, 1].
     """
-    count, draws = len(values), len(resampled)
-    deviations = np.zeros(draws)
-    if count > 1:
-        quantiles = special.stdtrit(count - 1, (np.arange(draws) + 0.5) / draws)
-        # Sums in another order are ties.
-        order = np.argsort(np.round(resampled, 12), kind="stable")
-        deviations[order] = quantiles * values.std(ddof=1) / math.sqrt(count)
-    return deviations
+    t, z = (-float(special.stdtrit(max(count - 1, 1), level / 2)) for count in (repeats, images))
+    return math.hypot(t * of_repeats, z * of_images)
 
 
-class TwoLevelBootstrap:
-    """Resampled means of approaches, each a number of repeats on the same test images.
+def p_value(mean: float, of_repeats: float, of_images: float, repeats: int, images: int) -> float:
+    """Return the level at which the interval begins to hold 0, two-sided, at least SMALLEST_P.
 
-    Equal arguments give equal results.
+    Args:
+        mean: The mean.
+        of_repeats: As of `half_width`, and so are the following.
+        of_images: A standard error.
+        repeats: Their number.
+        images: Their number.
+    """
+    if of_images == 0 or of_repeats == 0:
+        count, error = (repeats, of_repeats) if of_images == 0 else (images, of_images)
+        if error == 0:
+            return SMALLEST_P if mean else 1.0
+        return max(2 * float(special.stdtr(max(count - 1, 1), -abs(mean) / error)), SMALLEST_P)
+    low, high = math.log(SMALLEST_P), 0.0
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        shown = half_width(of_repeats, of_images, repeats, images, math.exp(middle)) < abs(mean)
+        low, high = (low, middle) if shown else (middle, high)
+    return math.exp(high)
+
+
+def estimate(of_repeats: np.ndarray, images: int, *, within_images: float = 0.0,
+             of_images: float = 0.0, confidence: float = CONFIDENCE, test: bool = True
+             ) -> Estimate:
+    """Return the estimate of a mean from the means of its repeats.
+
+    Args:
+        of_repeats: float (S,), the mean of each repeat.
+        images: The number of images behind each of them.
+        within_images: What the images do to one repeat alone, as a standard deviation of a
+            repeat's mean: the least that is taken for the spread.
+        of_images: The standard error that the images give to the mean of endless repeats; of a
+            single repeat, to its mean.
+        confidence: Of the interval, in (0, 1).
+        test: Whether p is wanted.
+    """
+    count, mean = len(of_repeats), float(of_repeats.mean())
+    spread = float(of_repeats.std(ddof=1)) if count > 1 else None
+    error = 0.0 if spread is None else max(spread, within_images) / math.sqrt(count)
+    half = half_width(error, of_images, count, images, 1 - confidence)
+    return Estimate(
+        mean=mean, spread=spread, low=mean - half, high=mean + half,
+        p=p_value(mean, error, of_images, count, images) if test else None, repeats=count,
+        images=images, error_of_repeats=error, error_of_images=of_images,
+        over="images" if spread is None else "repeats and images")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Values of some repeats on the same images, taken apart.
+
+    Attributes:
+        of_repeats: float64 (S,), the mean of each repeat.
+        within_images, of_images: As of `estimate`.
+    """
+
+    of_repeats: np.ndarray
+    within_images: float
+    of_images: float
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> Parts:
+        """Take values apart.
+
+        Args:
+            values: float64 (S, N), of S repeats on N images.
+        """
+        repeats, images = values.shape
+        means = values.mean(1)
+        if images == 1:
+            return cls(means, 0.0, 0.0)
+        centred = values - means[:, None]
+        variance = float(centred.mean(0).var(ddof=1))
+        alone = float(centred.var(0, ddof=1).mean()) if repeats > 1 else 0.0
+        return cls(means, math.sqrt(alone / images),
+                   math.sqrt(max(0.0, variance - alone / repeats) / images))
+
+
+class CrossedMeans:
+    """Means and gains of approaches, each a number of repeats on the same test images.
 
     Args:
         values: By approach and repeat, N bools or floats each; image i of each is the same image.
-        resamples: The number of resamples.
-        seed: Of the draws.
         confidence: Of the intervals, in (0, 1).
 
     Raises:
@@ -98,28 +186,19 @@ class TwoLevelBootstrap:
     """
 
     def __init__(self, values: Mapping[str, Mapping[int, np.ndarray]], *,
-                 resamples: int = RESAMPLES, seed: int = 0, confidence: float = CONFIDENCE) -> None:
+                 confidence: float = CONFIDENCE) -> None:
         counts = {len(v) for repeats in values.values() for v in repeats.values()}
         if len(counts) != 1 or 0 in counts or not all(values.values()):
-            raise ValueError("a bootstrap needs at least one repeat of every approach, all on the "
-                             f"same images: numbers of images are {sorted(counts)}, approaches "
+            raise ValueError("means need at least one repeat of every approach, all on the same "
+                             f"images: numbers of images are {sorted(counts)}, approaches "
                              f"{list(values)}")
         self.images, self.confidence = counts.pop(), confidence
-        self.resamples, self._seed = resamples, seed
-        models = [(name, repeat) for name, repeats in values.items() for repeat in sorted(repeats)]
-        rows = np.stack([np.asarray(values[name][repeat], np.float64) for name, repeat in models])
-        resampled = resample_images(rows, resamples, seed)
-        self._mean: dict[str, dict[int, float]] = {}
-        self._resampled: dict[str, dict[int, np.ndarray]] = {}
-        for (name, repeat), row, means in zip(models, rows, resampled, strict=True):
-            self._mean.setdefault(name, {})[repeat] = float(row.mean())
-            self._resampled.setdefault(name, {})[repeat] = means
+        self._values = {name: {repeat: np.asarray(repeats[repeat], np.float64)
+                               for repeat in sorted(repeats)} for name, repeats in values.items()}
 
     def mean(self, approach: str) -> Estimate:
         """Return the mean of an approach."""
-        repeats = list(self._mean[approach])
-        return self._estimate([self._mean[approach][r] for r in repeats],
-                              [self._resampled[approach][r] for r in repeats], test=False)
+        return self._estimate(Parts.of(np.stack(list(self._values[approach].values()))), False)
 
     def gain(self, approach: str, over: str) -> Estimate | None:
         """Return the mean paired difference approach - over, on the repeats that both have.
@@ -131,74 +210,21 @@ class TwoLevelBootstrap:
         Returns:
             The estimate, or None where they share no repeat.
         """
-        repeats = [r for r in self._mean[approach] if r in self._mean[over]]
-        if not repeats:
-            return None
-        mean, resampled = self._mean, self._resampled
-        return self._estimate([mean[approach][r] - mean[over][r] for r in repeats],
-                              [resampled[approach][r] - resampled[over][r] for r in repeats],
-                              test=True)
+        repeats = self.shared(approach, over)
+        return self._estimate(self.parts(approach, over, repeats), True) if repeats else None
 
-    def _estimate(self, means: list[float], resampled: list[np.ndarray], *, test: bool
-                  ) -> Estimate:
-        count, values = len(means), np.array(means)
-        centre = float(values.mean())
-        # One draw of the repeats a resample, the same for every approach with as many repeats.
-        generator = np.random.default_rng([self._seed, 1, count])
-        chosen = generator.integers(0, count, (self.resamples, count))
-        both = np.stack(resampled, 1)[np.arange(self.resamples)[:, None], chosen].mean(1)
-        of_repeats = values[chosen].mean(1)
-        both += centre - of_repeats + students_deviations(values, of_repeats)
-        tail = (1 - self.confidence) / 2
-        low, high = np.quantile(both, [tail, 1 - tail])
-        slack = 1e-12  # sums in another order: a difference of exactly 0 must count as one
-        smaller = min((both <= slack).sum() + 1, (both >= -slack).sum() + 1)
-        p = min(1.0, 2 * smaller / (self.resamples + 1))
-        return Estimate(centre, float(values.std(ddof=1)) if count > 1 else None,
-                        float(low), float(high), float(p) if test else None, count, self.images,
-                        "repeats and images" if count > 1 else "images")
+    def shared(self, approach: str, over: str) -> list[int]:
+        """Return the repeats that two approaches both have, in order."""
+        return [r for r in self._values[approach] if r in self._values[over]]
 
+    def parts(self, approach: str, over: str, repeats: Sequence[int]) -> Parts:
+        """Return the paired differences approach - over in some repeats, taken apart."""
+        ours, others = self._values[approach], self._values[over]
+        return Parts.of(np.stack([ours[r] - others[r] for r in repeats]))
 
-def resample_images(rows: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Average each row over images drawn with replacement, the same draw for every row.
-
-    Args:
-        rows: float64 (M, N).
-        resamples: The number of resamples.
-        seed: Of the draws.
-
-    Returns:
-        float64 (M, resamples).
-    """
-    count = rows.shape[1]
-    generator = np.random.default_rng([seed, 0])
-    means = np.empty((len(rows), resamples))
-    step = max(1, _BLOCK // count)
-    for start in range(0, resamples, step):
-        size = min(step, resamples - start)
-        drawn = generator.integers(0, count, (size, count)) + count * np.arange(size)[:, None]
-        times = np.bincount(drawn.ravel(), minlength=size * count).reshape(size, count)
-        means[:, start:start + size] = rows @ times.T.astype(np.float64) / count
-    return means
-
-
-def interval_of_mean(values: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0,
-                     confidence: float = CONFIDENCE) -> tuple[np.ndarray, np.ndarray]:
-    """Return percentile intervals of means over images, of many quantities, paired among them.
-
-    Args:
-        values: float (N, Q).
-        resamples: The number of resamples.
-        seed: Of the draws.
-        confidence: Of the intervals, in (0, 1).
-
-    Returns:
-        The lower and the upper ends, float64 (Q,) each.
-    """
-    means = resample_images(np.ascontiguousarray(values.T, np.float64), resamples, seed)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail], axis=1)
-    return low, high
+    def _estimate(self, parts: Parts, test: bool) -> Estimate:
+        return estimate(parts.of_repeats, self.images, within_images=parts.within_images,
+                        of_images=parts.of_images, confidence=self.confidence, test=test)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -9,11 +9,15 @@ from impactx.experiment.paper import paper_accuracy
 from impactx.report.blocks import Block, Figure, Section, Table, Text
 from impactx.report.numbers import NONE, interval, number, percent, points, probability
 from impactx.report.style import INK, SOFT, figure, look, plain, png, shown
-from impactx.results.evidence_records import ApproachEvidence, CellEvidence
+from impactx.results.evidence import common_sentence
+from impactx.results.evidence_records import ApproachEvidence, CellEvidence, VerdictKind
 from impactx.results.export import CellExport, JobExport
 from impactx.results.rows import mixed_precisions
 from impactx.timing import duration
 
+_WORDS: dict[VerdictKind, str] = {
+    "helps": "help", "hurts": "hurt", "no difference": "make no difference larger than the margin",
+    "cannot be told": "cannot be told"}
 OVER = {"baseline": "A (baseline)", "lambda0": "same network, λ = 0", "shuffled": "shuffled maps"}
 
 
@@ -47,11 +51,15 @@ def of_cell(export: JobExport, cell: CellExport | CellEvidence, lines: Iterable[
 
 def sentences(export: JobExport) -> list[Block]:
     """Return the sentence on each cell, for the top of the page."""
-    cells = tested(export)
+    cells, pilot = tested(export), export.evidence.pilot
+    if not cells and pilot:
+        return [Text(f"The first {pilot} repeats are a pilot, whose accuracies are not shown. No "
+                     "other final model has read the test set yet.", "lead")]
     if not cells:
         return [Text("No final model has read the test set yet, so nothing can be said about "
                      "accuracy.", "lead")]
-    return [Text(f"{title(cell)}: {cell.sentence}", "lead") for cell in cells]
+    return [*(Text(f"{title(cell)}: {cell.sentence}", "lead") for cell in cells),
+            *(Text(common_sentence(effect)) for effect in export.evidence.common)]
 
 
 def table2(export: JobExport) -> list[Section]:
@@ -74,7 +82,8 @@ def table2(export: JobExport) -> list[Section]:
             "spread", "paper %", "ours − paper", "validation %", "time per model",
             "s per map at test"]
     note = (
-        f"Means over repeats. The {level} intervals are from a bootstrap over {_levels(export)}. "
+        f"Means over repeats. The {level} intervals cover other repeats and other test images of "
+        "the same kind; where there is one repeat, other test images alone. "
         "Spread: the standard deviation over repeats. Candidates: the size of an approach's own "
         "search, beside A's grid. The paper (arXiv 2502.12222v2, Table 2) gives one number for "
         "each cell, without a spread. The best approach of a cell is bold. Time per model: process "
@@ -118,18 +127,11 @@ def _parts(export: JobExport) -> list[Block]:
     """Return a warning for each data set of which a part was used."""
     beside = " The paper's numbers are for all images, so they are not shown beside these."
     return [Text(f"{name}: models learn from a part of the data set, {dataset.subset:,} training "
-                 f"images (datasets.{name}.subset)."
+                 f"images (datasets.{name}.subset). "
+                 "All repeats draw from the same ones, so no interval covers others."
                  + (beside if any(paper_accuracy(name, model, BASELINE)
                                   for model in export.settings.models) else ""), "warning")
             for name, dataset in export.settings.datasets.items() if dataset.subset]
-
-
-def _levels(export: JobExport) -> str:
-    """Return what the bootstrap resamples."""
-    levels = dict.fromkeys(entry.accuracy.over for _, entry in entries(export))
-    return " or, where there is one repeat only, over ".join(
-        sorted(levels, key=len, reverse=True)).replace(
-            "repeats and images", "repeats and test images together")
 
 
 def _accuracies(export: JobExport) -> Figure:
@@ -169,13 +171,12 @@ def controls(export: JobExport) -> list[Section]:
         export: The job.
     """
     rows = [[title(cell), shown(entry.approach), OVER.get(over, shown(over)), points(gain.mean),
-             interval(gain, signed=True), probability(gain.p), probability(gain.p_holm),
-             str(gain.repeats), _paper_gain(cell, entry, over)]
+             interval(gain, signed=True), probability(gain.p), str(gain.repeats),
+             _paper_gain(cell, entry, over)]
             for cell, entry in entries(export) for over, gain in entry.gains.items()]
     if not rows:
         return []
-    head = ["cell", "approach", "over", "gain (points)", "interval", "p", "p, Holm", "repeats",
-            "paper"]
+    head = ["cell", "approach", "over", "gain (points)", "interval", "p", "repeats", "paper"]
     return [Section("What the explanations are worth", [
         Text("IMPACTX has a whole second network that A does not have. So the gain over A alone "
              "does not show that the explanations make the difference: for that, IMPACTX has to be "
@@ -183,8 +184,38 @@ def controls(export: JobExport) -> list[Section]:
              "images (shuffled)."),
         _forest(export), Table("gains", head, rows, frozenset(range(3, len(head)))),
         Text("Gains are paired: the same repeat (split, seeds) and the same test image on both "
-             "sides. p is two-sided. \"p, Holm\" is corrected over the cells that make the same "
-             "comparison; the sentences are based on it. Intervals are not corrected.", "note")])]
+             "sides. p is two-sided, and neither p nor an interval is corrected.", "note"),
+        *_verdicts(export)])]
+
+
+def _verdicts(export: JobExport) -> list[Block]:
+    """Return the verdicts as a table: which are corrected, and what the repeats could show."""
+    verdicts = [(cell, name, verdict) for cell in export.evidence.cells
+                for name, verdict in cell.verdicts.items()]
+    if not verdicts:
+        return []
+    corrected = any(verdict.p_helps_holm is not None or verdict.p_hurts_holm is not None
+                    for *_, verdict in verdicts)
+    margin = f"{export.evidence.margin:g} points"
+    head = ["cell", "approach", "the explanations", "p, help", "p, hurt",
+            *(["p, help, Holm", "p, hurt, Holm"] if corrected else []),
+            "could be shown (points)", f"repeats for {margin}"]
+    rows = []
+    for cell, name, one in verdicts:
+        p_values = [one.p_helps, one.p_hurts,
+                    *([one.p_helps_holm, one.p_hurts_holm] if corrected else [])]
+        rows.append([title(cell), shown(name), _WORDS[one.verdict],
+                     *(NONE if p is None else probability(p) for p in p_values),
+                     percent(one.detectable), number(one.repeats_for_margin)])
+    note = (f"Explanations help where every gain, over A and over the controls, is above 0; they "
+            "hurt where a control is better; they make no difference larger than the margin where "
+            f"two one-sided tests show every gain over a control to be within {margin}. Could be "
+            "shown: the smallest true difference from the controls that these repeats show with "
+            f"80 % power. Repeats: how many show {margin}, or that no difference is larger, with "
+            "the same power.")
+    if corrected:
+        note += " Holm: corrected over all verdicts of the job."
+    return [Table("verdicts", head, rows, frozenset(range(3, len(head)))), Text(note, "note")]
 
 
 def _paper_gain(cell: CellEvidence, entry: ApproachEvidence, over: str) -> str:

@@ -1,8 +1,4 @@
-"""From the rows of a job to what they show: who is better, by how much, and how surely.
-
-The bootstrap over repeats and images together is our own (see `evaluation.statistics`): libraries
-resample one level only.
-"""
+"""From the rows of a job to what they show: who is better, by how much, and how surely."""
 
 from __future__ import annotations
 
@@ -20,7 +16,8 @@ from impactx.evaluation.calibration import (
     per_class_accuracy,
 )
 from impactx.evaluation.judgement import MapQuality
-from impactx.evaluation.statistics import TwoLevelBootstrap, holm
+from impactx.evaluation.pooling import CellGain, CommonEffect, common_effect
+from impactx.evaluation.statistics import CrossedMeans
 from impactx.experiment.artifacts import MAP_SCORES, PREDICTIONS, read_arrays, read_result
 from impactx.experiment.steps.quality import QualityResult
 from impactx.results.evidence_records import (
@@ -32,8 +29,9 @@ from impactx.results.evidence_records import (
     Summary,
 )
 from impactx.results.map_evidence import maps_over_repeats
+from impactx.results.records import Start, pilot_repeats
 from impactx.results.rows import Row
-from impactx.results.verdicts import judged
+from impactx.results.verdicts import Rules, judged
 from impactx.settings import EvaluationSettings, ExperimentSettings
 from impactx.storage import Storage, StorageError
 
@@ -45,7 +43,8 @@ def roles(settings: ExperimentSettings) -> dict[str, Role]:
         for name, approach in settings.approaches.items() if isinstance(approach, Approach)}
 
 
-def evidence(storage: Storage, rows: Sequence[Row], settings: ExperimentSettings) -> Evidence:
+def evidence(storage: Storage, rows: Sequence[Row], settings: ExperimentSettings,
+             starts: Sequence[Start] = ()) -> Evidence:
     """Return what finished rows show.
 
     It reads the predictions and the judged maps that the steps left; no model computes anything.
@@ -54,18 +53,64 @@ def evidence(storage: Storage, rows: Sequence[Row], settings: ExperimentSettings
         storage: The job's output.
         rows: Of final models that have read the test set.
         settings: The experiment's.
+        starts: All starts of the job. Repeats that were a pilot are left out.
     """
+    pilot = pilot_repeats(starts)
     groups: dict[tuple[str, str], dict[str, list[Row]]] = {}
     for row in rows:
-        groups.setdefault((row.dataset, row.model), {}).setdefault(row.approach, []).append(row)
+        if row.repeat >= pilot:
+            groups.setdefault((row.dataset, row.model), {}).setdefault(row.approach, []).append(row)
     part_of = roles(settings)
     chosen = settings.evaluation
-    cells = _corrected([
-        _Cell(storage, dataset, model, part_of, chosen).evidence(approaches)
-        for (dataset, model), approaches in groups.items()])
+    readers = [_Cell(storage, dataset, model, part_of, chosen) for dataset, model in groups]
+    cells = judged(
+        [reader.evidence(approaches)
+         for reader, approaches in zip(readers, groups.values(), strict=True)],
+        part_of, Rules(1 - chosen.confidence, chosen.margin / 100),
+        _note(settings, starts, pilot))
     return Evidence(
-        confidence=chosen.confidence, resamples=chosen.resamples, seed=chosen.seed,
-        cells=[judged(cell, part_of, 1 - chosen.confidence) for cell in cells])
+        confidence=chosen.confidence, margin=chosen.margin, repeats=settings.repeats, pilot=pilot,
+        cells=cells, common=_common(readers, cells, chosen.confidence))
+
+
+def _note(settings: ExperimentSettings, starts: Sequence[Start], pilot: int) -> str:
+    """Return what a reader must know of how the number of repeats and the margin came about."""
+    looks = [start.seen for start in starts if start.seen and start.seen.repeats > pilot]
+    fewer = sorted({look.repeats for look in looks if look.repeats < settings.repeats})
+    more = [look.repeats for look in looks if look.repeats > settings.repeats]
+    margins = dict.fromkeys(look.margin for look in looks
+                            if look.margin != settings.evaluation.margin)
+    parts = []
+    if pilot:
+        parts.append(f"The first {pilot} repeats were a pilot, which is not counted.")
+    if fewer:
+        parts.append(
+            f"Repeats were added after a look at the results of {' and of '.join(map(str, fewer))},"
+            " for which nothing is corrected, so wrong verdicts come more often than is said.")
+    if more:
+        parts.append(f"The results of {max(more)} repeats had been seen, and are left out in part.")
+    if margins:
+        parts.append("When results were first seen, the margin was "
+                     f"{' and '.join(f'{margin:g}' for margin in margins)} points.")
+    return " ".join(parts)
+
+
+def _common(readers: Sequence[_Cell], cells: Sequence[CellEvidence], confidence: float
+            ) -> list[CommonEffect]:
+    """Return the gains over several cells, of every approach that has a verdict."""
+    by_comparison: dict[tuple[str, str], dict[str, CellGain]] = {}
+    for reader, cell in zip(readers, cells, strict=True):
+        for entry in cell.approaches:
+            if reader.means is None or entry.approach not in cell.verdicts:
+                continue
+            for over in entry.gains:
+                pair = entry.approach, over
+                repeats = reader.means.shared(*pair)
+                by_comparison.setdefault(pair, {})[f"{cell.dataset} x {cell.model}"] = CellGain(
+                    pair, repeats, reader.means.parts(*pair, repeats), cell.test_images)
+    effects = [common_effect(gains, confidence) for gains in by_comparison.values()
+               if len(gains) > 1]
+    return [effect for effect in effects if effect is not None]
 
 
 class _Cell:
@@ -76,9 +121,10 @@ class _Cell:
         self.storage, self.dataset, self.model = storage, dataset, model
         self.roles, self.settings = part_of, settings
         self.missing: list[str] = []
+        self.means: CrossedMeans | None = None
 
     def evidence(self, approaches: Mapping[str, Sequence[Row]]) -> CellEvidence:
-        """Return the cell without verdicts, its gains not corrected yet.
+        """Return the cell without verdicts.
 
         Args:
             approaches: Rows by approach.
@@ -86,12 +132,10 @@ class _Cell:
         labels, predictions = self._predictions(approaches)
         if labels is None:
             return CellEvidence(dataset=self.dataset, model=self.model, missing=self.missing)
-        bootstrap = TwoLevelBootstrap(
+        self.means = means = CrossedMeans(
             {name: {repeat: scores.argmax(1) == labels for repeat, (_, scores) in models.items()}
-             for name, models in predictions.items()},
-            resamples=self.settings.resamples, seed=self.settings.seed,
-            confidence=self.settings.confidence)
-        entries = [self._approach(name, models, labels, bootstrap, list(predictions))
+             for name, models in predictions.items()}, confidence=self.settings.confidence)
+        entries = [self._approach(name, models, labels, means, list(predictions))
                    for name, models in predictions.items()]
         return CellEvidence(dataset=self.dataset, model=self.model, test_images=len(labels),
                             approaches=entries, missing=self.missing)
@@ -128,7 +172,7 @@ class _Cell:
         self.missing.append(f"{row.approach} repeat {row.repeat}: {reason}")
 
     def _approach(self, name: str, models: Mapping[int, tuple[Row, np.ndarray]],
-                  labels: np.ndarray, bootstrap: TwoLevelBootstrap, names: Sequence[str]
+                  labels: np.ndarray, means: CrossedMeans, names: Sequence[str]
                   ) -> ApproachEvidence:
         in_order = [models[repeat] for repeat in sorted(models)]
         rows, scores = [row for row, _ in in_order], [one for _, one in in_order]
@@ -141,24 +185,23 @@ class _Cell:
             paper=rows[0].paper_accuracy,
             seconds_in_all=_mean_of_all([row.seconds_in_all for row in rows]),
             map_seconds=_mean_of_all([row.map_seconds for row in rows]),
-            checkpoints=[row.checkpoint for row in rows], accuracy=bootstrap.mean(name),
+            checkpoints=[row.checkpoint for row in rows], accuracy=means.mean(name),
             val_accuracy=_summary([row.val_accuracy for row in rows]),
             ece=_summary([expected_calibration_error(one, labels) for one in scores]),
             nll=_summary([negative_log_likelihood(one, labels) for one in scores]),
             per_class=[_mean_of_all(values) for values in by_class],
-            gains=self._gains(name, bootstrap, names),
+            gains=self._gains(name, means, names),
             map_quality=[self._map_quality(row) for row in rows], maps=self._maps(rows))
 
-    def _gains(self, name: str, bootstrap: TwoLevelBootstrap, names: Sequence[str]
-               ) -> dict[str, Gain]:
-        """Return an approach's gains over its references in the cell, p_holm not corrected yet."""
+    def _gains(self, name: str, means: CrossedMeans, names: Sequence[str]) -> dict[str, Gain]:
+        """Return an approach's gains over its references in the cell."""
         gains: dict[str, Gain] = {}
         for over, role in self.roles.items():
             if name in (BASELINE, over) or over not in names or not self.roles[name].over(role):
                 continue
-            gain = bootstrap.gain(name, over)
+            gain = means.gain(name, over)
             if gain is not None:
-                gains[over] = Gain(**gain.as_dict() | {"p_holm": gain.p})
+                gains[over] = Gain(**gain.as_dict())
         return gains
 
     def _map_quality(self, row: Row) -> MapQuality | None:
@@ -176,9 +219,8 @@ class _Cell:
         arrays = {row.repeat: self._arrays(f"{row.map_quality}/{MAP_SCORES}", row)
                   for row in rows if row.map_quality is not None}
         readable = {repeat: one for repeat, one in arrays.items() if one is not None}
-        return maps_over_repeats(
-            readable, resamples=self.settings.resamples, seed=self.settings.seed,
-            confidence=self.settings.confidence) if readable else None
+        return (maps_over_repeats(readable, confidence=self.settings.confidence) if readable
+                else None)
 
 
 def _mean_of_all(values: Sequence[float | None]) -> float | None:
@@ -192,29 +234,20 @@ def _summary(values: Sequence[float]) -> Summary:
                    spread=statistics.stdev(values) if len(values) > 1 else None)
 
 
-def _corrected(cells: Sequence[CellEvidence]) -> list[CellEvidence]:
-    """Return the cells with p_holm over the cells that make the same comparison.
-
-    A comparison is an approach against a reference.
-    """
-    families: dict[tuple[str, str], list[tuple[int, float]]] = {}
-    for i, cell in enumerate(cells):
-        for entry in cell.approaches:
-            for over, gain in entry.gains.items():
-                families.setdefault((entry.approach, over), []).append((i, gain.p))
-    corrected = {(i, *names): p_holm for names, family in families.items()
-                 for (i, _), p_holm in zip(family, holm([p for _, p in family]), strict=True)}
-
-    def gains(i: int, entry: ApproachEvidence) -> dict[str, Gain]:
-        return {over: Gain(**gain.as_dict() | {"p_holm": corrected[i, entry.approach, over]})
-                for over, gain in entry.gains.items()}
-
-    return [cell.model_copy(update={"approaches": [
-        entry.model_copy(update={"gains": gains(i, entry)}) for entry in cell.approaches]})
-        for i, cell in enumerate(cells)]
-
-
 def sentences(results: Evidence) -> str:
-    """Return one or two lines for each cell, for the end of a job's output."""
-    return "\n".join(f"{cell.dataset} x {cell.model}: {text}" for cell in results.cells
-                     for text in (cell.sentence, cell.map_sentence) if text)
+    """Return the lines on each cell and on all of them, for the end of a job's output."""
+    lines = [f"{cell.dataset} x {cell.model}: {text}" for cell in results.cells
+             for text in (cell.sentence, cell.map_sentence) if text]
+    return "\n".join([*lines, *(common_sentence(effect) for effect in results.common)])
+
+
+def common_sentence(effect: CommonEffect) -> str:
+    """Return what a gain is over several cells, and which cells that covers."""
+    text = (f"{effect.approach} over {effect.over} in {len(effect.cells)} cells: "
+            f"{100 * effect.mean:+.2f} points [{100 * effect.low:+.2f}, {100 * effect.high:+.2f}], "
+            f"p = {effect.p:.2g}")
+    if effect.between is None:
+        return (f"{text}: the mean of these cells; so few cannot tell how much cells differ, and "
+                "it says nothing about others.")
+    return (f"{text}: for cells like these (random effects, Hartung-Knapp), whose true gains "
+            f"differ by a standard deviation of {100 * effect.between:.2f} points.")

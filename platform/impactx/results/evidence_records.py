@@ -1,7 +1,7 @@
 """What finished rows show, as typed records; `impactx.results.evidence` fills them.
 
 Accuracies and gains are fractions in [0, 1]. An `Estimate` (see `evaluation.statistics`) is a mean
-over repeats and test images with its bootstrap interval. jobs/<job>/evidence.json holds the same
+over repeats and test images with its interval. jobs/<job>/evidence.json holds the same
 as plain data: each record is a mapping from the names of its fields.
 """
 
@@ -15,21 +15,17 @@ from pydantic import BaseModel, ConfigDict
 
 from impactx.approaches.role import RoleKind
 from impactx.evaluation.judgement import MapQuality
+from impactx.evaluation.pooling import CommonEffect
 from impactx.evaluation.statistics import Estimate
 
-VerdictKind = Literal["help", "do not help", "hurt", "cannot tell"]
+VerdictKind = Literal["helps", "hurts", "no difference", "cannot be told"]
 
 
 @dataclass(frozen=True)
 class Gain(Estimate):
-    """A paired difference of accuracy between two approaches.
-
-    Attributes:
-        p_holm: p, corrected by Holm's procedure over the cells that make the same comparison.
-    """
+    """A paired difference of accuracy between two approaches; its p is not corrected."""
 
     p: float
-    p_holm: float
 
 
 @dataclass(frozen=True)
@@ -155,10 +151,30 @@ class ApproachEvidence(_Record):
 
 
 class Verdict(_Record):
-    """Whether the explanations help an approach, with the sentence that says so."""
+    """Whether the explanations help an approach, with the sentence that says so.
+
+    Attributes:
+        verdict: "no difference" means none larger than `Evidence.margin`.
+        sentence: With the gains, and what a reader must know to interpret them.
+        p_helps: The level at which all gains are above 0; None where it cannot be tested.
+        p_hurts: The level at which a gain over a control is below 0, corrected over the controls;
+            None where it cannot be tested.
+        p_helps_holm, p_hurts_holm: The same, corrected by Holm's procedure over all verdicts of the
+            job (cells and approaches); None where there is one verdict, and nothing to correct.
+        detectable: The smallest true difference from any of its controls that these repeats would
+            have shown with 80 % power, as a fraction; None for one repeat.
+        repeats_for_margin: How many repeats would settle a difference of the margin from each
+            control, with 80 % power; None for one repeat, and where no number would.
+    """
 
     verdict: VerdictKind
     sentence: str
+    p_helps: float | None = None
+    p_hurts: float | None = None
+    p_helps_holm: float | None = None
+    p_hurts_holm: float | None = None
+    detectable: float | None = None
+    repeats_for_margin: int | None = None
 
 
 class CellEvidence(_Record):
@@ -191,14 +207,19 @@ class Evidence(_Record):
 
     Attributes:
         confidence: Of the intervals, in (0, 1).
-        resamples, seed: Of the bootstrap.
+        margin: The difference that does not matter, in points.
+        repeats: How many the job asked for, the pilot's included.
+        pilot: How many of them, the first ones, were a pilot, which is left out here.
         cells: In the order of the rows.
+        common: The gains over several cells, of every approach that has a verdict.
     """
 
     confidence: float
-    resamples: int
-    seed: int
+    margin: float
+    repeats: int
+    pilot: int = 0
     cells: list[CellEvidence]
+    common: list[CommonEffect] = []
 
     def as_json(self) -> dict[str, Any]:
         """Return plain JSON data."""

@@ -185,7 +185,7 @@ def export_job(storage: Storage, job: str) -> JobExport:
              for dataset in settings.datasets for model in settings.models]
     rows = [row for cell in cells for row in cell.rows]
     return JobExport(job=job, made=now(), output=storage.root, record=record, settings=settings,
-                     cells=cells, evidence=evidence(storage, rows, settings))
+                     cells=cells, evidence=evidence(storage, rows, settings, record.starts))
 
 
 def _cell(storage: Storage, settings: ExperimentSettings, path: str, begun: set[str], dataset: str,

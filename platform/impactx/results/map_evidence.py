@@ -3,43 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 
 from impactx.evaluation.metrics.fidelity import DECODER
 from impactx.evaluation.metrics.morf import RANDOM
-from impactx.evaluation.statistics import Estimate, TwoLevelBootstrap
+from impactx.evaluation.statistics import CrossedMeans, Estimate
 from impactx.results.evidence_records import MapEvidence, MapValue, OrderAreas, Values
 
 Arrays = Mapping[int, Mapping[str, np.ndarray]]
 """By repeat, the arrays of its map_scores.npz: N entries each, of the same images everywhere."""
 
-Bootstrap = Callable[[Mapping[str, Mapping[int, np.ndarray]]], TwoLevelBootstrap]
+Means = Callable[[Mapping[str, Mapping[int, np.ndarray]]], CrossedMeans]
 # The same map for every image: a map that says something of its own image beats it.
 MEAN_MAP = "mean_map"
 
 
-def maps_over_repeats(arrays: Arrays, *, resamples: int, seed: int, confidence: float
-                      ) -> MapEvidence:
+def maps_over_repeats(arrays: Arrays, *, confidence: float) -> MapEvidence:
     """Return what the maps of an approach are worth.
 
     Args:
         arrays: Of at least one repeat.
-        resamples: Of the bootstrap.
-        seed: Of the bootstrap.
         confidence: Of the intervals, in (0, 1).
     """
-    def bootstrap(values: Mapping[str, Mapping[int, np.ndarray]]) -> TwoLevelBootstrap:
-        return TwoLevelBootstrap(values, resamples=resamples, seed=seed, confidence=confidence)
+    means = partial(CrossedMeans, confidence=confidence)
 
-    fidelity = _values(arrays, "fidelity", bootstrap)
-    metrics = {metric: _values(arrays, metric, bootstrap) for metric in _metrics(arrays)
+    fidelity = _values(arrays, "fidelity", means)
+    metrics = {metric: _values(arrays, metric, means) for metric in _metrics(arrays)
                if metric != "fidelity"}
-    orders, explainer = _orders(arrays, bootstrap)
+    orders, explainer = _orders(arrays, means)
     return MapEvidence(orders=orders, explainer=explainer, fidelity=fidelity, metrics=metrics)
 
 
-def _orders(arrays: Arrays, bootstrap: Bootstrap) -> tuple[dict[str, OrderAreas], str | None]:
+def _orders(arrays: Arrays, crossed: Means) -> tuple[dict[str, OrderAreas], str | None]:
     """Return MoRF's areas by order and the explainer's order; nothing where there is no MoRF."""
     names = sorted(set.intersection(*(
         {key.split(".", 1)[1] for key in one if key.startswith("curve.")}
@@ -50,9 +47,9 @@ def _orders(arrays: Arrays, bootstrap: Bootstrap) -> tuple[dict[str, OrderAreas]
     explainer = next((name for name in explainers if name.startswith("shap")),
                      next(iter(explainers), None))
 
-    def areas_of(part: str) -> TwoLevelBootstrap:
-        return bootstrap({name: {repeat: one[f"aopc.{name}.{part}"]
-                                 for repeat, one in arrays.items()} for name in names})
+    def areas_of(part: str) -> CrossedMeans:
+        return crossed({name: {repeat: one[f"aopc.{name}.{part}"]
+                               for repeat, one in arrays.items()} for name in names})
 
     early = areas_of("probability.early")
     all_regions = areas_of("probability.all")
@@ -74,7 +71,7 @@ def _metrics(arrays: Arrays) -> list[str]:
     return list(dict.fromkeys(part[0] for part in parts if len(part) == 3))
 
 
-def _values(arrays: Arrays, metric: str, bootstrap: Bootstrap) -> Values:
+def _values(arrays: Arrays, metric: str, crossed: Means) -> Values:
     """Return a metric's values by order and name, each beside the decoder's."""
     orders: Values = {}
     shared = [key for key in next(iter(arrays.values()))
@@ -87,8 +84,8 @@ def _values(arrays: Arrays, metric: str, bootstrap: Bootstrap) -> Values:
         usable = np.isfinite([one[key] for one in arrays.values() for key in keys]).all(0)
         if not usable.any():
             continue
-        means = bootstrap({key: {repeat: one[key][usable] for repeat, one in arrays.items()}
-                           for key in keys})
+        means = crossed({key: {repeat: one[key][usable] for repeat, one in arrays.items()}
+                         for key in keys})
         decoder = f"{metric}.{DECODER}.{name}"
         for key in keys:
             ahead = means.gain(decoder, key) if decoder in keys and key != decoder else None

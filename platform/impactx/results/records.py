@@ -9,6 +9,7 @@ jobs/<job>/job.json                       settings; when and by which code it wa
 from __future__ import annotations
 
 import datetime
+from collections.abc import Iterable
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -17,7 +18,7 @@ from impactx.experiment.steps.test import Test
 from impactx.experiment.steps.training import Model, Trial
 from impactx.settings.base import Name
 
-JOB, CELLS = "job.json", "cells"
+JOB, CELLS, EVIDENCE = "job.json", "cells", "evidence.json"
 TRAINED = (Trial.kind, Model.kind, Test.kind)
 EXPLAINED = "explained"  # <key>.json of each store of maps that jobs/explain.py makes
 
@@ -31,14 +32,35 @@ class _Entry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
+class Look(_Entry):
+    """What a finished start of a job asked for, so that its results could be seen."""
+
+    repeats: int
+    margin: float
+
+
 class Start(_Entry):
-    """One start of a job: when, by which command, code, machine and versions of libraries."""
+    """One start of a job: when, by which command, code, machine and versions of libraries.
+
+    Attributes:
+        repeats: How many it asked for.
+        pilot: Whether it shows only how many repeats the job needs.
+        seen: The results that were there when it began; None where there were none.
+    """
 
     time: str = ""
+    repeats: int = 0
+    pilot: bool = False
+    seen: Look | None = None
     command: str = ""
     code: str = ""
     machine: str = ""
     versions: dict[str, str] = {}
+
+
+def pilot_repeats(starts: Iterable[Start]) -> int:
+    """Return how many of a job's first repeats were a pilot, which its results leave out."""
+    return max((start.repeats for start in starts if start.pilot), default=0)
 
 
 class JobRecord(_Entry):

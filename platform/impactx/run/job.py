@@ -15,7 +15,8 @@ from impactx.experiment.ownership import Ownership
 from impactx.experiment.steps.base import StepError, fingerprint
 from impactx.experiment.workplace import Workplace
 from impactx.results.evidence import evidence
-from impactx.results.records import CELLS, Start, now
+from impactx.results.pilot import proposal
+from impactx.results.records import CELLS, EVIDENCE, Start, now, pilot_repeats
 from impactx.results.rows import Row, results_csv, summarise
 from impactx.run.cell import CellRun
 from impactx.run.executor import Executor
@@ -35,10 +36,13 @@ def job_key(settings: ExperimentSettings) -> str:
     """Return the job's key.
 
     It is the same for the same experiment, wherever and by whatever it is executed, so that a job
-    that is started again goes on.
+    that is started again goes on. More repeats and another margin are the same job, which knows
+    what could be seen before they were chosen.
     """
     described = settings.model_dump(mode="json", exclude={
-        "cluster", "tracking", "output", "data_root", "cache", "cache_gb", "plugins", "reuse"})
+        "cluster": True, "tracking": True, "output": True, "data_root": True, "cache": True,
+        "cache_gb": True, "plugins": True, "reuse": True, "repeats": True,
+        "evaluation": {"margin"}})
     for dataset in described["datasets"].values():
         del dataset["noticed_by"]
     described["training"] = settings.training.described()
@@ -59,7 +63,8 @@ class Job:
         history: What was finished before the job began, and under which code.
         failed: What failed, whole or in part, by the cell's name.
         report: The address of the finished job's report.
-        evidence: What the finished job shows.
+        evidence: What the finished job shows; nothing for a pilot.
+        proposal: For a pilot, the sentences that propose how many repeats the job needs.
         map_folders: Addresses of the stores of maps.
     """
 
@@ -86,25 +91,30 @@ class Job:
         self.failed: dict[str, Exception] = {}
         self.progress = JobProgress(len(cells))
         self.report: str | None = None
+        self.proposal: str | None = None
         self.evidence = evidence(self.artifacts.storage, [], settings)
 
     def run(self, report: Callable[[str, Run], str] | None = None) -> list[Row]:
         """Do everything; results are files under jobs/<key> as well.
 
         Cells that failed, whole or in part, are in `failed`, and `check` raises for them. Where no
-        row is left, it is raised at once.
+        row is left, it is raised at once. A pilot shows nothing but its proposal, so that nobody
+        chooses the number of repeats by what they gain.
 
         Args:
             report: Called at the end with the job's key and run; returns an address. If it fails,
                 that is all that does.
 
         Returns:
-            One row for each final model.
+            One row for each final model of the repeats that count: of those after a pilot's.
+
+        Raises:
+            StepError: All repeats that are asked for were a pilot.
         """
         # The address of the tracker may hold a password, and the tracker is the last to need it.
         settings = self.settings.model_dump(mode="json", exclude={"tracking": {"uri"}})
         storage, folder = self.artifacts.storage, f"jobs/{self.key}"
-        note_start(storage, self.key, settings, self._start)
+        starts = note_start(storage, self.key, self.settings, self._start)
         identity = RunIdentity(
             key=self.key, name=self.settings.name, parent=None, parameters=settings,
             tags=self.tags | {"impactx.role": "job", PROGRESS: f"{now()}: started"})
@@ -118,18 +128,15 @@ class Job:
                     storage.sweep(swept)
                 if not rows:
                     self.check()
-                storage.write_json(f"{folder}/results.json", [row.as_dict() for row in rows])
-                storage.write(f"{folder}/results.csv", results_csv(rows).encode())
-                run.log_text(results_csv(rows), "results.csv")
-                self.evidence = evidence(storage, rows, self.settings)
-                shown = self.evidence.as_json()
-                storage.write_json(f"{folder}/evidence.json", shown)
-                run.log_text(json.dumps(shown, indent=1), "evidence.json")
-                run.log_metrics({f"{s.approach}.{s.dataset}.{s.model}.test_accuracy": s.test_mean
-                                 for s in summarise(rows)})
+                if self._start.pilot:
+                    self.proposal = proposal(storage, rows, self.settings)
+                else:
+                    first = pilot_repeats(starts)
+                    rows = [row for row in rows if row.repeat >= first]
+                    self._show(run, rows, starts)
                 run.set_tags({PROGRESS: f"failed: {', '.join(self.failed)}" if self.failed
                               else "done"})
-                if report is not None:
+                if report is not None and not self._start.pilot:
                     self._report(report, run)
                 if self.failed:
                     run.finish("FAILED", str(self._failure()))
@@ -141,6 +148,19 @@ class Job:
                 self.tracker.close_unfinished(self.key)
         self._owner.release()
         return rows
+
+    def _show(self, run: Run, rows: Sequence[Row], starts: Sequence[Start]) -> None:
+        """Write the job's table and its evidence, and tell them to the tracker."""
+        storage, folder = self.artifacts.storage, f"jobs/{self.key}"
+        storage.write_json(f"{folder}/results.json", [row.as_dict() for row in rows])
+        storage.write(f"{folder}/results.csv", results_csv(rows).encode())
+        run.log_text(results_csv(rows), "results.csv")
+        self.evidence = evidence(storage, rows, self.settings, starts)
+        shown = self.evidence.as_json()
+        storage.write_json(f"{folder}/{EVIDENCE}", shown)
+        run.log_text(json.dumps(shown, indent=1), EVIDENCE)
+        run.log_metrics({f"{s.approach}.{s.dataset}.{s.model}.test_accuracy": s.test_mean
+                         for s in summarise(rows)})
 
     def may_go_on(self) -> None:
         """Check that the same job was not started again meanwhile.

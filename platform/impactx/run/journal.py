@@ -15,33 +15,70 @@ import threading
 from collections.abc import Iterable
 from typing import Any
 
+from pydantic import ValidationError
+
 from impactx.experiment.artifacts import read_record
-from impactx.experiment.steps.base import Step
+from impactx.experiment.steps.base import Step, StepError
 from impactx.results.records import (
+    EVIDENCE,
     JOB,
     CellFacts,
     CellRecord,
     JobRecord,
+    Look,
     Start,
     StepRecord,
     cell_path,
     now,
+    pilot_repeats,
 )
+from impactx.settings import ExperimentSettings
 from impactx.storage import DamagedError, Storage
 
 log = logging.getLogger("impactx")
 
 
-def note_start(storage: Storage, job: str, settings: dict[str, Any], start: Start) -> None:
-    """Write down that a job is started, once more or for the first time."""
+def note_start(storage: Storage, job: str, settings: ExperimentSettings, start: Start
+               ) -> list[Start]:
+    """Write down that a job is started, once more or for the first time.
+
+    Args:
+        storage: The job's output.
+        job: The job's key.
+        settings: The experiment's.
+        start: How it is started; the rest of it is filled in here.
+
+    Returns:
+        All starts, this one last.
+
+    Raises:
+        StepError: All repeats that are asked for were a pilot.
+    """
     path = f"jobs/{job}/{JOB}"
     try:
         earlier = read_record(storage, path, JobRecord).starts
     except FileNotFoundError:
         earlier = []
-    record = JobRecord(settings=settings, starts=[
-        *earlier, start.model_copy(update={"time": now()})])
-    storage.write_json(path, record.model_dump(mode="json"))
+    pilot = pilot_repeats(earlier)
+    if not start.pilot and settings.repeats <= pilot:
+        raise StepError(f"repeats = {settings.repeats}: the first {pilot} repeats of this job were "
+                        "a pilot, which is not counted; ask for more, as the pilot proposed "
+                        "(--pilot shows it again)")
+    starts = [*earlier, start.model_copy(update={
+        "time": now(), "repeats": settings.repeats, "seen": _seen(storage, job)})]
+    # The address of the tracker may hold a password.
+    described = settings.model_dump(mode="json", exclude={"tracking": {"uri"}})
+    storage.write_json(path, JobRecord(settings=described, starts=starts).model_dump(mode="json"))
+    return starts
+
+
+def _seen(storage: Storage, job: str) -> Look | None:
+    """Return what the start asked for whose evidence is there."""
+    try:
+        shown = storage.read_json(f"jobs/{job}/{EVIDENCE}")
+        return Look(repeats=shown["repeats"], margin=shown["margin"])
+    except (FileNotFoundError, DamagedError, KeyError, TypeError, ValidationError):
+        return None
 
 
 class CellJournal:

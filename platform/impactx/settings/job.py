@@ -65,9 +65,14 @@ class EvaluationSettings(Settings):
     """
 
     resamples: int = Field(10_000, ge=100, le=1_000_000, description=(
-        "Resamples of the bootstrap from which intervals are computed."))
+        "Resamples of the bootstrap from which the intervals of one model's map quality (MoRF "
+        "curves) are computed."))
     confidence: Fraction = Field(0.95, description=(
         "The confidence of intervals; 1 - confidence is the level of tests."))
+    margin: float = Field(0.5, gt=0, lt=100, description=(
+        "The difference of accuracy, in points, below which a difference does not matter: "
+        "explanations may be found to make no difference larger than this. Fix it before the "
+        "results are seen."))
     map_images: int = Field(1000, ge=0, description=(
         "Test images on which the maps of each final model are judged. They are drawn stratified, "
         "and are the same for every model of a data set. If there are fewer, all are used; 0: "

@@ -106,7 +106,7 @@ class MapQuality(Step[QualityResult]):
             name=f"map quality of {model.name}", dataset_name=model.dataset_name,
             model_name=model.model_name, approach_name=model.approach_name, repeat=model.repeat,
             weights=ref.weights, data=model.data, test=test,
-            evaluation=evaluation.model_copy(update={"approaches": None}),
+            evaluation=evaluation.model_copy(update={"approaches": None, "margin": 0.5}),
             attribution=attribution, learned=model.maps,
             learned_scale=model.map_scale if learns else None,
             learned_attribution=model.maps_attribution if learns else None,
