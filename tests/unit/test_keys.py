@@ -83,8 +83,8 @@ def changed(*overrides: str, **how) -> set[str]:
 
 
 @pytest.mark.parametrize("override", [
-    "output=/elsewhere", "data_root=/data", "cache=/cache", "name=other", "cluster.trial_cpus=2", "cluster.threads=3",
-    "cluster.use_gpu=true", "cluster.trial_gpus=0.25", "model=[lenet5,mobilenet]",
+    "output=/elsewhere", "data_root=/data", "cache=/cache", "name=other", "cluster.device=cpu", "cluster.threads=3",
+    "models.lenet5.resources.trial.cpus=2", "models.lenet5.resources.maps={gpus: 0.5}", "model=[lenet5,mobilenet]",
     "tracking.enabled=false", "training.eval_batch_size=7", "training.compile=always",
     "training.keep_trial_weights=true", "training.memory_mb=64", "repeats=5", "maps.shard_size=7",
     "grid.select_on=own", "datasets.digits.path=/there", "cluster.explain_memory_mb=64"])
@@ -352,5 +352,5 @@ def test_what_stopped_a_trial_is_known_by_all_that_decides_it():
 def test_strategies_that_cannot_be_are_refused():
     with pytest.raises(ConfigurationError, match="'random' needs max_trials"):
         cell("grid.strategy=random")
-    with pytest.raises(ConfigurationError, match="'asha' with cluster.trial_workers = 2"):
-        cell("grid.strategy=asha", "cluster.trial_workers=2")
+    with pytest.raises(ConfigurationError, match="models.lenet5.resources.trial.workers to 1"):
+        cell("grid.strategy=asha", "models.lenet5.resources.trial.workers=2")

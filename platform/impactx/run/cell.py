@@ -245,7 +245,7 @@ class CellRun:
         # Two approaches may come to one step: it must not be done twice at once.
         unique = {step.folder: step for step in group.steps}
         spread = any(step.slot == "maps" for step in unique.values())
-        at_once = 1 if spread else self.job.executor.steps_at_once()
+        at_once = 1 if spread else self.job.executor.steps_at_once(group.steps[0])
         taken_over: list[TakenOver] = []
 
         def do(step: Step[Any]) -> Result:

@@ -37,8 +37,10 @@ def job_key(settings: ExperimentSettings) -> str:
     It is the same for the same experiment, wherever and by whatever it is executed, so that a job
     that is started again goes on.
     """
-    described = settings.model_dump(mode="json", exclude={
-        "cluster", "tracking", "output", "data_root", "cache", "plugins", "reuse"})
+    elsewhere = dict.fromkeys(
+        ("cluster", "tracking", "output", "data_root", "cache", "plugins", "reuse"), True)
+    described = settings.model_dump(
+        mode="json", exclude=elsewhere | {"models": {"__all__": {"resources"}}})
     described["training"] = settings.training.described()
     return f"{settings.name}-{fingerprint(described)[:12]}"
 
