@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 import ray
 import torch
 from lab import ignore, task, until
+from test_maps import in_background, of_node
 from test_training import numbers, search, trials
 
 from impactx.cluster.capacity import ClusterError
@@ -72,35 +72,31 @@ def test_a_job_on_a_node_that_lacks_its_gpus_is_refused_before_it_begins(cluster
 
 @pytest.mark.timeout(300)
 def test_trials_of_a_quarter_share_a_gpu_over_several_nodes_and_one_that_leaves_costs_nothing(cluster, lab):
-    """Four quarters on each of two nodes; one is lost with its trials, which are done again on the other."""
-    changes = {"training": {"epochs": 40, "patience": 40, "memory_mb": 64},
+    """Four quarters on each of two nodes; one is lost with its trials, which go on upon the other."""
+    changes = {"training": {"epochs": 150, "patience": 150, "memory_mb": 64},
                "grid": {"learning_rate": [0.001, 0.002, 0.003, 0.004], "batch_size": [16, 32],
                         "validation_fraction": [0.2]}}
     two = lab("two", **changes)
-    quarter = {"trial": {"gpus": 0.25, "cpus": 0.25}}
-    units, seen, found = trials(two), [], {}
+    units, found = trials(two), {}
     second = cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=128 * 2**20)
     cluster.wait_for_nodes()
-    storage = two.place.artifacts.storage
-
-    def begun():
-        return sum(storage.exists(f"{unit.folder}/{RUNNING}") for unit in units)
+    storage, lost = two.place.artifacts.storage, []
 
     def act():
-        until(lambda: begun() == 8 and free_gpus() == 0, "eight trials at once on two GPUs")
-        seen.append(begun())
+        until(lambda: free_gpus() == 0, "eight trials at once on two GPUs")
+        until(lambda: any(storage.exists(f"{unit.folder}/{RUNNING}") for unit in units), "an epoch")
+        lost.extend(until(lambda: of_node(second, "TrialActor"), "a trial on the second node"))
         cluster.remove_node(second, allow_graceful=False)
 
-    thread = threading.Thread(target=act)
-    thread.start()
-    two.ray(quarter, device="logical").search(
+    join = in_background(act)
+    two.ray({"trial": {"gpus": 0.25, "cpus": 0.25}}, device="logical").search(
         [task(unit) for unit in units], lambda unit, result, error: found.setdefault(unit.name, (result, error)), ignore)
-    thread.join()
-    assert seen == [8] and len(found) == 8
+    join()
+    assert lost and len(found) == 8
     assert all(result and not error for result, error in found.values())
     one = lab("one", **changes)
-    one.local.train(task(units[0]), ignore)
-    assert numbers(found[units[0].name][0]) == numbers(one.place.artifacts.result(units[0]))
+    here = one.local.train(task(units[0]), ignore)
+    assert numbers(found[units[0].name][0]) == numbers(here)
 
 
 @pytest.mark.timeout(300)
@@ -136,21 +132,20 @@ def test_models_of_one_job_have_shares_of_their_own(lab):
     assert held and two.place.artifacts.result(large) is not None
 
 
-def out_of_memory(unit):
-    """The unit, which asks its device for more than it has."""
-    class Greedy(type(unit)):
-        def execute(self, context):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB\nmore")
-
-    return Greedy.model_validate(dict(unit))
-
-
-def test_a_training_that_does_not_fit_its_memory_names_batch_size_and_share(lab):
+def test_what_does_not_fit_its_memory_names_batch_size_and_share(lab, monkeypatch):
     two = lab()
-    context = Context(two.place)
-    with pytest.raises(StepError, match=r"out of memory with batch size 32 over 2 worker\(s\), each with a share of 0.6 "
-                                        r"GPU \(CUDA out of memory. Tried to allocate 80 GiB\): raise "
-                                        r"models.lenet5.resources.training.gpus .* leave .* out of grid.batch_size$"):
-        tracked_within(TrainingResources(gpus=0.6, workers=2), task(out_of_memory(two.a())), context, NoTracker())
-    with pytest.raises(StepError, match=r"resources.trial.gpus or models.lenet5.resources.trial.workers"):
-        tracked_within(TrainingResources(), task(out_of_memory(trials(two)[0])), context, NoTracker())
+    a, trial, context = two.a(), trials(two)[0], Context(two.place)
+    test = two.cell.test(a, two.local.train(task(a), ignore))
+
+    def greedy(step, context):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB\nand more")
+
+    for step, share, said in (
+            (a, TrainingResources(gpus=0.6, workers=2),
+             r"out of memory with batch size 32 over 2 worker\(s\), each with a share of 0.6 GPU \(CUDA out of memory. "
+             r"Tried to allocate 80 GiB\): raise models.lenet5.resources.training.gpus .* out of grid.batch_size$"),
+            (trial, TrainingResources(), "raise models.lenet5.resources.trial.gpus or .*trial.workers"),
+            (test, TrainingResources(gpus=0.25), "a share of 0.25 GPU .*: raise models.lenet5.resources.trial.gpus$")):
+        monkeypatch.setattr(type(step), "execute", greedy)
+        with pytest.raises(StepError, match=said):
+            tracked_within(share, task(step), context, NoTracker())

@@ -182,10 +182,10 @@ def test_actors_on_cpus_join_only_if_each_can_make_one_more_shard(fresh, monkeyp
     assert started == [(1, list(range(11))), (1, [9])] + [(2, [4, 5, 6, 7, 8, 10])] * joined
 
 
-def of_node(node):
-    """The map workers of one node of the cluster."""
+def of_node(node, name=ACTORS):
+    """The map workers, or other processes of Ray, on one node of the cluster."""
     raylet = node.all_processes["raylet"][0].process.pid
-    return [pid for pid, line in descendants(raylet).items() if line.startswith(f"ray::{ACTORS}")]
+    return [pid for pid, line in descendants(raylet).items() if line.startswith(f"ray::{name}")]
 
 
 @pytest.mark.timeout(300)

@@ -420,6 +420,9 @@ class _Trials:
         of = f"of {len(self._search.steps)}"
         notes = [f"{len(self.failed)} {of} trials failed"] if self.failed else []
         notes += [f"{len(self.stopped)} {of} were stopped early"] if self.stopped else []
+        refused = [result.fallback for result in self.results.values() if result.fallback]
+        notes += [f"{len(refused)} {of} were trained in float32, their network cannot run in "
+                  f"bfloat16 ({refused[0]})"] if refused else []
         return "".join(f"; {note}" for note in notes)
 
 
