@@ -178,6 +178,24 @@ def test_maps_are_asked_for_on_nodes_that_are_not_there_yet(ray):
     assert asked(grows_to_gpus=8, grows_to_cpus=64, device="cpu") == (Pool(64, 1, 0), None)
 
 
+def test_actors_on_cpus_join_at_one_store_at_a_time(ray, monkeypatch):
+    """Each store leaves CPUs to processes on GPUs; those of two stores together would not."""
+    from impactx.cluster import executor as module
+
+    executor, joined = module.RayExecutor(ClusterSettings(grows_to_cpus=64), None, None, {"m": model()}), []
+    step = SimpleNamespace(model_name="m")
+
+    def explain(step, place, device, pool, joining, **how):
+        joined.append(joining is not None)
+        if len(joined) == 1:
+            executor._explain(step, None)
+
+    monkeypatch.setattr(module, "explain_on_pools", explain)
+    executor._explain(step, None)
+    executor._explain(step, None)
+    assert joined == [True, False, True]
+
+
 def test_a_plan_says_where_nothing_can_be_measured_yet(ray):
     from impactx.cluster.measuring import slots_of
 

@@ -252,8 +252,10 @@ def test_job_keys_name_the_experiment_not_its_execution():
         return job_key(load_settings("demo", overrides, CONFIGS))
 
     assert of() == of("output=/x", "cluster.threads=4", "tracking.enabled=false", "training.compile=always",
-                      "training.memory_mb=100", "data_root=/d", "cache=/c")
-    assert len({of(), of("seed=1"), of("training.epochs=3"), of("approaches.impactx.lambdas=[0.2]"), of("name=x")}) == 5
+                      "training.memory_mb=100", "data_root=/d", "cache=/c", "cluster.device=cpu",
+                      "models.lenet5.resources.trial.gpus=1")
+    assert len({of(), of("seed=1"), of("training.epochs=3"), of("approaches.impactx.lambdas=[0.2]"), of("name=x"),
+                of("models.lenet5.input_size=40")}) == 6
 
 
 def test_fingerprints_do_not_depend_on_the_order_of_keys_and_refuse_nan():

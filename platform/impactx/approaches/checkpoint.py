@@ -96,8 +96,7 @@ def save_checkpoint(model: nn.Module, *, model_settings: ModelSettings, class_na
                          "class names were given")
     payload = {
         "format": CHECKPOINT_FORMAT, "version": VERSION, "kind": approach.kind,
-        "torch": str(torch.__version__),
-        "model": model_settings.model_dump(mode="json", exclude={"resources"}),
+        "torch": str(torch.__version__), "model": model_settings.model_dump(mode="json"),
         "approach": approach.model_dump(mode="json"),
         "class_names": [str(name) for name in class_names], "num_classes": network.num_classes,
         "image_size": list(network.image_size), "channels": approach.map_channels(model),
