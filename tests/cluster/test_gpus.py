@@ -126,6 +126,11 @@ def test_models_of_one_job_have_shares_of_their_own(lab):
     large = small.model_copy(update={"model_name": "large"})
     assert executor.steps_at_once(small) == 4 and executor.steps_at_once(large) == 1
     assert executor.cells_at_once() == 4
+    executor.resources["wide"] = executor.resources["lenet5"].model_copy(update={
+        "trial": TrainingResources(cpus=0.25, gpus=0, workers=4), "training": TrainingResources(workers=1, gpus=0)})
+    a = two.a().model_copy(update={"model_name": "wide"})
+    test = two.cell.test(a, a.placeholder())
+    assert [executor.steps_at_once(step) for step in (a, test)] == [2, 8], "a test is one worker of a trial's"
     held = []
     executor.search([task(large)], ignore, lambda unit, row: held.append(
         until(lambda: free_gpus() == 0, "a trial that holds the whole GPU")))

@@ -23,8 +23,7 @@ def device_here(setting: Device) -> str:
     Raises:
         StepError: Ray gave it one, and torch finds none.
     """
-    given = ray.get_gpu_ids()
-    if not given or setting != "auto":
+    if setting != "auto" or not (given := ray.get_gpu_ids()):
         return "cpu"
     if not torch.cuda.is_available():
         raise StepError(

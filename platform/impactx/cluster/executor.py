@@ -63,8 +63,10 @@ class RayExecutor:
         return capacity.grown(self.settings, ray.cluster_resources())
 
     def _wanted(self, step: Step[Any]) -> TrainingResources:
-        """Return what a step holds that is no making of maps."""
+        """Return what a step holds that is no making of maps: of a trial, where it is one process."""
         model = self.resources[step.model_name]
+        if step.slot == "process":
+            return model.trial.model_copy(update={"workers": 1})
         return model.training if step.slot == "training" else model.trial
 
     def _workers(self, wanted: TrainingResources) -> Workers:
