@@ -63,7 +63,7 @@ class RayExecutor:
         return capacity.grown(self.settings, ray.cluster_resources())
 
     def _wanted(self, step: Step[Any]) -> TrainingResources:
-        """Return what a step holds that is no making of maps: of a trial, where it is one process."""
+        """Return what a step without maps holds; one process holds what a trial's worker does."""
         model = self.resources[step.model_name]
         if step.slot == "process":
             return model.trial.model_copy(update={"workers": 1})
