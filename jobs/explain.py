@@ -47,7 +47,7 @@ def run(arguments: list[str] | None = None) -> None:
         return
     from impactx.cluster.connection import executor_when_needed
 
-    with executor_when_needed(settings.cluster, job.place, settings.plugins) as executor:
+    with executor_when_needed(settings, job.place, job.step.model_name) as executor:
         print(explain.run(job, executor))
     if options.sheet:
         explain.draw(job, options.sheet, options.sheet_images)

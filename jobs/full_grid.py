@@ -38,7 +38,7 @@ def run(arguments: list[str] | None = None) -> None:
     from impactx.cluster.connection import connected
 
     if options.plan:
-        with connected(settings.cluster, plugin_files=settings.plugins):
+        with connected(settings.cluster, settings.processes(), settings.plugins):
             from impactx.cluster.measuring import plan
 
             print(plan(prepared.cells, settings.cluster, prepared.place))
@@ -54,8 +54,9 @@ def run(arguments: list[str] | None = None) -> None:
     storage = prepared.place.artifacts.storage
     tracker = make_tracker(settings)
     tracker.prepare()
-    with connected(settings.cluster, plugin_files=settings.plugins):
-        executor = RayExecutor(settings.cluster, prepared.place, tracker)
+    with connected(settings.cluster, settings.processes(), settings.plugins):
+        executor = RayExecutor(settings.cluster, prepared.place, tracker, {
+            name: model.resources for name, model in settings.models.items()})
         job = Job(settings, prepared.cells, prepared.place, executor, tracker,
                   tags={"impactx.code": code_version()},
                   start=start_facts().model_copy(update={"pilot": options.pilot}))

@@ -36,7 +36,7 @@ def cluster(token):
         except Exception as error:
             if last or "timed out during startup" not in str(error):
                 raise
-    with connected(ClusterSettings(address=node.address)):
+    with connected(ClusterSettings(address=node.address, device="logical"), {}):
         yield node
     node.shutdown()
 

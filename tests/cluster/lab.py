@@ -24,7 +24,7 @@ from impactx.run.executor import Task
 from impactx.run.local import LocalExecutor
 from impactx.run.no_tracker import NoTracker
 from impactx.run.tracker import RunIdentity
-from impactx.settings import ClusterSettings, ExperimentSettings
+from impactx.settings import ClusterSettings, ExperimentSettings, ModelResources
 
 IMAGES = 101  # a prime: batches and shares never come out even
 
@@ -58,11 +58,12 @@ class Lab:
         """The executor that everything is compared with."""
         return LocalExecutor(self.place, NoTracker())
 
-    def ray(self, **cluster: Any):
-        """The executor under test."""
+    def ray(self, resources: dict[str, Any] | None = None, device: str = "cpu", **cluster: Any):
+        """The executor under test; it leaves alone the GPU that only the cluster's scheduler knows."""
         from impactx.cluster.executor import RayExecutor
 
-        return RayExecutor(ClusterSettings(**cluster), self.place, NoTracker())
+        return RayExecutor(ClusterSettings(device=device, **cluster), self.place, NoTracker(),
+                           {"lenet5": ModelResources.model_validate(resources or {})})
 
     def a(self, fraction: float = 0.2, rate: float = 0.004) -> Model:
         """The training of the classifier A."""

@@ -14,7 +14,7 @@ from impactx.experiment.preparation import prepare
 from impactx.run.job import Job
 from impactx.run.local import LocalExecutor
 from impactx.run.no_tracker import NoTracker
-from impactx.settings import ClusterSettings
+from impactx.settings import ClusterSettings, ModelResources
 
 pytestmark = pytest.mark.usefixtures("cluster")
 DIGITS = {"source": "digits", "augmentation": {"flip": False, "shift": 2}}
@@ -36,7 +36,7 @@ def ray(place, **settings):
     from impactx.cluster.executor import RayExecutor
 
     # The GPU of the tests' cluster is one that only its scheduler knows.
-    return RayExecutor(ClusterSettings(explain_gpu_actors=0, **settings), place, NoTracker())
+    return RayExecutor(ClusterSettings(device="cpu", **settings), place, NoTracker(), {"lenet5": ModelResources()})
 
 
 def numbers(rows):
@@ -60,8 +60,8 @@ def test_cells_at_once_equal_cells_one_by_one_and_overlap(tmp_path, cache, caplo
 
 
 @pytest.mark.parametrize("settings, cells", [
-    ({}, 3), ({"trial_cpus": 0.25}, 8), ({"trial_cpus": 0.25, "trial_workers": 2}, 4), ({"cells_at_once": 1}, 1),
-    ({"grows_to_cpus": 40}, 40)])
+    ({}, 3), ({"resources": {"trial": {"cpus": 0.25}}}, 8),
+    ({"resources": {"trial": {"cpus": 0.25, "workers": 2}}}, 4), ({"cells_at_once": 1}, 1), ({"grows_to_cpus": 40}, 40)])
 def test_as_many_cells_at_once_as_trials_fit(lab, settings, cells):
     assert lab().ray(**settings).cells_at_once() == cells
 

@@ -32,7 +32,7 @@ def net():
 def start(folder: Path, *arguments: str, **how) -> subprocess.Popen:
     """The job's process, in a folder, with a cluster of its own."""
     command = [sys.executable, str(JOB), *arguments, "dataset=digits", "data_root=data", "output=out",
-               "cluster.num_cpus=2", "cluster.explain_cpu_actors=2"]
+               "cluster.num_cpus=2", "resources.workers=2"]
     environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "PYTHONPATH")}
     STARTED.append(subprocess.Popen(command, cwd=folder, env=environment, text=True,
                                     **({"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | how)))

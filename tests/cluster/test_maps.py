@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -9,22 +10,24 @@ import threading
 import pytest
 from lab import Lab, descendants, fill, ignore, kill, small_disk, task, until
 
+from impactx.cluster import maps as cluster_maps
 from impactx.cluster.maps import Pool, explain_on_pools
 from impactx.experiment.artifacts import CHECKPOINT
 from impactx.experiment.steps.base import StepError
+from impactx.experiment.steps.maps import ShardReport
 from impactx.explain.maps.store import StoreError
 from impactx.storage import StorageError
 
 pytestmark = pytest.mark.usefixtures("cluster")
 ACTORS = "MapWorker"
-TWO = [Pool("cpu", 2, 0.7, 0, backwards=False)]
-# What a cluster of CPU and GPU machines gets; the second pool holds the GPU that only the scheduler knows.
-MIXED = [Pool("cpu", 1, 0.7, 0, backwards=True), Pool("cpu", 1, 0, 1, backwards=False)]
+TWO = Pool(2, 0.7)
+# What a cluster of CPU and GPU machines gets; the first holds the GPU that only the scheduler knows.
+MIXED = Pool(1, 0, 1), Pool(1, 0.7, backwards=True)
 
 
-def stays():
-    """The job stays on its cluster."""
-    return False
+def explain(maps, place, *pools):
+    """Make the maps by these pools: the one that begins, and the one on CPUs that may join."""
+    explain_on_pools(maps, place, "logical", *pools, on_maps=ignore, left=lambda: False)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +104,7 @@ def test_the_pool_makes_the_same_maps_and_only_those_that_are_missing(explained,
     copy(one, two, maps.folder, [store.shard_name(4)])
     path = two.place.artifacts.storage.uri(f"{maps.folder}/{store.shard_name(4)}")
     before, seen = os.stat(path).st_mtime_ns, []
-    two.ray(explain_cpu_actors=2, explain_gpu_actors=0).explain(task(maps), lambda *numbers: seen.append(numbers))
+    two.ray().explain(task(maps), lambda *numbers: seen.append(numbers))
     same_maps(one, two, maps)
     assert os.stat(path).st_mtime_ns == before
     assert seen[-1] == (91, 10, 101)
@@ -117,7 +120,7 @@ def test_a_killed_actor_loses_nothing(explained, fresh):
         killed.extend(kill(ACTORS))
 
     join = in_background(act)
-    explain_on_pools(maps, two.place, TWO, ignore, stays)
+    explain(maps, two.place, TWO)
     join()
     assert killed
     same_maps(one, two, maps)
@@ -134,7 +137,7 @@ def test_two_pools_at_once_and_a_worker_that_stands_still_does_not_hold_up_the_e
         os.kill(stopped[0], signal.SIGSTOP)
 
     join = in_background(act)
-    explain_on_pools(maps, two.place, MIXED, ignore, stays)
+    explain(maps, two.place, *MIXED)
     join()
     assert stopped
     same_maps(one, two, maps)
@@ -145,30 +148,44 @@ def test_two_pools_at_once_and_a_worker_that_stands_still_does_not_hold_up_the_e
 def test_actors_that_wait_for_nodes_hold_up_nobody(explained, fresh):
     """A cluster that may grow, and does not: those that there is room for make all maps, then the others are ended."""
     one, two, maps, _ = explained[0], *fresh
-    two.ray(explain_gpu_actors=0, grows_to_cpus=6).explain(task(maps), ignore)
+    two.ray(grows_to_cpus=6).explain(task(maps), ignore)
     same_maps(one, two, maps)
 
 
 @pytest.mark.timeout(300)
-def test_an_actor_on_a_gpu_begins_where_others_wait_for_cpus(explained, fresh):
-    one, two, maps, store = explained[0], *fresh
-    many = Pool("cpu", 6, 1, 0, backwards=True)  # they fill the node, and four wait
-
-    def act():
-        until(lambda: len([line for line in descendants(os.getpid()).values() if line.startswith(f"ray::{ACTORS}")]) > 2
-              or not store.missing(), "three actors on two CPUs and a GPU")
-        assert store.missing()
-
-    join = in_background(act)
-    explain_on_pools(maps, two.place, [many, MIXED[1]], ignore, stays)
-    join()
+def test_actors_on_cpus_join_where_gpus_are_slower_and_make_the_rest(explained, fresh):
+    """Nobody has five GPUs: the pool on GPUs waits, as where trials hold them all."""
+    one, two, maps, _ = explained[0], *fresh
+    explain(maps, two.place, Pool(1, 0, 5), Pool(2, 0.7, backwards=True))
     same_maps(one, two, maps)
 
 
-def of_node(node):
-    """The map workers of one node of the cluster."""
+@pytest.mark.parametrize("by_gpus, joined", [(4, True), (5, False)])
+def test_actors_on_cpus_join_only_if_each_can_make_one_more_shard(fresh, monkeypatch, by_gpus, joined):
+    """While one on a CPU made one of eleven shards, those on GPUs made so many."""
+    two, maps, _ = fresh
+    started = []
+
+    class Streams(cluster_maps._Pools):
+        def start(self, pool, shards):
+            started.append((pool.actors, list(shards)))
+            made = shards[:by_gpus] if pool.num_gpus else shards
+            self.reports |= {shard: ShardReport(shard, 10, 1.0) for shard in made}
+            self._threads = [threading.current_thread()] if len(started) < 3 else []
+            return made
+
+    monkeypatch.setattr(cluster_maps, "_Pools", Streams)
+    ends = iter([False, True])
+    with pytest.raises(StepError, match="the pools ended") if not joined else contextlib.nullcontext():
+        explain_on_pools(maps, two.place, "logical", Pool(1, 1, 1), Pool(2, 1, backwards=True), on_maps=ignore,
+                         left=lambda: next(ends))
+    assert started == [(1, list(range(11))), (1, [9])] + [(2, [4, 5, 6, 7, 8, 10])] * joined
+
+
+def of_node(node, name=ACTORS):
+    """The map workers, or other processes of Ray, on one node of the cluster."""
     raylet = node.all_processes["raylet"][0].process.pid
-    return [pid for pid, line in descendants(raylet).items() if line.startswith(f"ray::{ACTORS}")]
+    return [pid for pid, line in descendants(raylet).items() if line.startswith(f"ray::{name}")]
 
 
 @pytest.mark.timeout(300)
@@ -187,7 +204,7 @@ def test_a_lost_machine_loses_nothing(cluster, explained, fresh):
         lost.extend(far)
 
     join = in_background(act)
-    explain_on_pools(maps, two.place, [Pool("cpu", 3, 0.9, 0, backwards=False)], ignore, stays)
+    explain(maps, two.place, Pool(3, 0.9))
     join()
     assert lost
     same_maps(one, two, maps)
@@ -198,7 +215,7 @@ def test_an_error_in_an_actor_arrives_as_itself(fresh):
     where = f"{two.a().folder}/{CHECKPOINT}"
     two.place.artifacts.storage.write(where, two.place.artifacts.storage.read(where)[:1000])
     with pytest.raises(StepError, match="checkpoint.*cannot be used"):
-        explain_on_pools(maps, two.place, TWO, ignore, stays)
+        explain(maps, two.place, TWO)
     assert len(store.missing()) == store.spec.shards
 
 
@@ -213,13 +230,13 @@ def test_a_disk_that_is_full_in_the_middle_of_the_shards(explained, lab, tmp_pat
         with open(filler, "r+b") as stream:  # four shards of eleven have room, and some of a fifth
             stream.truncate(filler.stat().st_size - int(4.5 * len(files(one, maps.folder)[store.shard_name(0)])))
         with pytest.raises(StorageError, match="could not write .*shard-.*no space is left"):
-            explain_on_pools(maps, two.place, TWO, ignore, stays)
+            explain(maps, two.place, TWO)
         there = files(two, maps.folder)
         assert 1 <= len(there) <= 5
         assert there.items() <= files(one, maps.folder).items(), "a shard that is there is whole"
         assert not [path for path in disk.rglob("*") if path.name.startswith(".partial-")]
         filler.unlink()
-        explain_on_pools(maps, two.place, TWO, ignore, stays)
+        explain(maps, two.place, TWO)
         same_maps(one, two, maps)
 
 

@@ -30,9 +30,9 @@ def test_rates_are_within_30_percent_of_a_real_run(lab):
     from impactx.cluster.measuring import measure
 
     one: Lab = lab(**LONGER)
-    executor: RayExecutor = one.ray(explain_cpu_actors=2, explain_gpu_actors=0)
+    executor: RayExecutor = one.ray()
     cell = one.cell
-    measured = measure(probes_of([cell]), executor.settings, one.place)
+    measured = measure(probes_of([cell]), executor.settings, one.place, executor.resources)
     images = cell.facts.train_images
     validation = round(images * 0.2)
 

@@ -43,7 +43,7 @@ def work(described, toy):
     return toy.of(5), type(toy)(factor=2), os.environ["IMPACTX_PLUGINS"], metric_of_mine.__file__
 
 try:
-    with connected(ClusterSettings(address=address, num_cpus=1), plugin_files=[str(folder / "metric_of_mine.py")]):
+    with connected(ClusterSettings(address=address, num_cpus=1), {}, [str(folder / "metric_of_mine.py")]):
         import ray
         folder.rename(folder.with_name("gone"))
         toy = map_metric.parse({"metric": "toy_of_mine"})

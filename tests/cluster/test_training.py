@@ -72,7 +72,7 @@ def test_two_workers_equal_one_in_float64(trained, lab):
     part = len(a.split_of(two.place.dataset(a.dataset)).train)
     assert part % 32 and part > 64, "no short last batch: the test would miss its weight"
     seen = []
-    two.ray(train_workers=2, train_cpus=0.5).train(task(a), lambda unit, row: seen.append(row["epoch"]))
+    two.ray({"training": {"workers": 2, "cpus": 0.5}}).train(task(a), lambda unit, row: seen.append(row["epoch"]))
     assert seen == [1, 2, 3]
     found = same_model(trained, two, a, 1e-9)
     moved(build_classifier(two.settings.models["lenet5"], 10, (32, 32), seed=0), found)
@@ -84,7 +84,7 @@ def test_two_workers_equal_one_in_float64(trained, lab):
             two.place.artifacts.storage.write(f"{folder}/{name}", trained.place.artifacts.storage.read(
                 f"{folder}/{name}"))
     net = two.stage2(a)
-    two.ray(train_workers=2, train_cpus=0.5).train(task(net), ignore)
+    two.ray({"training": {"workers": 2, "cpus": 0.5}}).train(task(net), ignore)
     found = same_model(trained, two, net, 1e-9)
     classifier = load_checkpoint(trained.place.artifacts.storage.read(f"{a.folder}/{CHECKPOINT}")).model
     moved(two.settings.approaches["impactx"].build(two.settings.models["lenet5"], classifier, seed=0,
@@ -100,7 +100,7 @@ def test_two_workers_equal_one_in_float32_over_ten_steps(lab):
     unit = one.cell.classifier(Configuration(0.002, 41, 0.2), 0)
     done = one.local.train(task(unit), ignore)
     assert -(-done.train_images // 41) * done.epochs == 10
-    two.ray(train_workers=2, train_cpus=0.5).train(task(unit), ignore)
+    two.ray({"training": {"workers": 2, "cpus": 0.5}}).train(task(unit), ignore)
     same_model(one, two, unit, 1e-5)
 
 
@@ -136,17 +136,6 @@ def test_search_equals_local_search_and_survives_a_trial_that_raises(lab):
     assert {(u.name, e) for u in units[1:] for e in (1, 2, 3)} >= set(epochs) >= {(u.name, 3) for u in units[1:]}
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the cluster's GPU is one in name only, and must stay one")
-def test_trials_that_share_a_gpu_are_placed_and_say_that_torch_finds_none(lab):
-    """Four quarters of a logical GPU: Ray places them; what they would compute, only a machine with a GPU can show."""
-    two = lab("two", grid={"learning_rate": [0.001, 0.002, 0.003, 0.004], "batch_size": [32],
-                           "validation_fraction": [0.2]})
-    found, _ = search(two, two.ray(trial_gpus=0.25, trial_cpus=0.5), trials(two))
-    assert len(found) == 4
-    assert all(result is None and "Ray gave this process 0.25 GPU" in error for result, error in found.values())
-
-
 def test_a_killed_trial_is_tried_again_and_goes_on(lab):
     # Long enough to be met under way.
     changes = {"training": {"epochs": 60, "patience": 60, "memory_mb": 64}}
@@ -173,7 +162,7 @@ def test_trials_over_two_workers(lab):
     two = lab("two", training=one.settings.training.model_dump())
     units = trials(one)[:1]
     here, _ = search(one, one.local, units)
-    there, _ = search(two, two.ray(trial_workers=2, trial_cpus=0.5), units)
+    there, _ = search(two, two.ray({"trial": {"workers": 2, "cpus": 0.5}}), units)
     (rows1, rest1), (rows2, rest2) = here[units[0].name][0], there[units[0].name][0]
     assert rest1 == rest2 and not there[units[0].name][1]
     for row1, row2 in zip(rows1, rows2, strict=True):
@@ -183,7 +172,7 @@ def test_trials_over_two_workers(lab):
 def test_an_error_of_a_training_arrives_as_itself_and_is_not_tried_again(lab):
     two = lab()
     with pytest.raises(StepError, match="f" * 32):
-        two.ray(train_workers=1).train(task(broken(two.a())), ignore)
+        two.ray().train(task(broken(two.a())), ignore)
 
 
 @pytest.mark.slow
@@ -197,7 +186,7 @@ def test_a_killed_worker_of_a_training_is_replaced(lab):
         if not killed:
             killed.extend(kill("RayTrainWorker"))
 
-    there = two.ray(train_workers=1, max_failures=1).train(task(unit), kill_it)
+    there = two.ray(max_failures=1).train(task(unit), kill_it)
     assert killed
     assert numbers(there) == numbers(here)
     assert np.isfinite(here.best["val_loss"]) and there.weights == here.weights

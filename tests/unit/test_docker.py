@@ -275,13 +275,14 @@ def test_the_kuberay_manifest_runs_the_same_command_with_a_token():
     (job,) = [d for d in documents if d["kind"] == "RayJob"]
     spec = job["spec"]
     assert spec["entrypoint"].startswith("python jobs/full_grid.py ")
+    assert "gpus=" not in spec["entrypoint"].replace("grows_to_gpus=", ""), "GPUs are used by themselves"
     settings = load_settings("full_grid", spec["entrypoint"].split()[2:], ROOT / "configs").cluster
     cluster = spec["rayClusterSpec"]
     (group,) = cluster["workerGroupSpecs"]
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     most = [group["maxReplicas"] * int(limits[name]) for name in ("cpu", "nvidia.com/gpu")]
     assert cluster["enableInTreeAutoscaling"] and [settings.grows_to_cpus, settings.grows_to_gpus] == most
-    assert settings.trial_gpus and settings.use_gpu
+    assert settings.device == "auto"
     assert cluster["authOptions"] == {"mode": "token"}
     pins = (ROOT / "constraints.txt").read_text()
     assert f"ray=={cluster['rayVersion']}\n" in pins

@@ -83,8 +83,8 @@ def changed(*overrides: str, **how) -> set[str]:
 
 
 @pytest.mark.parametrize("override", [
-    "output=/elsewhere", "data_root=/data", "cache=/cache", "name=other", "cluster.trial_cpus=2", "cluster.threads=3",
-    "cluster.use_gpu=true", "cluster.trial_gpus=0.25", "model=[lenet5,mobilenet]",
+    "output=/elsewhere", "data_root=/data", "cache=/cache", "name=other", "cluster.device=cpu", "cluster.threads=3",
+    "models.lenet5.resources.trial.cpus=2", "models.lenet5.resources.maps={gpus: 0.5}", "model=[lenet5,mobilenet]",
     "tracking.enabled=false", "training.eval_batch_size=7", "training.compile=always",
     "training.keep_trial_weights=true", "training.memory_mb=64", "repeats=5", "maps.shard_size=7",
     "grid.select_on=own", "datasets.digits.path=/there", "cluster.explain_memory_mb=64"])
@@ -254,8 +254,10 @@ def test_job_keys_name_the_experiment_not_its_execution():
 
     assert of() == of("output=/x", "cluster.threads=4", "tracking.enabled=false", "training.compile=always",
                       "training.memory_mb=100", "data_root=/d", "cache=/c", "cache_gb=5",
-                      "datasets.digits.noticed_by=contents", "repeats=7", "evaluation.margin=1")
-    assert len({of(), of("seed=1"), of("training.epochs=3"), of("approaches.impactx.lambdas=[0.2]"), of("name=x")}) == 5
+                      "datasets.digits.noticed_by=contents", "repeats=7", "evaluation.margin=1", "cluster.device=cpu",
+                      "models.lenet5.resources.trial.gpus=1")
+    assert len({of(), of("seed=1"), of("training.epochs=3"), of("approaches.impactx.lambdas=[0.2]"), of("name=x"),
+                of("models.lenet5.input_size=40")}) == 6
 
 
 def test_fingerprints_do_not_depend_on_the_order_of_keys_and_refuse_nan():
@@ -354,5 +356,5 @@ def test_what_stopped_a_trial_is_known_by_all_that_decides_it():
 def test_strategies_that_cannot_be_are_refused():
     with pytest.raises(ConfigurationError, match="'random' needs max_trials"):
         cell("grid.strategy=random")
-    with pytest.raises(ConfigurationError, match="'asha' with cluster.trial_workers = 2"):
-        cell("grid.strategy=asha", "cluster.trial_workers=2")
+    with pytest.raises(ConfigurationError, match="models.lenet5.resources.trial.workers to 1"):
+        cell("grid.strategy=asha", "models.lenet5.resources.trial.workers=2")

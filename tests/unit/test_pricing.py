@@ -46,8 +46,8 @@ def measured(of: list[Cell], gpus: float = 0.0, workers: int = 1) -> Measured:
     workers: of a trial and of a training; four of either are done at once.
     """
     training = Slots(4, workers, gpus, workers)
-    rates = Measured({"trial": training, "model": replace(training, gpus=0), "maps on CPUs": Slots(4, 1, 0),
-                      JUDGING: Slots(4, 1, 0)}, 4, gpus * 4)
+    rates = Measured({"lenet5": {"trial": training, "model": replace(training, gpus=0), "maps on CPUs": Slots(4, 1, 0),
+                                 JUDGING: Slots(4, 1, 0)}}, 4, gpus * 4)
     for probe in probes_of(of):
         for slot in {MAPS: ["maps on CPUs"], JUDGING: [JUDGING]}.get(probe.subject, ["trial", "model"]):
             for speed in (1, 2):
@@ -211,7 +211,7 @@ def test_shards_that_are_there_cost_nothing(artifacts):
         assert price.evaluations == Range(100 * left, 100 * left) and price.map_bytes == left * 3 * 32 * 32 * 4
         # 30 maps a second of four actors; the last two shards keep two of them busy.
         assert found["maps on CPUs"].alone().low == pytest.approx(left / (15 if left == 600 else 22.5))
-        assert found["maps on CPUs"].cpu_hours(rates).low == pytest.approx(left / 7.5 / 3600)
+        assert found["maps on CPUs"].cpu_hours().low == pytest.approx(left / 7.5 / 3600)
 
 
 def test_a_finished_store_that_lost_a_shard_is_completed(artifacts):
@@ -294,7 +294,7 @@ def test_a_budget_that_is_more_than_enough_changes_nothing(artifacts):
 
 
 def test_no_step_is_shorter_than_its_longest_piece():
-    item = Item("stage 1", "", "trial", Range(100, 700), 64, 70, Range(9, 60))
+    item = Item("stage 1", "", "trial", Slots(64, 1, 0), Range(100, 700), 64, 70, Range(9, 60))
     assert item.alone() == Range(9, 700 / 64 + 60 * 63 / 64), "64 slots share few trials of unequal length"
     assert replace(item, pieces=5, slots=5).alone() == Range(20, 60), "all at once: as long as the longest"
     assert replace(item, longest=Range()).alone() == Range(100 / 64, 700 / 64)
@@ -316,7 +316,7 @@ def test_judging_is_counted_and_priced(artifacts):
     passes = (1 + 64 * 5 + 2 * (1 + 64 * 8)) / 100
     expected = (a + net + Range(passes, passes)) * (2 * 100 / 7.5)
     assert (item.seconds.low, item.seconds.high) == pytest.approx((expected.low, expected.high))
-    assert item.slots == 4 and item.cpu_hours(measured([cell])).low == pytest.approx(expected.low / 3600)
+    assert item.slots == 4 and item.cpu_hours().low == pytest.approx(expected.low / 3600)
     text = price_list([price], measured([cell]), 3)
     assert "judging:           maps of 4 of 4 models on 100 test images" in text
     (one,) = cells(JUDGED, "evaluation.approaches=[baseline]", "evaluation.orders=[predicted]")
@@ -333,7 +333,7 @@ def test_several_workers_hold_several_times_as_much(artifacts):
     assert four.epoch("trial", cell, BASELINE, 20, 800, 200) == pytest.approx(
         one.epoch("trial", cell, BASELINE, 20, 800, 50)), "each step is theirs, and a part of the validation images"
     item = price_cell(cell, four, artifacts).items[0]
-    assert item.cpu_hours(four).low == pytest.approx(item.seconds.low * 4 / 3600)
+    assert item.cpu_hours().low == pytest.approx(item.seconds.low * 4 / 3600)
 
 
 def test_slots_hold_all_their_workers(monkeypatch):
@@ -346,23 +346,31 @@ def test_slots_hold_all_their_workers(monkeypatch):
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 15, "GPU": 2})
     tried = []
 
-    def gang(where, probes, place):
-        tried.append((where.device, where.on_node, where.workers, [probe.subject for probe in probes]))
+    def gang(where, probes, place, setting):
+        tried.append((where.gpus, where.on_node, where.workers, [probe.subject for probe in probes]))
         return [(probe, [1.0]) for probe in probes]
 
     monkeypatch.setattr(measuring, "_gang", gang)
-    (cell,) = cells(JUDGED, "cluster.trial_workers=4", "cluster.train_workers=2", "cluster.use_gpu=true",
-                    "cluster.max_concurrent_trials=2")
-    settings = cell.settings.cluster
-    found = measuring.measure(probes_of([cell]), settings, None, lambda text: None).slots
+    (cell,) = cells(JUDGED, "cluster.max_concurrent_trials=2",
+                    "models.lenet5.resources={trial: {gpus: 0, workers: 4}, training: {workers: 2}}")
+    settings, model = cell.settings.cluster, cell.model.resources
+
+    def slots(settings, model):
+        tried.clear()
+        return measuring.measure(probes_of([cell]), settings, None, {"lenet5": model}, lambda text: None).slots["lenet5"]
+
+    found = slots(settings, model)
     assert found["trial"] == Slots(2, 4, 0, 4), "eight of fifteen CPUs: no more than two trials at once"
-    assert found["model"] == Slots(1, 2, 2, 2) and found[JUDGING] == Slots(2, 1, 1)
-    assert found["maps on CPUs"] == Slots(15, 1, 0)
-    assert ("cuda", 1, 1, [MAPS]) in tried and ("cpu", 6, 1, [MAPS]) in tried
-    settings = settings.model_copy(update={"max_concurrent_trials": None, "use_gpu": False, "train_workers": 1})
-    assert measuring.measure(probes_of([cell]), settings, None, lambda text: None).slots["trial"] == Slots(3, 4, 0, 4)
-    tried.clear()
-    measuring.measure(probes_of([cell]), settings.model_copy(update={"explain_gpu_actors": 0}), None, lambda text: None)
+    assert found["model"] == Slots(1, 2, 2, 2) and found[JUDGING] == Slots(15, 1, 0)
+    assert found["maps on GPUs"] == Slots(2, 1, 1) and "maps on CPUs" not in found, "trials hold all CPUs"
+    assert (1, 1, 1, [MAPS]) in tried
+    shared = model.model_copy(update={"trial": model.training.model_copy(update={"gpus": 0.25, "workers": 1})})
+    found = slots(settings, shared)
+    assert found[JUDGING] == Slots(8, 1, 0.25), "four on each GPU"
+    assert found["maps on CPUs"] == Slots(7, 1, 0), "eight trials may be on the GPUs"
+    found = slots(settings.model_copy(update={"max_concurrent_trials": None}), model.on_cpus())
+    assert found["trial"] == Slots(3, 4, 0, 4) and found["maps on CPUs"] == Slots(15, 1, 0)
+    assert "maps on GPUs" not in found
     assert sum(what == [MAPS] for *_, what in tried) == 2, "judged where maps are made: measured once a kind of node"
 
 
@@ -372,8 +380,8 @@ def test_a_worker_is_measured_on_its_share_of_a_batch(monkeypatch):
 
     monkeypatch.setattr(measuring, "measure_training", lambda cell, place, subject, batch_size, device: batch_size)
     (cell,) = cells()
-    where = measuring.Place("node", "cpu", 1, 0, 4, 4)
-    sizes = {(n, size): measuring.Prober().run(Probe(cell, BASELINE, size), None, replace(where, workers=n))
+    where = measuring.Place("node", 1, 0, 4, 4)
+    sizes = {(n, size): measuring.Prober().run(Probe(cell, BASELINE, size), None, replace(where, workers=n), "cpu")
              for n in (1, 4) for size in (1, 4, 10)}
     assert sizes == {(1, 1): 1, (1, 4): 4, (1, 10): 10, (4, 1): 1, (4, 4): 2, (4, 10): 3}
 
@@ -398,11 +406,27 @@ def test_strategies_cost_less(artifacts):
     assert price_cell(cell, measured([cell]), artifacts).epochs == Range(2 * 4 + 6 * 6, 30 * 10)
 
 
+@pytest.mark.parametrize("on_gpu, priced", [(1.9, True), (2.0, False)])
+def test_maps_are_priced_on_cpus_beside_gpus_only_where_these_shorten_the_end(artifacts, on_gpu, priced):
+    (cell,) = cells("maps.shard_size=200")  # five shards
+    rates = measured([cell])
+    slots = rates.slots["lenet5"] | {"maps on CPUs": Slots(1, 1, 0), "maps on GPUs": Slots(1, 1, 1)}
+    rates = Measured({"lenet5": slots}, 4, 1, rates._trainings)
+    for probe in probes_of([cell]):
+        if probe.subject == MAPS:
+            rates.add_maps("maps on CPUs", probe, 1, [1.0])
+            rates.add_maps("maps on GPUs", probe, 1, [on_gpu])
+            wanted = probe.making
+    assert set(rates.maps(cell, wanted)) == {"maps on CPUs", "maps on GPUs"}
+    names = {item.name for item in price_cell(cell, rates, artifacts).items}
+    assert "maps on GPUs" in names and ("maps on CPUs" in names) is priced
+
+
 def test_gpus_are_priced_by_the_part_that_is_held(artifacts):
     (cell,) = cells()
     rates = measured([cell], gpus=0.25)
     item = price_cell(cell, rates, artifacts).items[0]
-    assert item.gpu_hours(rates).low == pytest.approx(item.cpu_hours(rates).low / 4)
+    assert item.gpu_hours().low == pytest.approx(item.cpu_hours().low / 4)
     assert "GPU-hours" in price_list([price_cell(cell, rates, artifacts)], rates, 3)
 
 
@@ -420,11 +444,11 @@ def test_cells_that_share_a_cluster_take_no_longer_than_one_by_one(artifacts):
 
 def test_cells_take_as_long_as_their_number_at_once_and_the_trials_of_all_allow(artifacts):
     cell, slots = cells()[0], {"trial": Slots(2, 1, 0), "model": Slots(8, 1, 0)}
-    rates = Measured(slots, 8, 0)
+    rates = Measured({"lenet5": slots}, 8, 0)
 
     def price(trials: float, models: float) -> CellPrice:
-        return CellPrice(cell, [Item("stage 1", "", "trial", Range(trials, trials), 2, 2),
-                                Item("final models", "", "model", Range(models, models), 2, 2)],
+        return CellPrice(cell, [Item("stage 1", "", "trial", slots["trial"], Range(trials, trials), 2, 2),
+                                Item("final models", "", "model", slots["model"], Range(models, models), 2, 2)],
                          exactly(1), Range(), Range(), 0, {}, "")
 
     def whole(at_once: int, *prices: CellPrice) -> str:

@@ -21,7 +21,7 @@ from impactx.datasets.entry import ImageSet
 from impactx.models import build_classifier
 from impactx.settings import AugmentationSettings, ModelSettings, TrainingSettings
 from impactx.training import TrainingData, classification_loss, evaluate, fit
-from impactx.training.loop import ResumeError
+from impactx.training.loop import ResumeError, refuses_bfloat16
 
 LENET = ModelSettings(name="lenet5", architecture="lenet5")
 NORMED = ModelSettings(name="small", architecture="lcnet_035")  # a timm model with batch norm
@@ -273,6 +273,38 @@ def test_it_learns_with_every_optimizer_and_precision(settings):
     result = fit(model.to(dtype), loss, data(dtype=dtype), TrainingSettings(epochs=15, patience=15, **settings),
                  **HOW | {"learning_rate": 0.03 if settings.get("optimizer") == "sgd" else 0.004})
     assert result.best["val_accuracy"] > 0.6 and {t.dtype for t in model.parameters()} == {dtype}
+
+
+class OnlyFloat32(nn.Module):
+    """Adds scores of autocast's type into a buffer of float32, which torch refuses in bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4))
+
+    def forward(self, images):
+        scores = self.net(images)
+        return torch.zeros(len(scores), 4).index_add(0, torch.arange(len(scores)), scores)
+
+
+def test_a_network_that_cannot_run_in_bfloat16_is_trained_in_float32_and_says_so():
+    found = {}
+    for precision in ("bfloat16", "float32"):
+        torch.manual_seed(0)
+        found[precision] = fit(OnlyFloat32(), classification_loss, data(), TrainingSettings(
+            epochs=2, precision=precision), **HOW)
+    assert numbers(found["bfloat16"]) == numbers(found["float32"])
+    assert "BFloat16" in found["bfloat16"].fallback and found["float32"].fallback is None
+
+
+def test_to_ask_a_network_for_bfloat16_leaves_no_trace():
+    net, part = build_classifier(NORMED, 4, (32, 32), seed=0).train(), data().train
+    before, drawn = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    asked = TrainingSettings(precision="bfloat16")
+    assert refuses_bfloat16(net, classification_loss, part, asked) is None
+    assert same(before, net.state_dict()) and net.training and torch.equal(drawn, torch.get_rng_state())
+    assert all(parameter.grad is None for parameter in net.parameters())
+    assert fit(net, classification_loss, data(), asked.model_copy(update={"epochs": 1}), **HOW).fallback is None
 
 
 def test_a_last_batch_of_one_image_is_no_obstacle_to_batch_norm():

@@ -107,7 +107,8 @@ def measure(folder: Path, *, trials: int, epochs: int, images: int, slots: int,
         tasks = [Task(step, RunIdentity(f"benchmark/{step.key}", step.name, "benchmark"))
                  for step in steps]
         started = time.perf_counter()
-        executor = RayExecutor(settings.cluster, prepared.place, tracker)
+        executor = RayExecutor(settings.cluster, prepared.place, tracker, {
+            name: model.resources for name, model in settings.models.items()})
         executor.search(tasks, on_result, lambda trial, row: None)
         tracker.close_unfinished("benchmark")
     later = trials - slots  # trials after the first of each slot
@@ -129,7 +130,7 @@ def run(*, trials: int, epochs: int, images: int, cpus: int) -> list[Case]:
 
     print(f"{trials} trials of {epochs} epochs over {images} images, one CPU each\n{HEAD}")
     cases = []
-    with connected(ClusterSettings(num_cpus=cpus)):
+    with connected(ClusterSettings(num_cpus=cpus, device="cpu"), {}):
         for tracked in (False, True):
             with tempfile.TemporaryDirectory(prefix="impactx-benchmark-") as folder:
                 cases.append(measure(Path(folder), trials=trials, epochs=epochs, images=images,

@@ -36,8 +36,8 @@ those used most, with their defaults:
                     max_trials, max_hours
   training.*        epochs, patience, optimizer, precision
   attribution.*     the maps: max_evals, batch_size, masker
-  cluster.*         address, trial_cpus, trial_gpus, train_workers, use_gpu, explain_cpu_actors,
-                    cells_at_once
+  models.<name>.resources.*   cpus, gpus (a share of one), workers: of trial, training, maps
+  cluster.*         address, device (auto: GPUs where there are some; cpu), cells_at_once
   tracking.*        enabled, experiment, uri (MLFLOW_TRACKING_URI, or SQLite in the output folder)
   plugins           Python files of your own with extensions                 (none)
 All of them, with defaults and meaning: docs/SETTINGS.md; extensions: docs/extending.md.{plugins}"""
@@ -47,7 +47,7 @@ groups (dataset=digits attribution=occlusion); the files in configs/<group>/ set
 {groups}
 
 settings: output (folder or s3:// address), data_root, cache, plugins, attribution.*,
-maps.shard_size, cluster.*
+maps.shard_size, resources.* (cpus, gpus, workers that make maps), cluster.*
 All of them, with defaults and meaning: docs/SETTINGS.md.{plugins}"""
 
 

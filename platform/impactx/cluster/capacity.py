@@ -1,22 +1,17 @@
-"""What fits on a cluster: processes on its nodes, what it may grow to, who makes maps.
+"""What fits on a cluster: processes on its nodes, what it may grow to, whether it has GPUs.
 
 Numbers only, and no Ray: what there is comes as Ray describes it (`cluster_resources`, `nodes`).
 """
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from impactx.cluster.devices import alone
-from impactx.settings import ClusterSettings
+from impactx.settings import ClusterSettings, ModelResources, ProcessResources, TrainingResources
 
-log = logging.getLogger("impactx")
 EPSILON = 1e-6
-# CPUs and GPUs of an actor that makes maps on a GPU: it keeps no CPU from the actors on CPUs.
-MAKER_ON_GPU = (0.0, 1.0)
 
 
 class ClusterError(RuntimeError):
@@ -45,107 +40,80 @@ def grown(settings: ClusterSettings, have: Mapping[str, float]) -> dict[str, flo
             "GPU": max(have.get("GPU", 0.0), settings.grows_to_gpus or 0)}
 
 
-def trials_at_once(settings: ClusterSettings, have: Mapping[str, float]) -> int:
-    """Return how many trials fit at once, of all cells together; at least 1."""
-    fits = processes(settings.trial_cpus, settings.trial_gpus, have) // settings.trial_workers
-    return max(1, min(fits, settings.max_concurrent_trials or fits))
+def uses_gpus(settings: ClusterSettings, have: Mapping[str, float]) -> bool:
+    """Return whether models that ask for GPUs get them: where there are some, or may be."""
+    return settings.device != "cpu" and grown(settings, have)["GPU"] > 0
 
 
-def trainings_at_once(settings: ClusterSettings, have: Mapping[str, float]) -> int:
-    """Return how many final trainings fit at once; at least 1."""
-    fits = processes(settings.train_cpus, float(settings.use_gpu), have)
-    return max(1, fits // settings.train_workers)
+def trainings_at_once(wanted: TrainingResources, have: Mapping[str, float]) -> int:
+    """Return how many trainings of a model fit at once; at least 1."""
+    return max(1, processes(wanted.cpus, wanted.gpus, have) // wanted.workers)
 
 
-def cells_at_once(settings: ClusterSettings, have: Mapping[str, float]) -> int:
+def cells_at_once(settings: ClusterSettings, models: Iterable[ModelResources],
+                  have: Mapping[str, float]) -> int:
     """Return how many cells are under way at once: the setting, or one for each trial that fits.
 
-    At least 3, so that the maps of one cell do not wait for the trials of another.
+    At least 3, so that the maps of one cell do not wait for the trials of another. Of several
+    models the one counts of which most trials fit.
     """
-    return settings.cells_at_once or max(3, trials_at_once(settings, have))
+    trials = [trainings_at_once(model.trial, have) for model in models]
+    most = min(max(trials, default=1), settings.max_concurrent_trials or math.inf)
+    return settings.cells_at_once or max(3, int(most))
 
 
-def makers(settings: ClusterSettings, have: Mapping[str, float]) -> tuple[int, int]:
-    """Return how many actors make maps on CPUs and on GPUs.
+def makers(model: ModelResources, have: Mapping[str, float]) -> tuple[int, int]:
+    """Return how many actors make maps, and how many on CPUs may join those on GPUs.
 
-    Raises:
-        ClusterError: There is none of either.
+    Those that join leave the GPUs the CPUs of all the processes that may share them.
     """
-    s = settings
-    wanted = (("explain_cpu_actors", "CPU", s.explain_cpu_actors),
-              ("explain_gpu_actors", "GPU", s.explain_gpu_actors))
-    cpus, gpus = (int(have.get(kind, 0) + EPSILON) if value is None else value
-                  for _, kind, value in wanted)
-    if cpus + gpus == 0:
-        reasons = [f"cluster.{name} is " + (
-            f"unset, which is one a {kind}, and the cluster has none" if value is None
-            else str(value)) for name, kind, value in wanted]
-        raise ClusterError(f"nobody would make maps: {'; '.join(reasons)}. Set one of them to 1 or "
-                           "more, or explain_cpu_actors to null for one a CPU")
-    return cpus, gpus
+    maps = model.maps
+    fits = processes(maps.cpus, maps.gpus, have)
+    if not maps.gpus or maps.workers is not None:
+        return max(1, min(fits, maps.workers or fits)), 0
+    kept = max(one.cpus * processes(one.cpus, one.gpus, have)
+               for one in (model.trial, model.training, maps))
+    return max(1, fits), processes(maps.cpus, 0, {"CPU": max(have.get("CPU", 0.0) - kept, 0.0)})
 
 
-def check(settings: ClusterSettings, nodes: Sequence[Mapping[str, Any]], trains: bool = True
-          ) -> None:
-    """Check that what the settings ask for fits, also once the cluster has grown as far as it may.
-
-    It warns of GPUs that nothing uses.
+def check(settings: ClusterSettings, nodes: Sequence[Mapping[str, Any]],
+          wanted: Mapping[str, ProcessResources]) -> None:
+    """Check that what the models ask for fits, also once the cluster has grown as far as it may.
 
     Args:
         settings: Of the cluster.
         nodes: As `ray.nodes()` gives them.
-        trains: Whether the job trains, or only makes maps.
+        wanted: What each kind of process asks for, by the setting that says so.
 
     Raises:
         ClusterError: Something fits on no node, or not all at once.
     """
-    s = settings
     alive = [node["Resources"] for node in nodes if node["Alive"]]
     have = {kind: sum(node.get(kind, 0.0) for node in alive) for kind in ("CPU", "GPU")}
-    may_have = grown(s, have)
+    may_have, on_gpus = grown(settings, have), uses_gpus(settings, have)
     # Nodes that are not there yet may be of any size.
     held_by = [*alive, {kind: may_have[kind] - have[kind] for kind in have}]
     wrong = []
-    for name, count, cpus, gpus, each in _wanted(s, trains):
-        room = sum(processes(cpus, gpus, node) for node in held_by)
+    for setting, one in wanted.items():
+        gpus = one.gpus if on_gpus else 0.0
+        count = one.workers if isinstance(one, TrainingResources) else 1
+        room = sum(processes(one.cpus, gpus, node) for node in held_by)
         if room < count:
-            kind = "GPU" if gpus else "CPU"
-            largest = _largest(alive, kind)
+            largest = _largest(alive, "GPU" if gpus else "CPU")
+            workers = f"workers = {count}, each with " if count > 1 else ""
             wrong.append(
-                f"{name}{', each' * (count > 1)} with {each} on one node: there is room for {room} "
-                f"(the largest of {len(alive)} nodes has {largest.get('CPU', 0):g} CPUs and "
-                f"{largest.get('GPU', 0):g} GPUs, all of them may come to {may_have['CPU']:g} and "
-                f"{may_have['GPU']:g})")
+                f"{setting}: {workers}cpus = {one.cpus:g} and gpus = {gpus:g} on one node: there "
+                f"is room for {room} (the largest of {len(alive)} nodes has "
+                f"{largest.get('CPU', 0):g} CPUs and {largest.get('GPU', 0):g} GPUs, all of them "
+                f"may come to {may_have['CPU']:g} and {may_have['GPU']:g})")
     if wrong:
         raise ClusterError(
             f"the cluster is too small: {'; '.join(wrong)}. Ask for less, add nodes, or, where the "
             "cluster starts nodes on demand, say by cluster.grows_to_cpus and grows_to_gpus what "
-            "it may come to")
-    makers(s, may_have)
-    if trains and have["GPU"] and not s.trial_gpus and not s.use_gpu:
-        log.warning(
-            "the cluster has %g GPUs, and all trainings are on CPUs: cluster.trial_gpus is 0 and "
-            "cluster.use_gpu is false. For GPUs: cluster.trial_gpus=1 (0.25: four trials share "
-            "one) cluster.use_gpu=true", have["GPU"])
+            "it may come to" + (", or leave GPUs out by cluster.device=cpu" if on_gpus else ""))
 
 
 def _largest(nodes: Sequence[Mapping[str, float]], kind: str) -> Mapping[str, float]:
     """Return the resources of the node that has most of a kind, and among equals most CPUs."""
     none: Mapping[str, float] = {}
     return max(nodes, key=lambda node: (node.get(kind, 0.0), node.get("CPU", 0.0)), default=none)
-
-
-def _wanted(s: ClusterSettings, trains: bool) -> list[tuple[str, int, float, float, str]]:
-    """Return what is asked for: its name, how many, CPUs and GPUs of each, and that in words."""
-    cpus, gpus = alone(s)
-    wanted = [
-        (f"cluster.trial_workers = {s.trial_workers}", s.trial_workers, s.trial_cpus, s.trial_gpus,
-         f"trial_cpus = {s.trial_cpus:g} and trial_gpus = {s.trial_gpus:g}"),
-        (f"cluster.train_workers = {s.train_workers}", s.train_workers, s.train_cpus,
-         float(s.use_gpu),
-         f"train_cpus = {s.train_cpus:g} and {float(s.use_gpu):g} GPUs (use_gpu)"),
-        ("a test of a model", 1, cpus, gpus,
-         f"trial_cpus = {s.trial_cpus:g} and {gpus:g} GPUs (trial_gpus, or one with use_gpu)"),
-    ] if trains else []
-    return [*wanted, (f"cluster.explain_gpu_actors = {s.explain_gpu_actors}",
-                      s.explain_gpu_actors or 0, *MAKER_ON_GPU, "one GPU")]

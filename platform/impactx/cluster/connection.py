@@ -7,16 +7,16 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import impactx
 from impactx import plugins
 from impactx.cluster.access import private_cluster, read_authentication
-from impactx.cluster.capacity import ClusterError, check
-from impactx.cluster.reach import check_plugins
-from impactx.settings import ClusterSettings
+from impactx.cluster.capacity import ClusterError, check, uses_gpus
+from impactx.cluster.reach import check_gpus, check_plugins
+from impactx.settings import ClusterSettings, ExplainSettings, ModelResources, ProcessResources
 
 if TYPE_CHECKING:
     from impactx.cluster.executor import RayExecutor
@@ -26,28 +26,29 @@ log = logging.getLogger("impactx")
 
 
 @contextlib.contextmanager
-def connected(settings: ClusterSettings, trains: bool = True, plugin_files: Sequence[str] = ()
-              ) -> Iterator[dict[str, float]]:
+def connected(settings: ClusterSettings, wanted: Mapping[str, ProcessResources],
+              plugin_files: Sequence[str] = ()) -> Iterator[dict[str, float]]:
     """Connect to settings.address, to RAY_ADDRESS, or to a cluster of this machine's own.
 
     Args:
         settings: Where, and with what.
-        trains: Whether the job trains, or only makes maps.
+        wanted: What each kind of process of the job asks for, by the setting that says so.
         plugin_files: The files of the user's extensions, `plugins` of the job's settings. Every
             process of the cluster can import them.
 
     Raises:
         ClusterError: An address does not answer, what the job needs does not fit (capacity.check),
-            or a plugin cannot be imported on a node.
+            a node lacks GPUs that Ray counts on it, or cannot import a plugin.
         PluginError: A plugin cannot be used on this machine.
     """
     loaded = plugins.load(plugin_files)
     with plugins.runtime_environment(loaded) as environment:
-        yield from _connected(settings, trains, loaded, environment)
+        yield from _connected(settings, wanted, loaded, environment)
 
 
-def _connected(settings: ClusterSettings, trains: bool, loaded: Sequence[plugins.Plugin],
-               environment: plugins.RuntimeEnvironment) -> Iterator[dict[str, float]]:
+def _connected(settings: ClusterSettings, wanted: Mapping[str, ProcessResources],
+               loaded: Sequence[plugins.Plugin], environment: plugins.RuntimeEnvironment
+               ) -> Iterator[dict[str, float]]:
     # Results are plain files: Ray's own reports of usage and of Train's migration are noise for the
     # user.
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
@@ -90,7 +91,7 @@ def _connected(settings: ClusterSettings, trains: bool, loaded: Sequence[plugins
             raise ClusterError(f"no Ray cluster at {address or 'this machine'}: {error}") from error
         finally:
             _restore(handler)
-        yield from _checked(settings, address, trains, loaded)
+        yield from _checked(settings, address, wanted, loaded)
 
 
 def _start(options: dict[str, Any]) -> None:
@@ -111,18 +112,24 @@ def _start(options: dict[str, Any]) -> None:
         ray.init(**options)
 
 
-def _checked(settings: ClusterSettings, address: str | None, trains: bool,
-             loaded: Sequence[plugins.Plugin]) -> Iterator[dict[str, float]]:
+def _checked(settings: ClusterSettings, address: str | None,
+             wanted: Mapping[str, ProcessResources], loaded: Sequence[plugins.Plugin]
+             ) -> Iterator[dict[str, float]]:
     """Yield the cluster's resources once they are known to be enough; disconnect after that."""
     import ray
 
     try:
         resources = ray.cluster_resources()
-        check(settings, ray.nodes(), trains)
+        check(settings, ray.nodes(), wanted)
+        on_gpus = uses_gpus(settings, resources) and any(one.gpus for one in wanted.values())
+        log.info("cluster: %g CPUs, %g GPUs, %d node(s)%s; the work is done on %s",
+                 resources.get("CPU", 0), resources.get("GPU", 0),
+                 sum(node["Alive"] for node in ray.nodes()),
+                 f" at {address}" if address else ", on this machine",
+                 "GPUs" if on_gpus else "CPUs")
+        if on_gpus and settings.device == "auto":
+            check_gpus(ray.nodes())
         check_plugins(loaded, ray.nodes())
-        log.info("cluster: %g CPUs, %g GPUs, %d node(s)%s", resources.get("CPU", 0),
-                 resources.get("GPU", 0), sum(node["Alive"] for node in ray.nodes()),
-                 f" at {address}" if address else ", on this machine")
         yield resources
     finally:
         ray.shutdown()
@@ -134,19 +141,24 @@ def _restore(handler: Any) -> None:
 
 
 @contextlib.contextmanager
-def executor_when_needed(settings: ClusterSettings, place: Workplace,
-                         plugin_files: Sequence[str] = ()) -> Iterator[Callable[[], RayExecutor]]:
-    """Yield a function that connects, and returns an executor that makes maps.
+def executor_when_needed(settings: ExplainSettings, place: Workplace, model: str
+                         ) -> Iterator[Callable[[], RayExecutor]]:
+    """Yield a function that connects, and returns an executor that makes maps of a model.
 
-    A job that has nothing left to do calls it never, and starts no cluster. The arguments are those
-    of `connected`.
+    A job that has nothing left to do calls it never, and starts no cluster.
+
+    Args:
+        settings: Of the job.
+        place: Where the maps are kept.
+        model: The name that the job's step has for the model.
     """
     with contextlib.ExitStack() as stack:
         def executor() -> RayExecutor:
-            stack.enter_context(connected(settings, trains=False, plugin_files=plugin_files))
+            stack.enter_context(connected(settings.cluster, settings.processes(), settings.plugins))
             from impactx.cluster.executor import RayExecutor
             from impactx.run.no_tracker import NoTracker
 
-            return RayExecutor(settings, place, NoTracker())
+            resources = {model: ModelResources(maps=settings.resources)}
+            return RayExecutor(settings.cluster, place, NoTracker(), resources)
 
         yield executor

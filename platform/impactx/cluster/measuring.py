@@ -7,7 +7,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,22 +15,22 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from impactx.cluster.capacity import (
-    MAKER_ON_GPU,
     ClusterError,
     cells_at_once,
     grown,
     makers,
     processes,
+    uses_gpus,
 )
-from impactx.cluster.devices import alone
+from impactx.cluster.devices import device_here
 from impactx.cluster.errors import portable
-from impactx.costs.measured import JUDGING, MAPS, Measured, Probe, Slots
+from impactx.costs.measured import JUDGING, MAPS, ON_CPUS, ON_GPUS, Measured, Probe, Slots
 from impactx.costs.price_list import price_list
 from impactx.costs.pricing import price_cell, probes_of
 from impactx.costs.rates import measure_maps, measure_training
 from impactx.experiment.cell import Cell
 from impactx.experiment.workplace import Workplace
-from impactx.settings import ClusterSettings
+from impactx.settings import ClusterSettings, Device, ModelResources, TrainingResources
 
 log = logging.getLogger("impactx")
 
@@ -44,7 +44,6 @@ class Place:
     """
 
     node: str
-    device: str
     cpus: float
     gpus: float
     on_node: int
@@ -55,16 +54,17 @@ class Place:
 class Prober:
     """Measures in one process."""
 
-    def run(self, probe: Probe, place: Workplace, where: Place) -> Any:
+    def run(self, probe: Probe, place: Workplace, where: Place, setting: Device) -> Any:
         """A rate, or the error that there is none."""
         try:
+            device = device_here(setting)
             if probe.making is not None:
                 subject = None if probe.subject == MAPS else probe.subject
                 return measure_maps(probe.cell, place, probe.making.attribution,
-                                    probe.making.target, where.device, subject)
+                                    probe.making.target, device, subject)
             # A worker's share of a batch, two images at least (datasets.batches).
             share = min(probe.batch_size, max(2, math.ceil(probe.batch_size / where.workers)))
-            return measure_training(probe.cell, place, probe.subject, share, where.device)
+            return measure_training(probe.cell, place, probe.subject, share, device)
         except Exception as error:
             return portable(error)
 
@@ -83,8 +83,7 @@ def places(nodes: Sequence[dict[str, Any]], cpus: float, gpus: float, limit: int
     found = []
     for (have_cpus, have_gpus, _), same in kinds.items():
         if fits := processes(cpus, gpus, {"CPU": have_cpus, "GPU": have_gpus}):
-            found.append(Place(same[0]["NodeID"], "cuda" if gpus else "cpu", cpus, gpus, fits, fits * len(same),
-                               workers))
+            found.append(Place(same[0]["NodeID"], cpus, gpus, fits, fits * len(same), workers))
     total, most = sum(p.in_all for p in found), None if limit is None else limit * workers
     if most is None or total <= most:
         return found
@@ -94,26 +93,28 @@ def places(nodes: Sequence[dict[str, Any]], cpus: float, gpus: float, limit: int
             for p, start, end in zip(found, [0, *ends], ends, strict=False) if end > start]
 
 
-def slots_of(settings: ClusterSettings) -> dict[str, list[Place]]:
-    """Where trials, final trainings, maps (on CPUs, on GPUs) and judgements are done on the
-    connected cluster.
+def slots_of(settings: ClusterSettings, model: ModelResources) -> dict[str, list[Place]]:
+    """Where trials, final trainings, maps (on CPUs, on GPUs) and judgements of a model are done on
+    the connected cluster.
 
     Raises ClusterError where nothing can be measured as a node that would hold it is not there yet.
     """
-    s, nodes = settings, ray.nodes()
-    on_cpus, on_gpus = makers(s, grown(s, ray.cluster_resources()))
-    found = {"trial": places(nodes, s.trial_cpus, s.trial_gpus, s.max_concurrent_trials, s.trial_workers),
-             "model": places(nodes, s.train_cpus, float(s.use_gpu), workers=s.train_workers),
-             "maps on CPUs": places(nodes, 1, 0, on_cpus) if on_cpus else [],
-             "maps on GPUs": places(nodes, *MAKER_ON_GPU, on_gpus) if on_gpus else [],
-             JUDGING: places(nodes, *alone(s))}
-    nowhere = [name for name in ("trial", "model", JUDGING) if not found[name]]
-    nowhere += [MAPS] if not (found["maps on CPUs"] or found["maps on GPUs"]) else []
-    if nowhere:
+    s, nodes, maps = settings, ray.nodes(), model.maps
+    actors, joining = makers(model, grown(s, ray.cluster_resources()))
+
+    def of(one: TrainingResources, limit: int | None = None) -> list[Place]:
+        return places(nodes, one.cpus, one.gpus, limit, one.workers)
+
+    found = {"trial": of(model.trial, s.max_concurrent_trials), "model": of(model.training),
+             ON_GPUS if maps.gpus else ON_CPUS: places(nodes, maps.cpus, maps.gpus, actors),
+             JUDGING: places(nodes, model.trial.cpus, model.trial.gpus)}
+    if nowhere := [MAPS if name.startswith(MAPS) else name for name, where in found.items() if not where]:
         raise ClusterError(f"--plan measures on the nodes that are there, and none of them has room for "
                            f"{', '.join(nowhere)}: start one of those that cluster.grows_to_cpus = {s.grows_to_cpus} "
                            f"and grows_to_gpus = {s.grows_to_gpus} count on")
-    return {name: where for name, where in found.items() if where}
+    if joining:
+        found[ON_CPUS] = places(nodes, maps.cpus, 0, joining)
+    return found
 
 
 def _slots(where: Sequence[Place]) -> Slots:
@@ -123,24 +124,29 @@ def _slots(where: Sequence[Place]) -> Slots:
 
 
 def measure(probes: Sequence[Probe], settings: ClusterSettings, place: Workplace,
-            say: Callable[[str], None] = log.info) -> Measured:
+            models: Mapping[str, ModelResources], say: Callable[[str], None] = log.info) -> Measured:
     """The rate of every probe in every kind of slot in which its work may be done. Raises what a
     probe raised.
+
+    models: what each asks for on this cluster, by name.
     """
-    have, slots = ray.cluster_resources(), slots_of(settings)
-    measured = Measured({name: _slots(where) for name, where in slots.items()}, have.get("CPU", 1), have.get("GPU", 0))
+    have = ray.cluster_resources()
+    found = {name: slots_of(settings, model) for name, model in models.items()}
+    measured = Measured({name: {slot: _slots(where) for slot, where in slots.items()} for name, slots in found.items()},
+                        have.get("CPU", 1), have.get("GPU", 0))
     known: dict[tuple[Place, Probe], list[Any]] = {}
-    for name, where in slots.items():
+    for (model, name), where in {(model, name): where for model, slots in found.items()
+                                 for name, where in slots.items()}.items():
         # What is measured by what it stands for: to judge a model, maps are made as they are for a
         # store.
         wanted = {probe: replace(probe, subject=MAPS) if probe.subject == JUDGING else probe
-                  for probe in probes if _done_in(name, probe)}
+                  for probe in probes if probe.cell.model.name == model and _done_in(name, probe)}
         for one in where:
             missing = list(dict.fromkeys(run for run in wanted.values() if (one, run) not in known))
             if missing:
-                say(f"measuring {len(missing)} rates for {name}: {one.on_node} processes of {one.cpus:g} CPU, "
-                    f"{one.gpus:g} GPU at once")
-                known |= {(one, run): found for run, found in _gang(one, missing, place)}
+                say(f"measuring {len(missing)} rates of {model} for {name}: {one.on_node} processes of {one.cpus:g} "
+                    f"CPU, {one.gpus:g} GPU at once")
+                known |= {(one, run): rates for run, rates in _gang(one, missing, place, settings.device)}
             for probe, run in wanted.items():
                 rates = known[one, run]
                 if probe.making is None:
@@ -159,12 +165,15 @@ def _done_in(slot: str, probe: Probe) -> bool:
 
 def plan(cells: Sequence[Cell], settings: ClusterSettings, place: Workplace) -> str:
     """The price of what is left of these cells on the connected cluster, as text."""
-    measured = measure(probes_of(cells), settings, place)
+    have = ray.cluster_resources()
+    models = {cell.model.name: cell.model.resources if uses_gpus(settings, have) else cell.model.resources.on_cpus()
+              for cell in cells}
+    measured = measure(probes_of(cells), settings, place, models)
     return price_list([price_cell(cell, measured, place.artifacts) for cell in cells], measured,
-                      cells_at_once(settings, grown(settings, ray.cluster_resources())))
+                      cells_at_once(settings, models.values(), grown(settings, have)))
 
 
-def _gang(where: Place, probes: Sequence[Probe], place: Workplace) -> list[tuple[Probe, list[Any]]]:
+def _gang(where: Place, probes: Sequence[Probe], place: Workplace, setting: Device) -> list[tuple[Probe, list[Any]]]:
     """Each probe in all processes of a node at once: alone on a node, everything is faster than it
     will be.
     """
@@ -175,7 +184,7 @@ def _gang(where: Place, probes: Sequence[Probe], place: Workplace) -> list[tuple
     try:
         found = []
         for probe in probes:
-            rates = ray.get([one.run.remote(probe, place, where) for one in gang])
+            rates = ray.get([one.run.remote(probe, place, where, setting) for one in gang])
             for error in rates:
                 if isinstance(error, Exception):
                     raise error

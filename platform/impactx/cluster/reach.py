@@ -1,9 +1,12 @@
-"""Whether every node of a cluster can import the plugins, asked before any work starts."""
+"""Whether every node of a cluster has its GPUs and the plugins, asked before any work starts."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from impactx.cluster.capacity import ClusterError
@@ -25,23 +28,62 @@ def check_plugins(plugins: Sequence[Plugin], nodes: Sequence[Mapping[str, Any]])
     """
     if not plugins:
         return
+    able = [node for node in nodes if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
+    try:
+        answers = _on_each(able, problem, tuple(plugins))
+    except Exception as error:  # a process that cannot start raises one of many classes of Ray's
+        raise ClusterError(f"a node cannot import the plugins: {error}") from error
+    for name, answer in answers:
+        if answer:
+            raise ClusterError(f"on node {name}: {answer}")
+
+
+def check_gpus(nodes: Sequence[Mapping[str, Any]]) -> None:
+    """Prove that torch finds the GPUs on each node for which Ray counts some.
+
+    No GPU is held for it: on a cluster that others use as well, all of them may be busy.
+
+    Args:
+        nodes: Ray's description of the nodes (`ray.nodes()`).
+
+    Raises:
+        ClusterError: A node has fewer than Ray counts; the message names it.
+    """
+    counted = [node for node in nodes if node["Alive"] and node["Resources"].get("GPU", 0) > 0]
+    for node, (name, answer) in zip(counted, _on_each(counted, gpus_found), strict=True):
+        if answer < node["Resources"]["GPU"]:
+            raise ClusterError(
+                f"Ray counts {node['Resources']['GPU']:g} GPUs on node {name}, where torch finds "
+                f"{answer}: a driver is missing, torch is built for CPUs, or the node was started "
+                "with GPUs that it does not have. Mend the node, start it with --num-gpus=0, or "
+                "keep the job on CPUs by cluster.device=cpu")
+
+
+def gpus_found() -> int:
+    """Return how many GPUs torch finds on this machine, also those that this process must not use.
+
+    Ray hides them from a process that holds none.
+    """
+    seen = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    count = "import torch; print(torch.cuda.device_count())"
+    done = subprocess.run([sys.executable, "-c", count], env=seen, capture_output=True, text=True,
+                          check=False)
+    return 0 if done.returncode else int(done.stdout)
+
+
+def _on_each(nodes: Sequence[Mapping[str, Any]], question: Callable[..., Any], *arguments: Any
+             ) -> list[tuple[str, Any]]:
+    """Return the address of each node, and what a process on it answers."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    task: Any = ray.remote(num_cpus=0)(question)
     asked = {}
-    task = ray.remote(num_cpus=0)(problem)
     for node in nodes:
-        if node["Alive"] and node["Resources"].get("CPU", 0) > 0:
-            strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            asked[task.options(scheduling_strategy=strategy).remote(tuple(plugins))] = node
-    try:
-        answers = ray.get(list(asked), timeout=TIMEOUT)
-    except Exception as error:  # a process that cannot start raises one of many classes of Ray's
-        raise ClusterError(f"a node cannot import the plugins: {error}") from error
-    for node, answer in zip(asked.values(), answers, strict=True):
-        if answer:
-            name = node.get("NodeManagerAddress", node["NodeID"])
-            raise ClusterError(f"on node {name}: {answer}")
+        strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        asked[task.options(scheduling_strategy=strategy).remote(*arguments)] = str(
+            node.get("NodeManagerAddress", node["NodeID"]))
+    return list(zip(asked.values(), ray.get(list(asked), timeout=TIMEOUT), strict=True))
 
 
 def problem(plugins: Sequence[Plugin]) -> str:

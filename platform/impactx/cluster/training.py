@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from impactx.cluster.devices import device_here, tracked_within
 from impactx.cluster.errors import is_final, portable
 from impactx.cluster.monitor import Monitor
 from impactx.experiment.steps.base import Context, StepError
 from impactx.experiment.steps.training import TrainingResult
 from impactx.experiment.workplace import Workplace
-from impactx.run.executor import Task, tracked
+from impactx.run.executor import Task
 from impactx.run.tracker import Tracker
+from impactx.settings import Device, TrainingResources
 
 if TYPE_CHECKING:
     from ray.train.torch import TorchConfig
@@ -28,8 +30,7 @@ def _train_worker(config: dict[str, Any]) -> None:
     import ray.train
     import ray.train.torch
 
-    context = ray.train.get_context()
-    device = ray.train.torch.get_device()
+    context, workers = ray.train.get_context(), config["workers"]
     rank, world = context.get_world_rank(), context.get_world_size()
     monitor = config["monitor"]
     if ray.get(monitor.since.remote(0))[1] is not None:
@@ -39,8 +40,11 @@ def _train_worker(config: dict[str, Any]) -> None:
         monitor.epoch.remote(row)
 
     try:
-        tracked(config["task"], Context(config["place"], str(device), rank, world, report),
-                config["tracker"])
+        device = device_here(workers.device)
+        if device != "cpu":  # workers on one node see the GPUs of all, and each has its own
+            device = str(ray.train.torch.get_device())
+        tracked_within(workers.wanted, config["task"],
+                       Context(config["place"], device, rank, world, report), config["tracker"])
     except Exception as error:
         if is_final(error):
             ray.get(monitor.fail.remote(portable(error)))
@@ -54,23 +58,27 @@ class Workers:
     """The data-parallel workers of one training.
 
     Attributes:
-        count: How many.
-        cpus: Of each; gpus: Of each.
+        wanted: How many they are, and what each holds.
+        device: cluster.device.
         max_failures: Tries of a training whose worker dies.
         scratch: A folder for Tune's and Train's own bookkeeping.
     """
 
-    count: int
-    cpus: float
-    gpus: float
+    wanted: TrainingResources
+    device: Device
     max_failures: int
     scratch: str
 
 
-def _torch_config(workers: int) -> TorchConfig:
+def _torch_config(workers: int, logical: bool) -> TorchConfig:
     """Return how Ray Train joins the workers of a training: one of them needs no process group.
 
     torch's process group meets through a store that listens on every address of the machine.
+
+    Args:
+        workers: Their number.
+        logical: Whether their GPUs are there in name only. Ray chooses NCCL wherever GPUs are asked
+            for, which needs real ones.
     """
     from ray.train.backend import Backend
     from ray.train.torch import TorchConfig
@@ -80,7 +88,7 @@ def _torch_config(workers: int) -> TorchConfig:
         def backend_cls(self) -> type[Backend]:
             return Backend
 
-    return OneWorker() if workers == 1 else TorchConfig()
+    return OneWorker() if workers == 1 else TorchConfig("gloo" if logical else None)
 
 
 def train_on_workers(task: Task, place: Workplace, tracker: Tracker, workers: Workers,
@@ -101,15 +109,17 @@ def train_on_workers(task: Task, place: Workplace, tracker: Tracker, workers: Wo
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    resources = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
+    wanted, on_gpus = workers.wanted, workers.wanted.gpus > 0
+    resources = {"CPU": wanted.cpus} | ({"GPU": wanted.gpus} if on_gpus else {})
     # Not on the machine of a worker, with which it would be lost.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     monitor = Monitor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     trainer = TorchTrainer(
         _train_worker,
-        train_loop_config={"task": task, "place": place, "tracker": tracker, "monitor": monitor},
-        torch_config=_torch_config(workers.count),
-        scaling_config=ScalingConfig(num_workers=workers.count, use_gpu=bool(workers.gpus),
+        train_loop_config={"task": task, "place": place, "tracker": tracker, "monitor": monitor,
+                           "workers": workers},
+        torch_config=_torch_config(wanted.workers, logical=workers.device == "logical"),
+        scaling_config=ScalingConfig(num_workers=wanted.workers, use_gpu=on_gpus,
                                      resources_per_worker=resources),
         run_config=RunConfig(name=f"train-{task.step.key}-{time.time_ns()}",
                              storage_path=workers.scratch,

@@ -12,6 +12,20 @@ from impactx.experiment.steps.maps import Target
 from impactx.settings.extensions import AttributionSettings
 
 MAPS, JUDGING = "maps", "judging"
+ON_CPUS, ON_GPUS = "maps on CPUs", "maps on GPUs"
+
+
+def joins(made: int, left: int) -> bool:
+    """Return whether actors on CPUs shorten the end of a store that those on GPUs have begun.
+
+    They do if each would make at least one of the shards that are left, before the GPUs have made
+    them all.
+
+    Args:
+        made: Shards that those on GPUs made while one actor on a CPU made one.
+        left: Shards that nobody has made yet.
+    """
+    return made < left
 
 
 @dataclass(frozen=True)
@@ -84,11 +98,11 @@ class Measured:
     """Rates by kind of slot: "trial", "model", "maps on CPUs", "maps on GPUs", "judging".
 
     Attributes:
-        slots: The places for each kind of work.
+        slots: The places for each kind of work of each model, by the model's name.
         cpus, gpus: Of the cluster.
     """
 
-    slots: dict[str, Slots]
+    slots: dict[str, dict[str, Slots]]
     cpus: float
     gpus: float
     _trainings: dict[Key, list[tuple[int, list[TrainingRate]]]] = field(default_factory=dict)
@@ -101,6 +115,10 @@ class Measured:
     def add_maps(self, slot: str, probe: Probe, count: int, rates: list[float]) -> None:
         """Add maps a second, measured as in `add_training`."""
         self._maps.setdefault(_key(slot, probe), []).append((count, rates))
+
+    def slots_of(self, cell: Cell) -> dict[str, Slots]:
+        """Return the places for each kind of work of a cell."""
+        return self.slots[cell.model.name]
 
     def epoch(self, slot: str, cell: Cell, subject: str, batch_size: int, train: int,
               validation: int) -> float:
@@ -117,7 +135,7 @@ class Measured:
             validation: Number of validation images.
         """
         rates = self._trainings[slot, likeness(cell), subject, batch_size, None]
-        workers = self.slots[slot].workers
+        workers = self.slots_of(cell)[slot].workers
         # Several workers take as many steps as one, each of its share of the batch, which is what
         # was measured.
         speed = sum(count * _mean([
@@ -125,12 +143,26 @@ class Measured:
             for count, some in rates)
         return sum(count for count, _ in rates) / speed
 
-    def maps(self, cell: Cell, making: Making) -> dict[str, float]:
-        """Return maps a second by kind of slot, of all such slots together."""
-        keys = {slot: (slot, likeness(cell), MAPS, 0, making) for slot in self.slots
+    def maps(self, cell: Cell, making: Making, shards: int | None = None) -> dict[str, float]:
+        """Return maps a second by kind of slot, of all such slots together.
+
+        Args:
+            cell: Model and image size.
+            making: By what, and of what.
+            shards: Of the store; CPUs are left out if they do not shorten the end of what GPUs
+                make of it. None: they are not.
+        """
+        slots = self.slots_of(cell)
+        keys = {slot: (slot, likeness(cell), MAPS, 0, making) for slot in slots
                 if slot.startswith(MAPS)}
-        return {slot: sum(count * _mean(rates) for count, rates in self._maps[key])
-                for slot, key in keys.items() if key in self._maps}
+        rates = {slot: sum(count * _mean(rates) for count, rates in self._maps[key])
+                 for slot, key in keys.items() if key in self._maps}
+        if shards is not None and len(rates) == 2:
+            one = rates[ON_CPUS] / slots[ON_CPUS].count
+            made = int(rates[ON_GPUS] / one)  # by the GPUs, while one actor on a CPU makes a shard
+            if not joins(made, shards - made - 1):
+                del rates[ON_CPUS]
+        return rates
 
     def maps_of(self, slot: str, cell: Cell, subject: str, attribution: AttributionSettings
                 ) -> float:

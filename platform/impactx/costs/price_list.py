@@ -27,18 +27,18 @@ def price_list(prices: Sequence[CellPrice], measured: Measured, cells_at_once: i
     for price in prices:
         lines += [price.cell.name + f"   (exists: {price.exists})"]
         for item in price.items:
-            gpus = item.gpu_hours(measured)
-            cpus = item.cpu_hours(measured).text(_hours)
+            gpus = item.gpu_hours()
+            cpus = item.cpu_hours().text(_hours)
             lines.append(f"  {item.name + ':':18} {item.text}; {cpus} CPU-hours"
                          + (f", {gpus.text(_hours)} GPU-hours" if gpus.high else ""))
-        first, *more = _sums([price], price.items, measured)
+        first, *more = _sums([price], price.items)
         lines += [f"  together: {first}", *(f"            {line}" for line in more)]
         lines += [f"  not priced: {number} of {title}" for title, number in price.unpriced.items()]
         alone = sum((item.alone() for item in price.items), Range())
         lines.append(f"  alone on this cluster as it is now: {alone.text(duration)}")
     items = [item for price in prices for item in price.items]
     whole = _whole(prices, items, measured, min(cells_at_once, len(prices)))
-    first, *more = _sums(prices, items, measured)
+    first, *more = _sums(prices, items)
     return "\n".join(lines + [
         "", f"in all: {first}", *(f"        {line}" for line in more),
         f"        {whole.text(duration)} on this cluster as it is now, without start-up "
@@ -53,10 +53,13 @@ def _whole(prices: Sequence[CellPrice], items: Sequence[Item], measured: Measure
     (of trials the settings may allow fewer than fit, of all cells together), by the longest cell,
     and by how many go side by side. At worst no cell gains by the others.
     """
-    cpus = sum(item.cpu_hours(measured).low for item in items)
-    gpus = sum(item.gpu_hours(measured).low for item in items)
-    by_slot = {slot: sum(item.seconds.low for item in items if item.slot == slot) / have.count
-               for slot, have in measured.slots.items()}
+    cpus = sum(item.cpu_hours().low for item in items)
+    gpus = sum(item.gpu_hours().low for item in items)
+    by_slot: dict[tuple[str, str], float] = {}  # of each model, which has shares of its own
+    for price in prices:
+        for item in price.items:
+            key = price.cell.model.name, item.slot
+            by_slot[key] = by_slot.get(key, 0.0) + item.seconds.low / item.where.count
     alone = [sum((item.alone() for item in price.items), Range()) for price in prices]
     least = max([cpus * HOUR / measured.cpus, gpus * HOUR / measured.gpus if measured.gpus else 0.0,
                  *by_slot.values(), *(one.low for one in alone),
@@ -64,12 +67,12 @@ def _whole(prices: Sequence[CellPrice], items: Sequence[Item], measured: Measure
     return Range(least, sum(one.high for one in alone))
 
 
-def _sums(prices: Sequence[CellPrice], items: Sequence[Item], measured: Measured) -> list[str]:
+def _sums(prices: Sequence[CellPrice], items: Sequence[Item]) -> list[str]:
     """What is left of these cells together."""
     epochs, evaluations = (sum(parts, Range()) for parts in (
         (price.epochs for price in prices), (price.evaluations for price in prices)))
-    cpus = sum((item.cpu_hours(measured) for item in items), Range())
-    gpus = sum((item.gpu_hours(measured) for item in items), Range())
+    cpus = sum((item.cpu_hours() for item in items), Range())
+    gpus = sum((item.gpu_hours() for item in items), Range())
     trials = sum((price.trials for price in prices), Range())
     return [f"{trials.text(counted)} trials, {epochs.text(counted)} epochs, "
             f"{evaluations.text(counted)} evaluations, maps of at most "

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from impactx.approaches.baseline import BASELINE
 from impactx.costs.count import Count, CountedGroup, count, shards_left
 from impactx.costs.judging import Passes, passes_of
-from impactx.costs.measured import JUDGING, MAPS, Making, Measured, Probe, likeness
+from impactx.costs.measured import JUDGING, MAPS, Making, Measured, Probe, Slots, likeness
 from impactx.experiment.artifacts import Artifacts
 from impactx.experiment.cell import Cell, Configuration
 from impactx.experiment.steps.maps import Maps
@@ -85,7 +85,7 @@ class Item:
 
     Attributes:
         name: Of the part; text: What it is.
-        slot: The kind of slot that it is done in.
+        slot: The kind of slot that it is done in; where: Those of the cell's model.
         seconds: Of all slots together.
         slots: That are busy at once, on average.
         pieces: That are done one by one in a slot, at most.
@@ -95,18 +95,19 @@ class Item:
     name: str
     text: str
     slot: str
+    where: Slots
     seconds: Range
     slots: float
     pieces: float
     longest: Range = Range()
 
-    def cpu_hours(self, measured: Measured) -> Range:
+    def cpu_hours(self) -> Range:
         """Return CPUs held, times hours."""
-        return self.seconds * (measured.slots[self.slot].cpus / HOUR)
+        return self.seconds * (self.where.cpus / HOUR)
 
-    def gpu_hours(self, measured: Measured) -> Range:
+    def gpu_hours(self) -> Range:
         """Return GPUs held, times hours."""
-        return self.seconds * (measured.slots[self.slot].gpus / HOUR)
+        return self.seconds * (self.where.gpus / HOUR)
 
     def alone(self) -> Range:
         """Return the seconds that the part takes on the whole cluster.
@@ -236,7 +237,7 @@ class _Pricing:
 
     def __init__(self, flow: Count, measured: Measured) -> None:
         self.flow, self.cell, self.measured = flow, flow.cell, measured
-        self.length = epochs_of(flow.cell)
+        self.length, self.slots = epochs_of(flow.cell), measured.slots_of(flow.cell)
 
     def _epoch(self, slot: str, subject: str, point: Configuration) -> float:
         validation = validation_images(self.cell, point)
@@ -246,8 +247,9 @@ class _Pricing:
 
     def _item(self, name: str, text: str, slot: str, seconds: Range, pieces: float,
               longest: Range = Range()) -> Item:  # noqa: B008
-        at_once = max(1, min(pieces, self.measured.slots[slot].count))
-        return Item(name, text, slot, seconds, at_once, pieces, longest)
+        where = self.slots[slot]
+        return Item(name, text, slot, where, seconds, max(1, min(pieces, where.count)), pieces,
+                    longest)
 
     def stage1(self) -> tuple[Item, Range, Range]:
         """Return stage 1's item, its trials and their epochs.
@@ -256,7 +258,7 @@ class _Pricing:
         """
         search = self.flow.searches[BASELINE]
         left = [trial for trial in search.left if isinstance(trial, Trial)]
-        budget, slots = search.seconds_left, self.measured.slots["trial"].count
+        budget, slots = search.seconds_left, self.slots["trial"].count
         one = Range(self._shortest(), self.length.high)
         epoch = [self._epoch("trial", BASELINE, Configuration.of(trial)) for trial in left]
         seconds = [one * each for each in epoch]
@@ -298,7 +300,7 @@ class _Pricing:
         # The workers of a training share the maps that it makes.
         if own := _own_maps(self.cell, subject, self.flow.points):
             rate = self.measured.maps_of(slot, self.cell, subject, own.attribution)
-            seconds += own.maps * (1 / (rate * self.measured.slots[slot].workers))
+            seconds += own.maps * (1 / (rate * self.slots[slot].workers))
         return seconds
 
     def search(self, name: str, group: CountedGroup) -> Item:
@@ -334,9 +336,9 @@ class _Pricing:
             maps = sum(map(sum, lacking))
             a_map = evaluations_of(step.attribution, self.cell, step.target)
             evaluations, images = evaluations + maps * a_map, images + maps
-            speed = self.measured.maps(self.cell, making)
+            speed = self.measured.maps(self.cell, making, max(map(len, lacking), default=0))
             for slot, rate in speed.items():
-                share, places = rate / sum(speed.values()), self.measured.slots[slot].count
+                share, places = rate / sum(speed.values()), self.slots[slot].count
                 seconds = maps * share / rate * places
                 # A store after the other, and no more workers at a store than it lacks shards.
                 at_once = maps / sum(sum(shards) / min(places, len(shards))
@@ -358,11 +360,8 @@ class _Pricing:
         text = (f"maps of {len(left)} of {len(self.flow.steps(MapQuality))} models on "
                 f"{passes[0].images:,} test images, {maps.text(counted)} evaluations, and "
                 f"{counted(metrics.high)} forward passes of metrics")
-        # A cell judges no more models at once than it trains.
-        slots = self.measured.slots
-        at_once = max(1, min(len(left), slots["model"].count, slots[JUDGING].count))
-        item = Item("judging", text, JUDGING, sum(pieces, Range()), at_once, len(left),
-                    _longest(pieces))
+        item = self._item("judging", text, JUDGING, sum(pieces, Range()), len(left),
+                          _longest(pieces))
         return [item], maps + metrics
 
     def _seconds(self, passes: Passes) -> Range:

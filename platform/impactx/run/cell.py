@@ -245,7 +245,7 @@ class CellRun:
         # Two approaches may come to one step: it must not be done twice at once.
         unique = {step.folder: step for step in group.steps}
         spread = any(step.slot == "maps" for step in unique.values())
-        at_once = 1 if spread else self.job.executor.steps_at_once()
+        at_once = 1 if spread else self.job.executor.steps_at_once(group.steps[0])
         taken_over: list[TakenOver] = []
 
         def do(step: Step[Any]) -> Result:
@@ -420,6 +420,9 @@ class _Trials:
         of = f"of {len(self._search.steps)}"
         notes = [f"{len(self.failed)} {of} trials failed"] if self.failed else []
         notes += [f"{len(self.stopped)} {of} were stopped early"] if self.stopped else []
+        refused = [result.fallback for result in self.results.values() if result.fallback]
+        notes += [f"{len(refused)} {of} were trained in float32, their network cannot run in "
+                  f"bfloat16 ({refused[0]})"] if refused else []
         return "".join(f"; {note}" for note in notes)
 
 

@@ -82,8 +82,8 @@ class Executor(Protocol):
     def cells_at_once(self) -> int:
         """Return how many cells, each in a thread of its own, may be under way."""
 
-    def steps_at_once(self) -> int:
-        """Return how many trainings or processes of one cell there is room for."""
+    def steps_at_once(self, step: Step[Any]) -> int:
+        """Return how many steps like this one there is room for at once."""
 
     def stop(self) -> None:
         """End whatever is under way: the job failed or was interrupted. Nothing follows."""

@@ -42,7 +42,7 @@ def job_key(settings: ExperimentSettings) -> str:
     described = settings.model_dump(mode="json", exclude={
         "cluster": True, "tracking": True, "output": True, "data_root": True, "cache": True,
         "cache_gb": True, "plugins": True, "reuse": True, "repeats": True,
-        "evaluation": {"margin"}})
+        "evaluation": {"margin"}, "models": {"__all__": {"resources"}}})
     for dataset in described["datasets"].values():
         del dataset["noticed_by"]
     described["training"] = settings.training.described()

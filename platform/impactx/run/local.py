@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
-from impactx.experiment.steps.base import Context, Result, StepError
+from impactx.experiment.steps.base import Context, Result, Step, StepError
 from impactx.experiment.steps.maps import MapsResult
 from impactx.experiment.steps.training import TrainingResult, Trial
 from impactx.experiment.workplace import Workplace
@@ -68,7 +68,7 @@ class LocalExecutor:
         """One: there is one process."""
         return 1
 
-    def steps_at_once(self) -> int:
+    def steps_at_once(self, step: Step[Any]) -> int:
         """One."""
         return 1
 

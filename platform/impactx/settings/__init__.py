@@ -27,21 +27,33 @@ from impactx.settings.job import (
     TrackingSettings,
 )
 from impactx.settings.maps import MapSettings
+from impactx.settings.resources import (
+    Device,
+    MapsResources,
+    ModelResources,
+    ProcessResources,
+    TrainingResources,
+)
 
 __all__ = [
     "AttributionSettings",
     "AugmentationSettings",
     "ClusterSettings",
     "DatasetSettings",
+    "Device",
     "EvaluationSettings",
     "ExperimentSettings",
     "ExplainSettings",
     "GridSettings",
     "MapSettings",
+    "MapsResources",
+    "ModelResources",
     "ModelSettings",
     "Precision",
+    "ProcessResources",
     "Settings",
     "TrackingSettings",
+    "TrainingResources",
     "TrainingSettings",
     "settable",
 ]

@@ -22,6 +22,7 @@ from impactx.settings.base import (
 )
 from impactx.settings.extensions import AnySource, SourceSettings
 from impactx.settings.extensions import source as sources
+from impactx.settings.resources import ModelResources
 
 
 def _named(value: Any) -> Any:
@@ -103,6 +104,7 @@ class ModelSettings(Settings):
     std: tuple[Positive, Positive, Positive] | None = Field(None, description=(
         "The standard deviation of each colour channel by which the model then divides; null: "
         "timm's for the model, 0.5 for LeNet-5."))
+    resources: ModelResources = ModelResources()
 
     @model_validator(mode="after")
     def _lenet_has_no_hub(self) -> ModelSettings:

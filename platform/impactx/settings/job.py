@@ -24,6 +24,7 @@ from impactx.settings.extensions import (
     map_metric,
 )
 from impactx.settings.maps import MapSettings
+from impactx.settings.resources import Device, MapsResources, ProcessResources
 
 
 def _partition() -> AttributionSettings:
@@ -113,13 +114,11 @@ class ClusterSettings(Settings):
         "that lives as long as the job."))
     num_cpus: int | None = Field(None, ge=1, description=(
         "The CPUs of a local cluster; null: all of this machine."))
-    trial_cpus: float = Field(1, gt=0, description="The CPUs of one worker of a trial.")
-    trial_gpus: float = Field(0, ge=0, le=1, description=(
-        "The GPU, or the share of one, of each worker of a trial. 0: trials run on CPUs; 0.4: two "
-        "workers share each GPU. For several GPUs in one trial raise trial_workers."))
-    trial_workers: int = Field(1, ge=1, description=(
-        "Data-parallel workers of one trial, each with trial_cpus and trial_gpus. More than 1 run "
-        "by Ray Train."))
+    device: Device = Field("auto", description=(
+        "auto: where the cluster has GPUs, trainings, tests, maps and judgements are done on them, "
+        "by the shares in models.<name>.resources; cpu: nothing is, whatever the cluster has; "
+        "logical: as auto, but what Ray gives a GPU computes on its CPU, to rehearse on machines "
+        "without GPUs (`ray start --num-gpus=…`) how a job would be placed."))
     max_concurrent_trials: int | None = Field(None, ge=1, description=(
         "Trials that run at the same time, of all cells together; null: as many as fit."))
     cells_at_once: int | None = Field(None, ge=1, description=(
@@ -131,19 +130,8 @@ class ClusterSettings(Settings):
         "trials, trainings and makers of maps are asked for; null: it keeps its size."))
     grows_to_gpus: int | None = Field(None, ge=1, description=(
         "For such a cluster: the GPUs to which it may grow."))
-    train_workers: int = Field(1, ge=1, description=(
-        "Data-parallel workers of the training of a final model (Ray Train)."))
-    train_cpus: float = Field(1, gt=0, description="The CPUs of one such worker.")
-    use_gpu: bool = Field(False, description=(
-        "Whether each worker of the training of a final model has a GPU."))
-    explain_cpu_actors: int | None = Field(None, ge=0, description=(
-        "Processes that make maps on CPUs; null: one for each CPU of the cluster, or of what it "
-        "may grow to."))
-    explain_gpu_actors: int | None = Field(None, ge=0, description=(
-        "Processes that make maps on GPUs; null: one for each GPU of the cluster, or of what it "
-        "may grow to."))
     explain_memory_mb: int = Field(512, ge=64, description=(
-        "Megabytes of masked images that one such process holds at a time."))
+        "Megabytes of masked images that one process that makes maps holds at a time."))
     threads: int = Field(1, ge=1, description=(
         "Threads of torch in each process. Results on a CPU may depend on their number."))
     max_failures: int = Field(3, ge=0, description=(
@@ -206,7 +194,12 @@ class ExplainSettings(Settings):
     attribution: AnyAttribution = Field(default_factory=_partition, description=(
         "The attribution that makes the maps."))
     maps: MapSettings = MapSettings()
+    resources: MapsResources = MapsResources()
     cluster: ClusterSettings = ClusterSettings()
+
+    def processes(self) -> dict[str, ProcessResources]:
+        """Return what each kind of process asks the cluster for, by the setting that says so."""
+        return {"resources": self.resources}
 
     @field_validator("datasets")
     @classmethod
@@ -265,12 +258,18 @@ class ExperimentSettings(Settings):
                              "a test; give a share above 0 and below 1")
         return datasets
 
+    def processes(self) -> dict[str, ProcessResources]:
+        """Return what each kind of process asks the cluster for, by the setting that says so."""
+        return {f"models.{name}.resources.{kind}": getattr(model.resources, kind)
+                for name, model in self.models.items() for kind in ("trial", "training", "maps")}
+
     @model_validator(mode="after")
     def _asha_stops_one_worker(self) -> ExperimentSettings:
-        if self.grid.strategy == "asha" and self.cluster.trial_workers > 1:
-            raise ValueError("grid.strategy 'asha' with cluster.trial_workers = "
-                             f"{self.cluster.trial_workers}: a trial over several workers cannot "
-                             "be stopped early; set trial_workers to 1")
+        several = [name for name, model in self.models.items() if model.resources.trial.workers > 1]
+        if self.grid.strategy == "asha" and several:
+            raise ValueError(f"grid.strategy 'asha' with several workers of a trial of "
+                             f"{', '.join(several)}: such a trial cannot be stopped early; set "
+                             f"models.{several[0]}.resources.trial.workers to 1")
         return self
 
     @field_validator("approaches")

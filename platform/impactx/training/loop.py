@@ -107,6 +107,7 @@ class FitResult:
         best_state: The state dict of that epoch, on the CPU.
         diverged: Whether the loss of the last epoch was not finite.
         stopped: Whether on_epoch asked for the end; the training could go on.
+        fallback: Why float32 took the place of bfloat16; None where it did not.
     """
 
     history: list[Metrics] = field(default_factory=list)
@@ -114,6 +115,7 @@ class FitResult:
     best_state: dict[str, Tensor] | None = None
     diverged: bool = False
     stopped: bool = False
+    fallback: str | None = None
 
     @property
     def best(self) -> Metrics:
@@ -138,6 +140,34 @@ def make_autocast(training: TrainingSettings, device: torch.device) -> Context:
     """Return the context of a forward pass: autocast where its precision is bfloat16."""
     mixed = precision_of(training, device) == "bfloat16"
     return torch.autocast(device.type, torch.bfloat16) if mixed else contextlib.nullcontext()
+
+
+def refuses_bfloat16(model: nn.Module, loss: Loss, data: DeviceData, training: TrainingSettings
+                     ) -> str | None:
+    """Return why the network cannot be trained in bfloat16, or None where it can or need not be.
+
+    Two images go forward and back, in evaluation mode, which changes nothing of the network.
+
+    Raises:
+        torch.OutOfMemoryError: The device is full.
+    """
+    autocast, was_training = make_autocast(training, data.device), model.training
+    if isinstance(autocast, contextlib.nullcontext):
+        return None
+    devices = [data.device] if data.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            with autocast:
+                _, terms = loss(model.eval(), next(data.evaluation(batch_size=2)))
+            terms["loss"].backward()  # type: ignore[no-untyped-call]
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError) as error:  # an operation or a mixture of types
+            return (str(error).strip() or type(error).__name__).splitlines()[0]
+        finally:
+            model.zero_grad(set_to_none=True)
+            model.train(was_training)
+    return None
 
 
 def make_optimizer(parameters: list[nn.Parameter], training: TrainingSettings, lr: float
@@ -279,6 +309,8 @@ def fit(model: nn.Module, loss: Loss, data: TrainingData, training: TrainingSett
         ResumeError: What `load` returned cannot be used.
     """
     device = data.train.device
+    if fallback := refuses_bfloat16(model, loss, data.train, training):
+        training = training.model_copy(update={"precision": "float32"})
     # As the batches are: 1.4 times faster on a CPU (docs/LOG.md).
     model.to(memory_format=torch.channels_last)
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], training,
@@ -345,6 +377,7 @@ def fit(model: nn.Module, loss: Loss, data: TrainingData, training: TrainingSett
             if on_epoch is not None and on_epoch(row) and world_size == 1:
                 result.stopped = not _over(result, training)
                 break
+    result.fallback = fallback
     return result
 
 

@@ -117,6 +117,7 @@ class TrainingResult(Result):
         seconds_this_process: From its beginning, everything included.
         stopped: Whether its search ended the training early.
         extra: Further numbers of the approach.
+        fallback: Why it was trained in float32 where bfloat16 was asked for; None where it was not.
     """
 
     best: dict[str, float | None] | None
@@ -130,6 +131,7 @@ class TrainingResult(Result):
     seconds_this_process: float
     stopped: bool = False
     extra: dict[str, float] = {}
+    fallback: str | None = None
 
     def metrics(self) -> dict[str, float]:
         """Return the best epoch's metrics and the costs."""
@@ -224,8 +226,10 @@ class Training(Step[TrainingResult]):
         """See `Step.describe`."""
         if result.best is None:
             return "diverged in its first epoch"
+        said = f"; in float32, it cannot run in bfloat16 ({result.fallback})" if (
+            result.fallback) else ""
         return (f"validation accuracy {result.score('val_accuracy'):.4f} at epoch "
-                f"{result.best_epoch} of {result.epochs}, in {duration(result.seconds)}")
+                f"{result.best_epoch} of {result.epochs}, in {duration(result.seconds)}{said}")
 
     def tags(self, result: TrainingResult, storage: Storage) -> dict[str, str]:
         """See `Step.tags`."""
@@ -350,7 +354,7 @@ class Training(Step[TrainingResult]):
             train_images=len(split.train), validation_images=len(split.validation),
             seconds=math.fsum(row["seconds"] for row in fit.history),
             seconds_this_process=seconds, stopped=fit.stopped, extra=dict(trained.extra),
-            environments=(computed_in,))
+            environments=(computed_in,), fallback=fit.fallback)
 
 
 class Trial(Training):
