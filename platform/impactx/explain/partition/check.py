@@ -1,0 +1,129 @@
+"""A sample of the evaluated masks, scored again by the plain module, one at a time.
+
+A map sums to f(image) - f(masked) whatever the scores in between are: they cancel. So additivity
+shows that each score was credited where it belongs, and that the queue lost none; it cannot show
+that a score is right. This sample does. It is drawn from the masks that the queues of a group
+really popped, and is composed anew from image and background, so it covers everything between: the
+first layer that was split off, the form of the model, and the company of other images in a batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from impactx.explain.partition.difference import first_difference
+from impactx.explain.partition.fast import FastScore
+from impactx.explain.partition.forward import PartitionError, Score
+from impactx.explain.partition.lockstep import Group
+
+SHARE = 1000  # one evaluation in so many; alone it takes about ten times as long as in a batch
+AT_LEAST = 8  # of a group
+AT_FIRST = 32  # more in the first group of a form; to make the form took longer than they take
+
+
+class FormError(Exception):
+    """The fast form of a model gives other scores than the model itself."""
+
+
+def check_group(group: Group, score: Score | FastScore) -> None:
+    """Check a group that is explained.
+
+    Args:
+        group: The group; its queues hold all masks that were evaluated.
+        score: What scored them.
+
+    Raises:
+        FormError: A fast form differs from its module; the message has both scores.
+        PartitionError: The score of an image depends on the images beside it in the batch; the
+            message has both scores.
+    """
+    plain = score.plain if isinstance(score, FastScore) else score
+    faster = isinstance(score, FastScore) and score.faster
+    count = max(AT_LEAST, math.ceil(int(group.spent.sum()) / SHARE))
+    if isinstance(score, FastScore):
+        count, score.checked = count + (0 if score.checked else AT_FIRST), True
+    for image, slot in _drawn(group, count):
+        masked, position = group.masked(image, slot)
+        scored = group.scores[image, position].double()
+        alone = _selected(group, plain, masked.clone(), image)
+        evaluated = group.scores[image, : int(group.spent[image]) + 2].double()
+        tolerance = (1e-4 * (evaluated.amax(0) - evaluated.amin(0))
+                     + 2e-6 * evaluated.abs().amax(0)) * _coarseness(group.scores.dtype)
+        if bool(((scored - alone).abs() <= tolerance).all()):
+            continue
+        tolerance = tolerance + 2 * _rounding(group, plain, masked, image, alone)
+        name = group.forward.outputs.names[group.first + image]
+        beside = torch.cat([masked, group.images, group.backgrounds])[: group.forward.forward_batch]
+        among = _selected(group, plain, beside, image)
+        if not bool(((among - alone).abs() <= tolerance).all()):
+            raise _company(name, among, alone)
+        if bool(((scored - alone).abs() <= tolerance).all()):
+            continue
+        if not faster:
+            raise _company(name, scored, alone)
+        assert isinstance(score, FastScore)
+        raise FormError(f"it gives a masked version of image {name} the score {_shown(scored)}, "
+                        f"the model itself gives {_shown(alone)}: {first_difference(score, masked)}")
+
+
+def _drawn(group: Group, count: int) -> Iterator[tuple[int, int]]:
+    """Yield images and slots of their queues: by turns an image's deepest mask, and any of them.
+
+    With two or more for each image, each image's deepest is there.
+    """
+    random = np.random.default_rng(int(group.forward.outputs.names[group.first]))
+    order = random.permutation(group.n)
+    for number in range(count):
+        image, again = int(order[number % group.n]), number // group.n
+        used = int(group.queue.used[image])
+        if (number + again) % 2 == 0:
+            depth = group.tree.depth[group.queue.node[image, :used].long()].cpu().numpy()
+            deepest = np.flatnonzero(depth == depth.max())
+            yield image, int(random.choice(deepest))
+        else:  # the slot 0 stands for the whole image
+            yield image, int(random.integers(used)) if random.random() < 0.75 else 0
+
+
+def _selected(group: Group, plain: Score, images: Tensor, image: int) -> Tensor:
+    """Return the explained scores of the first of some images, float64 (n_outputs,)."""
+    which = torch.full((1,), group.first + image, device=images.device)
+    return group.forward.outputs.select(plain(images)[:1], which)[0].double()
+
+
+def _coarseness(dtype: torch.dtype) -> float:
+    """Return how much more a dtype rounds than float32 does."""
+    return max(1e-6, torch.finfo(dtype).eps / torch.finfo(torch.float32).eps)
+
+
+def _rounding(group: Group, plain: Score, masked: Tensor, image: int, alone: Tensor) -> Tensor:
+    """Return how far the module's own score moves where its input is rounded otherwise.
+
+    A threshold in a model turns a difference in the last bit into a large one, in any two ways to
+    compute it; that is no error of either.
+    """
+    generator = torch.Generator().manual_seed(0)
+    step = 8 * torch.finfo(masked.dtype).eps
+    moved = torch.zeros_like(alone)
+    for _ in range(8):
+        noise = 2 * torch.rand(masked.shape, generator=generator, dtype=masked.dtype) - 1
+        near = (masked * (1 + step * noise.to(masked.device))).clamp(0, 1)
+        moved = torch.maximum(moved, (_selected(group, plain, near, image) - alone).abs())
+    return moved
+
+
+def _company(name: int, among: Tensor, alone: Tensor) -> PartitionError:
+    return PartitionError(
+        f"score gives a masked version of image {name} {_shown(among)} beside other images, and "
+        f"{_shown(alone)} alone: it depends on the images beside it in the batch (their mean or "
+        "maximum, their number, a branch on all of them) or on chance; only a score that each "
+        "image has by itself can be explained")
+
+
+def _shown(scores: Tensor) -> str:
+    values = [f"{value:.6g}" for value in scores.tolist()]
+    return values[0] if len(values) == 1 else f"[{', '.join(values)}]"

@@ -1,0 +1,27 @@
+"""The model compiled by torch's Inductor with its weights as constants, where a compiler is there."""
+
+from __future__ import annotations
+
+import shutil
+
+import torch
+import torch._inductor.config
+from torch import Tensor, fx
+
+from impactx.explain.partition.forms import Score
+
+# Compiling takes a second for a few convolutions and minutes for EfficientNet-B2's 69.
+MOST_CONVOLUTIONS = 30
+
+
+def inductor(graph: fx.GraphModule, example: Tensor) -> Score:
+    """Return a model compiled for any number of inputs; see `forms`."""
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        raise ValueError("there is no C++ compiler")
+    convolutions = sum(str(node.target).startswith("aten.conv") for node in graph.graph.nodes)
+    if convolutions > MOST_CONVOLUTIONS:
+        raise ValueError(f"{convolutions} convolutions would take minutes to compile")
+    compiled: Score = torch.compile(graph, dynamic=True, options={"freezing": True})
+    with torch._inductor.config.patch(freezing=True):
+        compiled(example)
+    return compiled
