@@ -23,11 +23,21 @@ Score = Callable[[Tensor], Tensor]
 T = TypeVar("T")
 
 
+# Layers that do the same in both modes, by the modules of torch.nn that define them.
+_SAME_IN_BOTH_MODES = frozenset(f"torch.nn.modules.{name}" for name in (
+    "activation", "container", "conv", "flatten", "linear", "padding", "pooling", "upsampling"))
+
+
 def training_part(score: object) -> str | None:
-    """Return what of a model is in training mode, for a message; None if nothing is."""
+    """Return what of a model is in training mode, for a message; None if nothing is.
+
+    A layer inside of it counts where it may do otherwise in training.
+    """
     if isinstance(score, nn.Module):
         for name, part in score.named_modules():
-            if part.training:
+            same = type(part).__module__ in _SAME_IN_BOTH_MODES and not isinstance(
+                part, nn.RReLU | nn.MultiheadAttention)
+            if part.training and not (name and same):
                 return f"{name} ({type(part).__name__}) in the model" if name else "the model"
     return None
 

@@ -56,8 +56,11 @@ def check_group(group: Group, score: Score | FastScore) -> None:
                      + 2e-6 * evaluated.abs().amax(0)) * _coarseness(group.scores.dtype)
         if bool(((scored - alone).abs() <= tolerance).all()):
             continue
-        tolerance = tolerance + 2 * _rounding(group, plain, masked, image, alone)
         name = group.forward.outputs.names[group.first + image]
+        again = _selected(group, plain, masked.clone(), image)
+        if not bool(((again - alone).abs() <= tolerance).all()):
+            raise _company(name, again, alone)
+        tolerance = tolerance + 2 * _rounding(group, plain, masked, image, alone)
         beside = torch.cat([masked, group.images, group.backgrounds])[: group.forward.forward_batch]
         among = _selected(group, plain, beside, image)
         if not bool(((among - alone).abs() <= tolerance).all()):
@@ -118,10 +121,10 @@ def _rounding(group: Group, plain: Score, masked: Tensor, image: int, alone: Ten
 
 def _company(name: int, among: Tensor, alone: Tensor) -> PartitionError:
     return PartitionError(
-        f"score gives a masked version of image {name} {_shown(among)} beside other images, and "
-        f"{_shown(alone)} alone: it depends on the images beside it in the batch (their mean or "
-        "maximum, their number, a branch on all of them) or on chance; only a score that each "
-        "image has by itself can be explained")
+        f"score is {_shown(among)} for a masked version of image {name} beside other images or at "
+        f"another time, and {_shown(alone)} alone: it depends on the images beside it in the batch "
+        "(their mean or maximum, their number, a branch on all of them) or on chance; only a score "
+        "that each image has by itself can be explained")
 
 
 def _shown(scores: Tensor) -> str:
