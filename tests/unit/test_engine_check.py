@@ -106,7 +106,7 @@ def scaled_by_number(h: Tensor) -> Tensor:
 
 
 def normalised_by_itself(h: Tensor) -> Tensor:
-    return h / h.norm(dim=(1, 2, 3), keepdim=True).clamp(min=1)
+    return h / h.square().sum((1, 2, 3), keepdim=True).sqrt().clamp(min=1)
 
 
 def conditional(h: Tensor) -> Tensor:
@@ -141,14 +141,15 @@ def test_a_head_that_is_not_linear_is_never_split_off(head: str, images: np.ndar
     assert_right(model, images)
 
 
-def test_a_linear_head_is_split_off_and_right() -> None:
-    for head in (torch.relu, lambda h: (h - 0.3) * 2, lambda h: F.pad(h / 3, (1, 1, 1, 1), mode="reflect")[:, :, 1:-1],
-                 F.relu_):
-        model = Net(head)
-        split = fast_score(model, (3, SIDE, SIDE)).head
-        assert (split is not None) == (head in (torch.relu, F.relu_) or "2" in str(head(torch.ones(1, 1, 2, 2)))
-                                       or split is not None)
-        assert_right(model)
+@pytest.mark.parametrize("head", [
+    torch.relu, F.relu_, lambda h: (h - 0.3) * 2, lambda h: 1 - h / 3, lambda h: F.avg_pool2d(h, 3, 1, 1),
+    lambda h: F.dropout(h, 0.5, training=False),
+    lambda h: F.interpolate(h, scale_factor=1.0, mode="bilinear") * torch.ones(6, 1, 1),
+])
+def test_a_linear_head_is_split_off_and_right(head: Callable[[Tensor], Tensor]) -> None:
+    model = Net(head)
+    assert fast_score(model, (3, SIDE, SIDE)).head is not None
+    assert_right(model)
 
 
 @pytest.mark.parametrize("change", BRANCHES, ids=lambda change: change.__name__)
@@ -158,16 +159,16 @@ def test_what_depends_on_the_values_of_an_image_is_right(change: Callable[[Tenso
 
 
 class Other(nn.Module):
-    """A model that is another one while it is exported: its form is wrong where values are large."""
+    """A model that is another one while it is exported, which noise does not show: bright images are darkened."""
 
-    def __init__(self, limit: float = 0.9) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.net, self.limit = Net(), limit
+        self.net = Net()
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_exporting():
-            x = x.clamp(max=self.limit)
+            x = x - (x.mean((1, 2, 3), keepdim=True) - 0.6).clamp(min=0)
         return self.net(x)
 
 
@@ -191,10 +192,9 @@ def dark(count: int, seed: int) -> np.ndarray:
     return pictures(count, high=200, seed=seed)
 
 
-def test_a_model_that_goes_wrong_in_its_seventh_shard_is_caught(caplog, monkeypatch) -> None:
+def test_a_model_that_goes_wrong_in_its_seventh_shard_is_caught(caplog) -> None:
     """And the shard is made again by the model itself, as are all after it; the six before are right."""
     model = Other()
-    monkeypatch.setattr(torch, "rand", lambda *a, rand=torch.rand, **k: rand(*a, **k) * 0.8)  # noise that shows nothing
     explainer = Partition(**SETTINGS)
     for shard in range(6):
         images = dark(4, shard)
@@ -204,11 +204,10 @@ def test_a_model_that_goes_wrong_in_its_seventh_shard_is_caught(caplog, monkeypa
     for shard in (BRIGHT, dark(4, 7)):
         np.testing.assert_array_equal(explainer.explain(model, shard, LABELS).maps, maps(model, shard, fast=False))
     assert len(warnings_of(caplog)) == 1, "later shards begin with the model itself"
-    assert "Other" in caplog.text and "clamp" in caplog.text and "the model itself gives" in caplog.text
+    assert "Other" in caplog.text and "the model computes mean" in caplog.text and "the model itself gives" in caplog.text
 
 
-def test_one_bright_image_among_many_is_enough(caplog, monkeypatch) -> None:
-    monkeypatch.setattr(torch, "rand", lambda *a, rand=torch.rand, **k: rand(*a, **k) * 0.8)
+def test_one_bright_image_among_many_is_enough(caplog) -> None:
     images, labels = dark(20, 3), np.zeros(20, int)
     images[13] = BRIGHT[0]
     settings = SETTINGS | {"max_evals": 1000}
@@ -235,7 +234,7 @@ def test_a_score_that_is_used_directly_is_checked_too(caplog) -> None:
     model.last.weight.data.mul_(1.5)
     found = partition_shap(score, images, LABELS, max_evals=100, masker=0.2).values
     np.testing.assert_array_equal(found, partition_shap(model, images, LABELS, max_evals=100, masker=0.2).values)
-    assert not score.faster and "weights were changed" in caplog.text
+    assert not score.faster and "the first layer is split off" in caplog.text
 
 
 def test_what_changes_between_two_calls_is_seen() -> None:
@@ -304,15 +303,9 @@ def test_training_mode_is_refused_wherever_it_is(explain: str) -> None:
     with pytest.raises(AttributionError, match="the model is in training mode"):
         maps(model.train(), BRIGHT, explain=explain)
     assert model.training
+    model.eval()[1][1].train()
     with pytest.raises(ValueError, match=r"1\.1 \(Dropout\)"):
-        fast_score(nn.Sequential(Net(), nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5))).eval().requires_grad_(False)
-                   if model[1].eval() is None else _child_in_training(), (3, SIDE, SIDE))
-
-
-def _child_in_training() -> nn.Module:
-    model = nn.Sequential(Net(), nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5))).eval()
-    model[1][1].train()
-    return model
+        fast_score(model, (3, SIDE, SIDE))
 
 
 def test_a_threshold_in_a_model_is_rounding_and_no_company(caplog) -> None:
@@ -352,7 +345,7 @@ def test_a_form_that_is_called_checks_itself(caplog) -> None:
     score, images = fast_score(model, (3, SIDE, SIDE)), torch.rand(40, 3, SIDE, SIDE)
     with torch.no_grad():
         torch.testing.assert_close(score(images), model(images))
-        model.last.bias.add_(1)
+        model.first.weight.mul_(1.5)
         for _ in range(CHECKED_EACH // 40 + 1):
             last = score(images)
         assert torch.equal(last, model(images)) and "the model itself gives" in caplog.text

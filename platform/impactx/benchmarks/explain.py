@@ -49,8 +49,8 @@ class Effort:
     max_evals: int
     batch_size: int
 
-    def explain(self, score: Score | FastScore, images: Tensor | np.ndarray, labels: Tensor | np.ndarray,
-                memory_bytes: int = 2**30) -> None:
+    def explain(self, score: Score | FastScore, images: Tensor | np.ndarray,
+                labels: Tensor | np.ndarray, memory_bytes: int = 2**30) -> None:
         """Make maps with this package's engine.
 
         Args:

@@ -71,7 +71,8 @@ def check_group(group: Group, score: Score | FastScore) -> None:
             raise _company(name, scored, alone)
         assert isinstance(score, FastScore)
         raise FormError(f"it gives a masked version of image {name} the score {_shown(scored)}, "
-                        f"the model itself gives {_shown(alone)}: {first_difference(score, masked)}")
+                        f"the model itself gives {_shown(alone)}: "
+                        f"{first_difference(score, masked)}")
 
 
 def _drawn(group: Group, count: int) -> Iterator[tuple[int, int]]:

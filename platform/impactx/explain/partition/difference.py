@@ -48,11 +48,11 @@ def first_difference(score: FastScore, images: Tensor) -> str:
             "of all of them, or the weights were changed since it was made")
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes of each operation the layer, its name with its numbers, and the size of its result."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seen: list[tuple[str, str, Tensor]] = []
         self.layers: list[str] = []
 

@@ -105,8 +105,8 @@ def partition_shap(
 ) -> PartitionResult:
     """Make partition SHAP maps, equal to ``shap.PartitionExplainer``'s with the same settings.
 
-    A sample of the evaluated masks is scored again, one at a time, by the module itself (``check``).
-    If the module's fast form is found to be wrong, a warning says where, and all images of this
+    A sample of the evaluated masks is scored again, one at a time, by the module itself. If the
+    module's fast form is found to be wrong, a warning says where, and all images of this
     call are explained again by the module, as those of later calls with this form are.
 
     Args:

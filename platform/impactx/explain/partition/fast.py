@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from impactx.explain.partition.forms import close, fastest, first_line
-from impactx.explain.partition.split import Head, split as split_off, whole
+from impactx.explain.partition.split import Head, whole
+from impactx.explain.partition.split import split as split_off
 from impactx.explain.scores import training_part
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class FastScore:
             alone = self.plain(images[:1])
             scale = fast.abs().max() if len(fast) else alone.abs().max()
             if not bool(((fast[:1] - alone).abs() <= 1e-4 * scale).all()):
-                self.distrust(f"it gives an image the scores {fast[0].tolist()}, the module itself "
+                self.distrust(f"it gives an image the scores {fast[0].tolist()}, the model itself "
                               f"gives {alone[0].tolist()}")
                 scores = self.plain(images)
                 return scores

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -59,7 +60,8 @@ def split(graph: fx.GraphModule) -> tuple[Head, fx.GraphModule]:
         ValueError: The model does not begin like that; the message says where it begins otherwise.
     """
     begin = next(node for node in graph.graph.nodes if node.op == "placeholder")
-    node, affine_end, relu, pool = begin, None, None, None
+    node, affine_end, pool = begin, None, None
+    relu: fx.Node | None = None
     while pool is None:
         followers = [
             user for user in node.users if user.op == "call_function" and not _is_size(user)]
@@ -83,7 +85,7 @@ def split(graph: fx.GraphModule) -> tuple[Head, fx.GraphModule]:
         node = relu = after[0]
     affine, in_head = _part(graph, begin, affine_end)
     rest, in_rest = _part(graph, node, _end(graph))
-    _refuse_lost(graph, in_head | in_rest | {relu})
+    _refuse_lost(graph, in_head | in_rest | ({relu} if relu is not None else set()))
     return Head(affine, relu is not None, pool), rest
 
 
@@ -96,8 +98,9 @@ def whole(graph: fx.GraphModule) -> fx.GraphModule:
 
 
 def _end(graph: fx.GraphModule) -> fx.Node:
-    result = next(n for n in graph.graph.nodes if n.op == "output").args[0]
-    return result[0] if isinstance(result, tuple | list) else result
+    result: Any = next(n for n in graph.graph.nodes if n.op == "output").args[0]
+    end: fx.Node = result[0] if isinstance(result, tuple | list) else result
+    return end
 
 
 def _refuse_lost(graph: fx.GraphModule, needed: set[fx.Node]) -> None:
@@ -112,7 +115,12 @@ def _is_affine(node: fx.Node, before: fx.Node, begin: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     occurrences: list[fx.Node] = []
-    fx.node.map_arg((node.args, node.kwargs), lambda n: occurrences.append(n) or n)
+
+    def note(argument: fx.Node) -> fx.Node:
+        occurrences.append(argument)
+        return argument
+
+    fx.node.map_arg((node.args, node.kwargs), note)
     others = [other for other in occurrences if other is not before]
     # Once: a product with itself is no linear operation. And the others must be constants.
     if len(occurrences) - len(others) != 1 or any(_reaches(other, begin) for other in others):

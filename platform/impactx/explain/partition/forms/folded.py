@@ -1,4 +1,4 @@
-"""The model's graph with its batch norms folded into the convolutions before them, channels last."""
+"""The model's graph, channels last, with its batch norms folded into the convolutions."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def folded(graph: fx.GraphModule, example: Tensor) -> Score:
     return lambda images: whole(images.contiguous(memory_format=layout))
 
 
-def _fold(whole: fx.GraphModule, norm: fx.Node) -> None:
+def _fold(whole: fx.GraphModule, norm: Any) -> None:
     """Fold one batch norm, where it follows a convolution that nothing else reads."""
-    conv = norm.args[0]
-    if not isinstance(conv, fx.Node) or len(conv.users) != 1 or norm.args[5] is not False \
+    conv, *statistics, training, _, epsilon, _ = norm.args
+    if not isinstance(conv, fx.Node) or len(conv.users) != 1 or training is not False \
             or conv.target not in (_aten.conv2d.default, _aten.conv2d.padding):
         return
-    given = [*conv.args[1:], None, None][:2] + list(norm.args[1:5])
+    given: list[Any] = [*[*conv.args[1:], None][:2], *statistics]
     if any(node is not None and node.op != "get_attr" for node in given):
         return
     kernel, bias, scale, shift, mean, variance = (_tensor(whole, node) for node in given)
     if kernel is None or mean is None or variance is None:
         return
-    factor = (variance + norm.args[7]).rsqrt() * (1 if scale is None else scale)
+    factor = (variance + float(epsilon)).rsqrt() * (1 if scale is None else scale)
     folded_bias = (0 if bias is None else bias) * factor + (
         (0 if shift is None else shift) - mean * factor)
     with whole.graph.inserting_before(conv):
@@ -51,7 +51,8 @@ def _fold(whole: fx.GraphModule, norm: fx.Node) -> None:
 
 
 def _tensor(whole: fx.GraphModule, node: Any) -> Tensor | None:
-    return None if node is None else operator.attrgetter(node.target)(whole)
+    tensor: Tensor | None = None if node is None else operator.attrgetter(node.target)(whole)
+    return tensor
 
 
 def _constant(whole: fx.GraphModule, name: str, value: Tensor) -> fx.Node:

@@ -1,11 +1,10 @@
-"""The model compiled by torch's Inductor with its weights as constants, where a compiler is there."""
+"""The model compiled by torch's Inductor, its weights as constants, where there is a compiler."""
 
 from __future__ import annotations
 
 import shutil
 
 import torch
-import torch._inductor.config
 from torch import Tensor, fx
 
 from impactx.explain.partition.forms import Score
@@ -22,6 +21,4 @@ def inductor(graph: fx.GraphModule, example: Tensor) -> Score:
     if convolutions > MOST_CONVOLUTIONS:
         raise ValueError(f"{convolutions} convolutions would take minutes to compile")
     compiled: Score = torch.compile(graph, dynamic=True, options={"freezing": True})
-    with torch._inductor.config.patch(freezing=True):
-        compiled(example)
     return compiled
