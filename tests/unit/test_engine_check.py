@@ -237,7 +237,7 @@ def test_a_score_that_is_used_directly_is_checked_too(caplog) -> None:
     assert not score.faster and "the first layer is split off" in caplog.text
 
 
-def test_what_changes_between_two_calls_is_seen() -> None:
+def test_what_changes_between_two_calls_is_seen(caplog) -> None:
     model, explainer = Net(), Partition(**SETTINGS)
     before = explainer.explain(model, BRIGHT, LABELS).maps
     with torch.no_grad():
@@ -245,6 +245,7 @@ def test_what_changes_between_two_calls_is_seen() -> None:
     after = explainer.explain(model, BRIGHT, LABELS).maps
     np.testing.assert_allclose(after, maps(model, BRIGHT, fast=False), atol=1e-5)
     assert np.abs(after - before).max() > 1e-3
+    assert warnings_of(caplog) == [] and explainer._fast._last[2].faster, "a new form is made of the new weights"
     keeper, explainer = Keeper(), Partition(**SETTINGS)
     explainer.explain(keeper, BRIGHT, LABELS)
     keeper.limits["high"] = -0.5
@@ -303,7 +304,10 @@ def test_training_mode_is_refused_wherever_it_is(explain: str) -> None:
     with pytest.raises(AttributionError, match="the model is in training mode"):
         maps(model.train(), BRIGHT, explain=explain)
     assert model.training
-    model.eval()[1][1].train()
+    model.eval()[1][0].train()  # a linear layer does the same in both modes
+    maps(model, BRIGHT, explain=explain)
+    assert model[1][0].training, "the model's own mode was changed"
+    model[1][1].train()
     with pytest.raises(ValueError, match=r"1\.1 \(Dropout\)"):
         fast_score(model, (3, SIDE, SIDE))
 
