@@ -80,12 +80,13 @@ def _drawn(group: Group, count: int) -> Iterator[tuple[int, int]]:
 
     With two or more for each image, each image's deepest is there.
     """
-    random = np.random.default_rng(int(group.forward.outputs.names[group.first]))
+    random = np.random.default_rng(abs(int(group.forward.outputs.names[group.first])))
     order = random.permutation(group.n)
     for number in range(count):
-        image, again = int(order[number % group.n]), number // group.n
+        again, place = divmod(number, group.n)
+        image = int(order[place])
         used = int(group.queue.used[image])
-        if (number + again) % 2 == 0:
+        if (place + again) % 2 == 0:
             depth = group.tree.depth[group.queue.node[image, :used].long()].cpu().numpy()
             deepest = np.flatnonzero(depth == depth.max())
             yield image, int(random.choice(deepest))
