@@ -26,6 +26,7 @@ from impactx.explain.methods.partition import Partition
 from impactx.explain.partition import check
 from impactx.explain.partition.engine import partition_shap
 from impactx.explain.partition.fast import CHECKED_EACH, fast_score
+from impactx.explain.partition.lockstep import Group
 from impactx.explain.weighted import explain_by_own_probabilities
 
 SIDE = 12
@@ -341,10 +342,15 @@ def test_the_share_that_is_checked_is_small_and_has_each_images_deepest_mask(mon
 
     drawn: list[tuple[int, int]] = []
     real = check._drawn
-    monkeypatch.setattr(check, "_drawn", lambda group, count: drawn.extend(
-        (image, int(group.tree.depth[group.queue.node[image, slot].long()]) - int(
-            group.tree.depth[group.queue.node[image, : int(group.queue.used[image])].long()].max()))
-        for image, slot in real(group, count)) or real(group, count))
+
+    def seen(group: Group, count: int) -> tuple[Tensor, Tensor]:
+        found = real(group, count)
+        for image, slot in zip(*(column.tolist() for column in found), strict=True):
+            depth = group.tree.depth[group.queue.node[image, : group.queue.used[image]].long()]
+            drawn.append((image, int(depth[slot] - depth.max())))
+        return found
+
+    monkeypatch.setattr(check, "_drawn", seen)
     images = pictures(15)
     Partition(max_evals=2000, masker="0.2").explain(Counting(), images, np.zeros(15, int))
     assert {image for image, below in drawn if below == 0} == set(range(15))

@@ -10,7 +10,6 @@ first layer that was split off, the form of the model, and the company of other 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -43,61 +42,79 @@ def check_group(group: Group, score: Score | FastScore) -> None:
             message has both scores.
     """
     plain = score.plain if isinstance(score, FastScore) else score
-    faster = isinstance(score, FastScore) and score.faster
     count = max(AT_LEAST, math.ceil(int(group.spent.sum()) / SHARE))
     if isinstance(score, FastScore):
         count, score.checked = count + (0 if score.checked else AT_FIRST), True
-    for image, slot in _drawn(group, count):
-        masked, position = group.masked(image, slot)
-        scored = group.scores[image, position].double()
-        alone = _selected(group, plain, masked.clone(), image)
-        evaluated = group.scores[image, : int(group.spent[image]) + 2].double()
-        tolerance = (1e-4 * (evaluated.amax(0) - evaluated.amin(0))
-                     + 2e-6 * evaluated.abs().amax(0)) * _coarseness(group.scores.dtype)
-        if bool(((scored - alone).abs() <= tolerance).all()):
-            continue
-        name = group.forward.outputs.names[group.first + image]
-        again = _selected(group, plain, masked.clone(), image)
-        if not bool(((again - alone).abs() <= tolerance).all()):
-            raise _company(name, again, alone)
-        tolerance = tolerance + 2 * _rounding(group, plain, masked, image, alone)
-        beside = torch.cat([masked, group.images, group.backgrounds])[: group.forward.forward_batch]
-        among = _selected(group, plain, beside, image)
-        if not bool(((among - alone).abs() <= tolerance).all()):
-            raise _company(name, among, alone)
-        if bool(((scored - alone).abs() <= tolerance).all()):
-            continue
-        if not faster:
-            raise _company(name, scored, alone)
-        assert isinstance(score, FastScore)
+    image, slot = _drawn(group, count)
+    masked, position = group.masked(image, slot)
+    scored = group.scores[image, position].double()
+    alone = torch.cat([_selected(group, plain, masked[k : k + 1].clone(), image[k : k + 1])
+                       for k in range(count)])
+    spent = (group.spent + 2).tolist()
+    evaluated = [group.scores[i, : spent[i]] for i in image.tolist()]
+    at_most = torch.stack([scores.amax(0) for scores in evaluated]).double()
+    at_least = torch.stack([scores.amin(0) for scores in evaluated]).double()
+    tolerance = _coarseness(group.scores.dtype) * (
+        1e-4 * (at_most - at_least) + 2e-6 * torch.maximum(at_most.abs(), at_least.abs()))
+    wrong = ~((scored - alone).abs() <= tolerance).all(1)
+    for k in wrong.nonzero()[:, 0].tolist():
+        _judge(group, score, plain, masked[k : k + 1], image[k : k + 1], scored[k], alone[k],
+               tolerance[k])
+
+
+def _judge(
+    group: Group, score: Score | FastScore, plain: Score, masked: Tensor, image: Tensor,
+    scored: Tensor, alone: Tensor, tolerance: Tensor,
+) -> None:
+    """Find out why a masked image was scored otherwise than alone; see `check_group`."""
+    def close(one: Tensor, other: Tensor) -> bool:
+        return bool(((one - other).abs() <= tolerance).all())
+
+    name = group.forward.outputs.names[group.first + int(image)]
+    again = _selected(group, plain, masked.clone(), image)[0]
+    if not close(again, alone):
+        raise _company(name, again, alone)
+    tolerance = tolerance + 2 * _rounding(group, plain, masked, image, alone)
+    beside = torch.cat([masked, group.images, group.backgrounds])[: group.forward.forward_batch]
+    among = _selected(group, plain, beside, image)[0]
+    if not close(among, alone):
+        raise _company(name, among, alone)
+    if close(scored, alone):
+        return
+    if isinstance(score, FastScore) and score.faster:
         raise FormError(f"it gives a masked version of image {name} the score {_shown(scored)}, "
                         f"the model itself gives {_shown(alone)}: "
                         f"{first_difference(score, masked)}")
+    raise _company(name, scored, alone)
 
 
-def _drawn(group: Group, count: int) -> Iterator[tuple[int, int]]:
-    """Yield images and slots of their queues: by turns an image's deepest mask, and any of them.
+def _drawn(group: Group, count: int) -> tuple[Tensor, Tensor]:
+    """Draw images and slots of their queues: by turns an image's deepest mask, and any of them.
 
     With two or more for each image, each image's deepest is there.
+
+    Returns:
+        int64 (count,) and (count,), on the group's device.
     """
     random = np.random.default_rng(abs(int(group.forward.outputs.names[group.first])))
-    order = random.permutation(group.n)
+    order, used = random.permutation(group.n), group.queue.used.tolist()
+    images, slots = [], []
     for number in range(count):
         again, place = divmod(number, group.n)
         image = int(order[place])
-        used = int(group.queue.used[image])
         if (place + again) % 2 == 0:
-            depth = group.tree.depth[group.queue.node[image, :used].long()].cpu().numpy()
-            deepest = np.flatnonzero(depth == depth.max())
-            yield image, int(random.choice(deepest))
+            depth = group.tree.tree.depth[group.queue.node[image, : used[image]].cpu().numpy()]
+            slot = random.choice(np.flatnonzero(depth == depth.max()))
         else:  # the slot 0 stands for the whole image
-            yield image, int(random.integers(used)) if random.random() < 0.75 else 0
+            slot = random.integers(used[image]) if random.random() < 0.75 else 0
+        images.append(image)
+        slots.append(int(slot))
+    return (torch.tensor(images, device=group.device), torch.tensor(slots, device=group.device))
 
 
-def _selected(group: Group, plain: Score, images: Tensor, image: int) -> Tensor:
-    """Return the explained scores of the first of some images, float64 (n_outputs,)."""
-    which = torch.full((1,), group.first + image, device=images.device)
-    return group.forward.outputs.select(plain(images)[:1], which)[0].double()
+def _selected(group: Group, plain: Score, images: Tensor, image: Tensor) -> Tensor:
+    """Return the explained scores of the first of some images, float64 (1, n_outputs)."""
+    return group.forward.outputs.select(plain(images)[:1], group.first + image).double()
 
 
 def _coarseness(dtype: torch.dtype) -> float:
@@ -105,7 +122,9 @@ def _coarseness(dtype: torch.dtype) -> float:
     return max(1e-6, torch.finfo(dtype).eps / torch.finfo(torch.float32).eps)
 
 
-def _rounding(group: Group, plain: Score, masked: Tensor, image: int, alone: Tensor) -> Tensor:
+def _rounding(
+    group: Group, plain: Score, masked: Tensor, image: Tensor, alone: Tensor
+) -> Tensor:
     """Return how far the module's own score moves where its input is rounded otherwise.
 
     A threshold in a model turns a difference in the last bit into a large one, in any two ways to
@@ -117,7 +136,7 @@ def _rounding(group: Group, plain: Score, masked: Tensor, image: int, alone: Ten
     for _ in range(8):
         noise = 2 * torch.rand(masked.shape, generator=generator, dtype=masked.dtype) - 1
         near = (masked * (1 + step * noise.to(masked.device))).clamp(0, 1)
-        moved = torch.maximum(moved, (_selected(group, plain, near, image) - alone).abs())
+        moved = torch.maximum(moved, (_selected(group, plain, near, image)[0] - alone).abs())
     return moved
 
 

@@ -165,28 +165,28 @@ class Group:
         ends = self.scores[:, :2].double().cpu().numpy()
         return values, ends[:, 1], ends[:, 0], (self.spent + 2).cpu().numpy()
 
-    def masked(self, image: int, slot: int) -> tuple[Tensor, int]:
-        """Return a mask that was evaluated, as an image without shortcuts, and where its score is.
+    def masked(self, image: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
+        """Return masks that were evaluated, as images without shortcuts, and where the scores are.
 
         Args:
-            image: The image's index in the group.
-            slot: An entry of its queue, of which the end that was evaluated for it is taken; of the
-                first, which is all of the image, the upper one.
+            image: int64 (M,), the images' indices in the group.
+            slot: int64 (M,), entries of their queues, of which the end is taken that was evaluated
+                for them; of the first, which is all of the image, the upper one.
 
         Returns:
-            The masked image, (1, C, H, W), and its position among the image's evaluations.
+            The masked images, (M, C, H, W), and their positions among the image's evaluations,
+            int64 (M,).
         """
-        queue = self.queue
-        if slot == 0:
-            return self.images[image : image + 1], 1
-        node, context = int(queue.node[image, slot]), int(queue.context[image, slot])
-        position = int(queue.low[image, slot])
+        queue, first = self.queue, slot == 0
+        node, context = queue.node[image, slot].long(), queue.context[image, slot]
+        position = queue.low[image, slot].long()
         if self.room.fixed_context == 0:  # all the lower ends are f(masked)
-            level = int(self.tree.tree.depth[node]) - 1
-            node, context = int(self.tree.tree.siblings[node, level]), context | 1 << level
-            position = int(queue.high[image, slot])
-        where = (torch.tensor([value], device=self.device) for value in (image, node, context))
-        return self.masks.compose(*where).clone(), position
+            level = (self.tree.depth[node] - 1).clamp(min=0)
+            node, context = self.tree.siblings[node, level].long(), context | 1 << level
+            position = queue.high[image, slot].long()
+        images = self.masks.compose(image, node, context).clone()
+        images[first] = self.images[image[first]]
+        return images, position.masked_fill(first, 1)
 
     def _step(self) -> bool:
         """Look at every queue once; return False when there is nothing left to do."""
