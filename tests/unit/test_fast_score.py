@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from impactx.explain.methods.partition import Partition
 from impactx.explain.partition.engine import partition_shap
-from impactx.explain.partition.fast import _layout_changes, _trace, fast_score
+from impactx.explain.partition.fast import fast_score
+from impactx.explain.partition.forms.torchscript import layout_changes, trace
 
 SHAPE = (3, 13, 16)
 
@@ -83,8 +84,8 @@ def test_onednns_layout_is_for_networks_that_can_stay_in_it(activation: type[nn.
                           nn.Flatten(), nn.Linear(8 * 7 * 10, 5)).eval()
     images = torch.rand(7, *SHAPE)
     with torch.no_grad():
-        frozen = torch.jit.optimize_for_inference(_trace(model, torch.rand(50, *SHAPE)))
-        assert (_layout_changes(frozen.graph) == 1) == stays
+        frozen = torch.jit.optimize_for_inference(trace(model, torch.rand(50, *SHAPE)))
+        assert (layout_changes(frozen.graph) == 1) == stays
         score = fast_score(model, SHAPE)
         assert not isinstance(score.score, nn.Sequential), "it runs as it is"
         torch.testing.assert_close(score(images), model(images), rtol=1e-4, atol=1e-5)

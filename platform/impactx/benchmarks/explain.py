@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from impactx.benchmarks.train import random_images
 from impactx.explain.allocation import keep_freed_memory
 from impactx.explain.partition.engine import partition_shap
-from impactx.explain.partition.fast import Score, fast_score
+from impactx.explain.partition.fast import FastScore, Score, fast_score
 from impactx.models import build_classifier
 from impactx.settings import ModelSettings
 
@@ -49,8 +49,8 @@ class Effort:
     max_evals: int
     batch_size: int
 
-    def explain(self, score: Score, images: Tensor | np.ndarray, labels: Tensor | np.ndarray,
-                memory_bytes: int = 2**30) -> None:
+    def explain(self, score: Score | FastScore, images: Tensor | np.ndarray,
+                labels: Tensor | np.ndarray, memory_bytes: int = 2**30) -> None:
         """Make maps with this package's engine.
 
         Args:
@@ -143,7 +143,7 @@ def _rate(model: Score, inputs: Tensor, device: str, seconds: float) -> float:
 
 def _forms(model: nn.Module, shape: tuple[int, int, int], device: str) -> dict[str, Rate]:
     """Return the speed of the forward pass in each form of the model and each batch size."""
-    frozen = fast_score(model, shape, split=False)
+    frozen = fast_score(model, shape, split=False).score
     rearranged = copy.deepcopy(model).to(memory_format=torch.channels_last)
     rates: dict[str, Rate] = {}
     for batch in FORWARD_BATCHES["cpu" if device == "cpu" else "cuda"]:
@@ -289,7 +289,7 @@ def measure(architecture: str, *, images: int, size: int, shap_images: int, roun
         limits.append({name: forms[name](LIMIT_SECONDS) for name in best})
         for name in best:
             rates[name].append(statistics.mean(limit[name] for limit in limits))
-        work = partial(_explain_by_shap, unsplit, stack[:shap_images], labels[:shap_images],
+        work = partial(_explain_by_shap, unsplit.score, stack[:shap_images], labels[:shap_images],
                        effort, device, masker)
         rates["shap"].append(shap_images / _seconds(work, device))
     medians = {name: statistics.median(values) for name, values in rates.items()}

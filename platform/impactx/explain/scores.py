@@ -23,6 +23,37 @@ Score = Callable[[Tensor], Tensor]
 T = TypeVar("T")
 
 
+# Layers that do the same in both modes, by the modules of torch.nn that define them.
+_SAME_IN_BOTH_MODES = frozenset(f"torch.nn.modules.{name}" for name in (
+    "activation", "container", "conv", "flatten", "linear", "padding", "pooling", "upsampling"))
+
+
+def training_part(score: object) -> str | None:
+    """Return what of a model is in training mode, for a message; None if nothing is.
+
+    A layer inside of it counts where it may do otherwise in training.
+    """
+    if isinstance(score, nn.Module):
+        for name, part in score.named_modules():
+            same = type(part).__module__ in _SAME_IN_BOTH_MODES and not isinstance(
+                part, nn.RReLU | nn.MultiheadAttention)
+            if part.training and not (name and same):
+                return f"{name} ({type(part).__name__}) in the model" if name else "the model"
+    return None
+
+
+class Probabilities(nn.Module):
+    """A model followed by softmax, (B, C, H, W) to (B, K); the model's own mode stays as it is."""
+
+    def __init__(self, model: Score) -> None:
+        super().__init__()
+        self.model, self.training = model, False
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the probabilities (B, K) of images (B, C, H, W)."""
+        return self.model(images).softmax(1)
+
+
 class ClassScores:
     """A model's scores or probabilities for a stack of images, and those of each image's class.
 
@@ -40,9 +71,9 @@ class ClassScores:
 
     def __init__(self, score: Score, explained: str, images: Tensor, labels: Tensor,
                  names: Sequence[int]) -> None:
-        if isinstance(score, nn.Module) and score.training:
-            raise AttributionError("the model is in training mode (dropout, batch statistics): "
-                                   "call eval() first")
+        if (part := training_part(score)) is not None:
+            raise AttributionError(f"{part} is in training mode (dropout, batch statistics): call "
+                                   "eval() first")
         if len(images) == 0 or len(images) != len(labels) or len(names) != len(images):
             raise AttributionError(f"{len(images)} images with {len(labels)} labels and "
                                    f"{len(names)} indices: the same number of each is needed, at "

@@ -13,10 +13,11 @@ from torch import nn
 from impactx.explain.attribution import AttributionError, Explanations, attribution
 from impactx.explain.partition.cache import FastForm
 from impactx.explain.partition.engine import AdditivityError, partition_shap
+from impactx.explain.partition.fast import FastScore
 from impactx.explain.partition.forward import PartitionError
 from impactx.explain.partition.settings import PartitionValues
 from impactx.explain.precision import forward_precision, map_error
-from impactx.explain.scores import Score, names_of
+from impactx.explain.scores import Probabilities, Score, names_of, training_part
 from impactx.settings.base import Precision
 
 COMPARED = 2  # images of each call that are explained in float32 as well, in another precision
@@ -31,15 +32,20 @@ class Partition(PartitionValues):
         "of the model's forward: float32 is exact; tf32 and bfloat16 are faster on a GPU and give "
         "other values, whose distance from float32's is measured in every shard and reported"))
 
+    fast: bool = Field(True, description=(
+        "whether the model may run in a faster form of the same scores, which is checked against "
+        "the model itself in every shard (docs/METHOD.md); false: as it is, always"))
+
     _fast: FastForm = PrivateAttr(default_factory=FastForm)
 
     def described(self) -> dict[str, Any]:
         """See `Attribution.described`.
 
-        At float32 the precision is left out, so that the keys of stores from before there was a
-        choice do not change.
+        At their defaults precision and `fast` are left out, so that the keys of stores from before
+        there was a choice do not change.
         """
-        exclude = {"precision"} if self.precision == "float32" else None
+        exclude = {name for name in ("precision", "fast")
+                   if getattr(self, name) == type(self).model_fields[name].default}
         return self.model_dump(mode="json", exclude=exclude)
 
     def weighted_evaluations(self, size: tuple[int, int] | None, num_classes: int) -> int | None:
@@ -92,16 +98,21 @@ class Partition(PartitionValues):
         # Copies: images and labels may be read-only files.
         stack = torch.from_numpy(np.array(images)).to(device)
         explained = self._explained(score, images.shape[1:], precision)
+        # TF32 is float32 on a CPU.
+        exact = precision == "float32" or (
+            precision == "tf32" and torch.device(device).type == "cpu")
         with forward_precision(precision, device):
             result = partition_shap(
                 explained, stack, torch.from_numpy(np.array(outputs)), masker=self.masker,
                 max_evals=self.max_evals, batch_size=self.batch_size,
-                fixed_context=self.fixed_context, memory_limit_bytes=memory_bytes, names=names)
+                fixed_context=self.fixed_context, memory_limit_bytes=memory_bytes, names=names,
+                check=exact)
         return Explanations(np.ascontiguousarray(result.values[:, 0], dtype=np.float32),
                             np.asarray(result.scores[:, 0], np.float64),
                             np.asarray(result.base_values[:, 0], np.float64))
 
-    def _explained(self, score: Score, size: tuple[int, ...], precision: Precision) -> Score:
+    def _explained(self, score: Score, size: tuple[int, ...], precision: Precision
+                   ) -> Score | FastScore:
         """Return the explained score, in the form that runs fastest where it may be used.
 
         It may not in bfloat16, as its layouts are chosen for float32; nor with a fixed context,
@@ -109,10 +120,11 @@ class Partition(PartitionValues):
         1.8e-5 of a map's maximum (docs/LOG.md).
         """
         probability = self.explained_score == "probability"
-        if isinstance(score, nn.Module) and score.training:
-            raise PartitionError("the model is in training mode (dropout, batch statistics): call "
+        if (part := training_part(score)) is not None:
+            raise PartitionError(f"{part} is in training mode (dropout, batch statistics): call "
                                  "eval() first")
-        if isinstance(score, nn.Module) and self.fixed_context is None and precision != "bfloat16":
+        if isinstance(score, nn.Module) and self.fast and self.fixed_context is None \
+                and precision != "bfloat16":
             height, width, channels = size
             return self._fast.of(score, (channels, height, width), probability)
-        return (lambda images: score(images).softmax(1)) if probability else score
+        return Probabilities(score) if probability else score

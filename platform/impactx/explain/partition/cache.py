@@ -6,9 +6,10 @@ import hashlib
 import itertools
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from impactx.explain.partition.fast import FastScore, fast_score
+from impactx.explain.scores import Probabilities
 
 
 class FastForm:
@@ -32,7 +33,7 @@ class FastForm:
         key = shape, softmax, _state(module)
         last = self._last
         if last is None or last[0] is not module or last[1] != key:
-            explained = nn.Sequential(module, nn.Softmax(1)).eval() if softmax else module
+            explained = Probabilities(module) if softmax else module
             last = self._last = module, key, fast_score(explained, shape)
         return last[2]
 
@@ -47,12 +48,22 @@ class FastForm:
 
 
 def _state(module: nn.Module) -> tuple[str, str]:
-    """Return where a module is, and on a CPU, where its fast form holds copies, what it holds."""
+    """Return where a module is, and on a CPU, where its fast form holds copies, what it holds.
+
+    Numbers and tensors that are plain attributes of its parts count as well.
+    """
     device = str(next(module.parameters(), torch.empty(0)).device)
     digest = hashlib.blake2b()
-    for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
-        if device == "cpu":
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            values = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(values.view(torch.uint8).numpy().data)
+    if device != "cpu":
+        return device, ""
+    for name, part in module.named_modules():
+        own = itertools.chain(part.named_parameters(recurse=False),
+                              part.named_buffers(recurse=False), sorted(vars(part).items()))
+        for key, value in own:
+            if isinstance(value, Tensor):
+                digest.update(f"{name}.{key} {value.dtype} {tuple(value.shape)}".encode())
+                values = value.detach().cpu().contiguous().reshape(-1)
+                digest.update(values.view(torch.uint8).numpy().data)
+            elif isinstance(value, int | float | str | tuple | list):
+                digest.update(f"{name}.{key} {value!r}".encode())
     return device, digest.hexdigest()

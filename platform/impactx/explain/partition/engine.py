@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from impactx.explain.masking import MaskerSpec, parse_masker
+from impactx.explain.partition.check import FormError, check_group
+from impactx.explain.partition.fast import FastScore
 from impactx.explain.partition.forward import Forward, Outputs, PartitionError, Score
 from impactx.explain.partition.lockstep import Group, Room
 from impactx.explain.partition.tree import TreeOnDevice, build_tree
@@ -84,7 +86,7 @@ def check_additivity(
 
 @torch.inference_mode()
 def partition_shap(
-    score: Score,
+    score: Score | FastScore,
     images: Tensor | np.ndarray,
     outputs: Tensor | np.ndarray | str,
     *,
@@ -99,12 +101,17 @@ def partition_shap(
     device: torch.device | str | None = None,
     names: Sequence[int] | None = None,
     progress: Callable[[int], None] | None = None,
+    check: bool = True,
 ) -> PartitionResult:
     """Make partition SHAP maps, equal to ``shap.PartitionExplainer``'s with the same settings.
 
+    A sample of the evaluated masks is scored again, one at a time, by the module itself. If the
+    module's fast form is found to be wrong, a warning says where, and all images of this
+    call are explained again by the module, as those of later calls with this form are.
+
     Args:
         score: (B, C, H, W) of ``dtype`` in [0, 1] to (B, K) floating point scores; a module must be
-            in eval mode.
+            in eval mode. Or a module's fast form.
         images: uint8 (N, H, W, C), or floating point (N, C, H, W) in [0, 1].
         outputs: Which scores are explained: class indices (N,) or (N, n), ``"all"``, or floating
             point weights (N, K) for one weighted sum of scores for each image. An entry's priority
@@ -126,48 +133,67 @@ def partition_shap(
         names: (N,), what messages call the images, such as their indices in a data set; default: 0
             to N-1.
         progress: Called with the number of finished images after each group.
+        check: Whether to score a sample again. Not where the model runs in a lower precision than
+            ``dtype``: there scores differ by more than float rounding.
 
     Raises:
         PartitionError: A setting or score is outside what is allowed (``masking.MaskerError`` for
-            the masker).
+            the masker), or a score depends on the images beside it in the batch.
         AdditivityError: A map does not sum to f(image) - f(masked).
     """
     _check_settings(max_evals, batch_size, fixed_context, dtype)
     target = _device(device, images, score)
     stack, channels_first = _open(images)
     n_images, a, b, c = stack.shape
+    if not n_images:
+        raise PartitionError("images: there are none")
     tree = TreeOnDevice(build_tree((a, b, c) if channels_first else (c, a, b)), target)
     selected = Outputs(outputs, n_images, target, names)
     room = Room.plan(tree, max_evals, batch_size, fixed_context, dtype, memory_limit_bytes,
                      forward_batch, target)
-    forward = Forward(score, selected, room.forward_batch)
     parsed = parse_masker(masker)
 
-    def group_of(first: int, count: int) -> Group:
-        batch = _prepare(stack[first : first + count], channels_first, selected.names[first:],
-                         dtype, target)
-        return Group(tree, forward, parsed, batch, first, room)
+    def explain() -> PartitionResult:
+        forward = Forward(score, selected, room.forward_batch)
 
-    if not n_images:
-        raise PartitionError("images: there are none")
-    # Two evaluations show how many scores there are: then the memory can be planned.
-    probe = group_of(0, 1)
-    in_flight = room.images_in_flight(
-        selected.count(forward.n_scores or 1), images_in_flight,
-        0 if probe.ahead is None else probe.ahead.bytes_an_image,
-    )
-    del probe
-    parts: list[tuple[np.ndarray, ...]] = []
-    first = 0
-    while first < n_images:
-        group = group_of(first, in_flight)
-        part = group.explain()
-        check_additivity(part[0], part[1], part[2], names=selected.names[first:])
-        parts.append(part)
-        first += group.n
-        if progress is not None:
-            progress(first)
-    return PartitionResult(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+        def group_of(first: int, count: int) -> Group:
+            batch = _prepare(stack[first : first + count], channels_first, selected.names[first:],
+                             dtype, target)
+            return Group(tree, forward, parsed, batch, first, room)
+
+        # Two evaluations show how many scores there are: then the memory can be planned.
+        probe = group_of(0, 1)
+        in_flight = room.images_in_flight(
+            selected.count(forward.n_scores or 1), images_in_flight,
+            0 if probe.ahead is None else probe.ahead.bytes_an_image,
+        )
+        del probe
+        parts: list[tuple[np.ndarray, ...]] = []
+        first = 0
+        while first < n_images:
+            group = group_of(first, in_flight)
+            part = group.explain()
+            check_additivity(part[0], part[1], part[2], names=selected.names[first:])
+            if check:
+                check_group(group, score)
+            parts.append(part)
+            first += group.n
+            if progress is not None:
+                progress(first)
+        return PartitionResult(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+    if not (isinstance(score, FastScore) and score.faster):
+        return explain()
+    try:
+        return explain()
+    except torch.OutOfMemoryError:
+        raise
+    except (FormError, PartitionError, AdditivityError, RuntimeError) as reason:
+        # What is the model's or the caller's own fault, the model itself raises again.
+        score.trusted, faults = False, reason
+    result = explain()
+    score.distrust(faults)
+    return result
 
 
 def _check_settings(
@@ -187,13 +213,14 @@ def _check_settings(
 
 
 def _device(
-    device: torch.device | str | None, images: Tensor | np.ndarray, score: Score
+    device: torch.device | str | None, images: Tensor | np.ndarray, score: Score | FastScore
 ) -> torch.device:
     if device is not None:
         return torch.device(device)
     if isinstance(images, Tensor):
         return images.device
-    parameter = next(score.parameters(), _NO_IMAGE) if isinstance(score, nn.Module) else _NO_IMAGE
+    plain = score.plain if isinstance(score, FastScore) else score
+    parameter = next(plain.parameters(), _NO_IMAGE) if isinstance(plain, nn.Module) else _NO_IMAGE
     return parameter.device
 
 

@@ -13,7 +13,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from impactx.explain.partition.fast import FastScore
+from impactx.explain.partition.split import Head
+from impactx.explain.scores import training_part
 
 log = logging.getLogger(__name__)
 
@@ -119,17 +123,25 @@ class Forward:
             accelerator runs out of memory.
 
     Raises:
-        PartitionError: ``score`` is a module in training mode.
+        PartitionError: ``score``, or a part of it, is a module in training mode.
     """
 
-    def __init__(self, score: Score, outputs: Outputs, forward_batch: int) -> None:
-        if isinstance(score, nn.Module) and getattr(score, "training", False):
-            raise PartitionError("score is a module in training mode (dropout, batch statistics): "
+    def __init__(self, score: Score | FastScore, outputs: Outputs, forward_batch: int) -> None:
+        fast = score if isinstance(score, FastScore) and score.faster else None
+        plain = score.plain if isinstance(score, FastScore) else score
+        if (part := training_part(plain)) is not None:
+            raise PartitionError(f"score: {part} is in training mode (dropout, batch statistics): "
                                  "call eval() first")
-        self.score = score
+        self.fast = fast
+        self.score = plain if fast is None else fast.score
         self.outputs = outputs
         self.forward_batch = forward_batch
         self.n_scores: int | None = None
+
+    @property
+    def head(self) -> Head | None:
+        """The first layer of the score, where it is split off."""
+        return None if self.fast is None else self.fast.head
 
     def __call__(
         self, compose: Callable[..., Tensor], image: Tensor, *mask: Tensor, first_image: int,
@@ -151,7 +163,8 @@ class Forward:
             PartitionError: A score has another form, or is not finite; the message names the image.
             torch.OutOfMemoryError: Not even one mask fits.
         """
-        score = self.score.rest if after_head else self.score  # type: ignore[attr-defined]
+        score = self.fast.rest if after_head and self.fast is not None else self.score
+        assert score is not None
         total, done = len(image), 0
         results = []
         while done < total:

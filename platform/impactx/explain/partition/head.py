@@ -1,6 +1,6 @@
 """Masked images after a model's first layer, without running that layer on them.
 
-The first layer is affine (``fast.Head``): on a masked image it gives what it gives on the
+The first layer is affine (``split.Head``): on a masked image it gives what it gives on the
 background, plus one contribution for each box that the mask shows,
 
     affine(masked) = affine(background)
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from impactx.explain.partition.fast import Head
+from impactx.explain.partition.split import Head
 from impactx.explain.partition.tree import TreeOnDevice
 
 

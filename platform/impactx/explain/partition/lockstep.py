@@ -17,7 +17,6 @@ from torch import Tensor
 
 from impactx.explain.masking import Masker
 from impactx.explain.partition.compose import Composer
-from impactx.explain.partition.fast import FastScore
 from impactx.explain.partition.forward import Forward, PartitionError
 from impactx.explain.partition.frontier import Frontier
 from impactx.explain.partition.head import HeadComposer
@@ -135,12 +134,12 @@ class Group:
         backgrounds = masker.background(images)
         # A box's share of the first layer pays where boxes occur again and again: not with a fixed
         # context.
-        score = forward.score
-        self.ahead = None
-        if isinstance(score, FastScore) and score.head is not None and room.fixed_context is None:
-            self.ahead = HeadComposer(tree, score.head, images, backgrounds, room.forward_batch)
-        self.compose = (Composer(tree, images, backgrounds).compose if self.ahead is None
-                        else self.ahead.compose)
+        head = None if room.fixed_context is not None else forward.head
+        self.ahead = None if head is None else HeadComposer(
+            tree, head, images, backgrounds, room.forward_batch)
+        self.images, self.backgrounds = images, backgrounds
+        self.masks = Composer(tree, images, backgrounds)
+        self.compose = self.masks.compose if self.ahead is None else self.ahead.compose
         everyone = torch.arange(self.n, device=self.device)
         base = forward(lambda which: backgrounds[which], everyone, first_image=first)
         full = forward(lambda which: images[which], everyone, first_image=first)
@@ -155,7 +154,7 @@ class Group:
         self._push(everyone, slot, zero, zero, zero, zero + 1)
 
     def explain(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Explain the group.
+        """Explain the group, once.
 
         Returns:
             Values, scores, base values and evaluations; see `engine.PartitionResult`.
@@ -165,6 +164,29 @@ class Group:
         values = self._credit()
         ends = self.scores[:, :2].double().cpu().numpy()
         return values, ends[:, 1], ends[:, 0], (self.spent + 2).cpu().numpy()
+
+    def masked(self, image: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
+        """Return masks that were evaluated, as images without shortcuts, and where the scores are.
+
+        Args:
+            image: int64 (M,), the images' indices in the group.
+            slot: int64 (M,), entries of their queues, of which the end is taken that was evaluated
+                for them; of the first, which is all of the image, the upper one.
+
+        Returns:
+            The masked images, (M, C, H, W), and their positions among the image's evaluations,
+            int64 (M,).
+        """
+        queue, first = self.queue, slot == 0
+        node, context = queue.node[image, slot].long(), queue.context[image, slot]
+        position = queue.low[image, slot].long()
+        if self.room.fixed_context == 0:  # all the lower ends are f(masked)
+            level = (self.tree.depth[node] - 1).clamp(min=0)
+            node, context = self.tree.siblings[node, level].long(), context | 1 << level
+            position = queue.high[image, slot].long()
+        images = self.masks.compose(image, node, context).clone()
+        images[first] = self.images[image[first]]
+        return images, position.masked_fill(first, 1)
 
     def _step(self) -> bool:
         """Look at every queue once; return False when there is nothing left to do."""
