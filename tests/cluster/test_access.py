@@ -157,7 +157,7 @@ def test_a_training_by_one_worker_listens_on_loopback_too(cluster, lab):
             seen.update(trained_by=kill("RayTrainWorker"))
 
     with pytest.raises(Exception, match="worker"):
-        long.ray(train_workers=1, max_failures=0).train(task(long.a()), look)
+        long.ray(max_failures=0).train(task(long.a()), look)
     (worker,) = seen.pop("trained_by")  # it was there when the sockets were read
     assert worker in seen.values()
     assert [(address, port, pid) for (address, port), pid in seen.items() if not is_loopback(address)] == []

@@ -218,7 +218,7 @@ def test_errors_of_the_command_are_one_message(tmp_path):
 
 
 def test_a_cluster_that_is_too_small_is_one_message(tmp_path, cache):
-    job = Job(tmp_path / "out", cache, "models.lenet5.resources.training.workers=9")
+    job = Job(tmp_path / "out", cache, "models.lenet5.resources.training={workers: 9, gpus: 1}")
     assert job.end() == 2
     assert job.log.count("error:") == 1 and "Traceback" not in job.log
     assert "models.lenet5.resources.training: workers = 9, each with cpus = 1" in job.log and "there is room for 2" in job.log

@@ -102,7 +102,7 @@ class Everywhere:
     def prices(self) -> str:
         """What --plan says before the job, by rates that are given."""
         slots = Slots(1, 1, 0)
-        rates = Measured(dict.fromkeys(("trial", "model", "maps on CPUs", JUDGING), slots), 1, 0)
+        rates = Measured({self.cell.model.name: dict.fromkeys(("trial", "model", "maps on CPUs", JUDGING), slots)}, 1, 0)
         for probe in probes_of([self.cell]):
             for slot in {MAPS: ["maps on CPUs"], JUDGING: [JUDGING]}.get(probe.subject, ["trial", "model"]):
                 if probe.making:

@@ -357,4 +357,4 @@ def test_strategies_that_cannot_be_are_refused():
     with pytest.raises(ConfigurationError, match="'random' needs max_trials"):
         cell("grid.strategy=random")
     with pytest.raises(ConfigurationError, match="models.lenet5.resources.trial.workers to 1"):
-        cell("grid.strategy=asha", "models.lenet5.resources.trial.workers=2")
+        cell("grid.strategy=asha", "models.lenet5.resources.trial={workers: 2, gpus: 1}")

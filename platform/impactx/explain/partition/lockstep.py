@@ -180,7 +180,9 @@ class Group:
         queue, first = self.queue, slot == 0
         node, context = queue.node[image, slot].long(), queue.context[image, slot]
         position = queue.low[image, slot].long()
-        if self.room.fixed_context == 0:  # all the lower ends are f(masked)
+        # With a fixed context of 0 all the lower ends are f(masked). A root that is a leaf has no
+        # siblings, and no entry but the first.
+        if self.room.fixed_context == 0 and self.tree.siblings.shape[1]:
             level = (self.tree.depth[node] - 1).clamp(min=0)
             node, context = self.tree.siblings[node, level].long(), context | 1 << level
             position = queue.high[image, slot].long()
