@@ -70,6 +70,7 @@ def test_a_job_on_a_node_that_lacks_its_gpus_is_refused_before_it_begins(cluster
     assert not list((tmp_path / "out").rglob("result.json"))
 
 
+@pytest.mark.slow  # eight processes that start at once: a machine of two busy cores is too slow for it
 @pytest.mark.timeout(300)
 def test_trials_of_a_quarter_share_a_gpu_over_several_nodes_and_one_that_leaves_costs_nothing(cluster, lab):
     """Four quarters on each of two nodes; one is lost with its trials, which go on upon the other."""

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from impactx.configuration import load_settings
@@ -122,3 +123,26 @@ def test_names_of_files_have_a_plain_alphabet(name, where):
            "models": {name: {"name": name, "architecture": "lenet5"}}}[where]
     with pytest.raises(ValueError, match=where):
         ExperimentSettings.model_validate(settings | {where: bad})
+
+
+@pytest.mark.parametrize("file, change, says", [
+    ("tests/*/predictions.npz", lambda a: a.pop("labels"), "it has no labels"),
+    ("tests/*/predictions.npz", lambda a: a.update(labels=np.zeros(3, int)), "probabilities have the shape"),
+    ("tests/*/predictions.npz", lambda a: a.update(labels=a["labels"] - 0.5), "labels are no indices"),
+    ("tests/*/predictions.npz", lambda a: a.update(labels=a["labels"] + 90), "labels of 100 classes"),
+    ("tests/*/predictions.npz", lambda a: a.update(probabilities=a["probabilities"] * np.nan), "no finite numbers"),
+    ("tests/*/predictions.npz", lambda a: a.update(probabilities=np.array("x")), "probabilities have the shape"),
+    ("map_quality/*/map_scores.npz", lambda a: a.pop("predicted"), "it has no predicted"),
+    ("map_quality/*/map_scores.npz", lambda a: a.update(predicted=np.zeros((2, 2))), "predicted have the shape"),
+    ("map_quality/*/map_scores.npz", lambda a: a.update(labels=np.zeros(0, int)), "rows have the shape"),
+    ("map_quality/*/map_scores.npz", lambda a: a.update(shown=a["shown"] + 90), "shown are not the rows of images"),
+    ("map_quality/*/map_scores.npz", lambda a: a.update(images=np.zeros(0)), "shown are not the rows of images"),
+    ("map_quality/*/map_scores.npz", lambda a: a.update(shown=np.array("x")), "shown are no indices"),
+])
+def test_arrays_that_do_not_fit_each_other_are_named_in_the_report(output, file, change, says):
+    path = sorted(output.glob(file))[0]
+    with np.load(path) as kept:
+        arrays = dict(kept)
+    change(arrays)
+    np.savez_compressed(path, **arrays)
+    assert says in report(output)

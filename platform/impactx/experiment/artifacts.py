@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
@@ -27,16 +28,53 @@ def read_arrays(storage: Storage, path: str) -> dict[str, np.ndarray]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        StorageError: It is damaged or cannot be read.
+        StorageError: It is damaged, lacks arrays or cannot be read.
     """
     content = storage.read(path)
     try:
         with np.load(io.BytesIO(content)) as arrays:
-            return dict(arrays)
+            found = dict(arrays)
+        _check_arrays(found, path.rpartition("/")[2])
+        return found
     # zipfile, zlib, numpy and its parser of headers each raise their own, wherever the damage is.
     except Exception as error:
         raise StorageError(f"{storage.uri(path)} is damaged ({error}): delete its folder and start "
                            "the same command again") from error
+
+
+# By file: arrays with a row for each test image, and their numbers of dimensions. Of those in
+# INDICES each value is an index: of a class, or of a row.
+COLUMNS = {PREDICTIONS: {"labels": 1, "probabilities": 2},
+           MAP_SCORES: {"rows": 1, "labels": 1, "predicted": 1}}
+INDICES = ("rows", "labels", "predicted", "shown")
+
+
+def _check_arrays(arrays: Mapping[str, np.ndarray], name: str) -> None:
+    """Check that a file holds the arrays that every reader needs, in shapes that fit each other.
+
+    Raises:
+        ValueError: It does not.
+    """
+    columns = COLUMNS.get(name, {})
+    for key, dimensions in columns.items():
+        if key not in arrays:
+            raise ValueError(f"it has no {key}")
+        if arrays[key].ndim != dimensions or len(arrays[key]) != len(arrays["labels"]):
+            raise ValueError(f"{key} have the shape {arrays[key].shape}")
+    for key in (key for key in INDICES if key in arrays and columns):
+        values = arrays[key]
+        if values.ndim != 1 or values.dtype.kind not in "iu" or (values < 0).any():
+            raise ValueError(f"{key} are no indices")
+    if name == PREDICTIONS:
+        scores = arrays["probabilities"]
+        if scores.dtype.kind != "f" or not np.isfinite(scores).all():
+            raise ValueError("probabilities are no finite numbers")
+        if len(scores) and arrays["labels"].max() >= scores.shape[1]:
+            raise ValueError(f"labels of {arrays['labels'].max() + 1} classes, probabilities of "
+                             f"{scores.shape[1]}")
+    if "shown" in arrays and (len(arrays["shown"]) != len(arrays.get("images", ()))
+                              or (arrays["shown"] >= len(arrays["labels"])).any()):
+        raise ValueError("shown are not the rows of images")
 
 
 def read_record(storage: Storage, path: str, kind: type[M], ignore: frozenset[str] = frozenset()
