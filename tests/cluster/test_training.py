@@ -20,9 +20,9 @@ TIMES = ("seconds", "seconds_this_process")
 
 
 def numbers(result):
-    """A result without its times, and without the fingerprint of the weights."""
+    """A result without its times, the fingerprint of the weights, and by how many workers it was computed."""
     history = [{k: v for k, v in row.items() if k not in TIMES} for row in result.history]
-    return history, result.model_dump(exclude={*TIMES, "history", "weights", "best"})
+    return history, result.model_dump(exclude={*TIMES, "history", "weights", "best", "environments"})
 
 
 def weights(lab, unit):
